@@ -1,0 +1,71 @@
+"The five systems' own numbers, reproduced: losses, logits and gradient norms of their published code."
+import json
+
+import pytest
+import torch
+
+from pgolf.gpt import GPT, ModelConfig, count_parameters, load_published, published_name
+
+COMMON = dict(smear=True, ln_scale=True, skip_init=1.)
+ODD = { # what each system's code fixes without a field in its own configuration
+    "pr610": dict(activation="leaky_relu2"),
+    "pr576": dict(activation="relu2"),
+    "pr598": dict(activation="star_relu", skip_gate=True),
+    "pr1123": dict(activation="leaky_relu2", skip_init=.1, norm_eps=1e-6, rope_train_seq_len=0, bigram_zero_init=True, ve_zero_init=True),
+    "pr601": dict(activation="relu2", gated_attention=True, value_residual=True, rope_train_seq_len=0),
+}
+RENAMED = dict(bigram_buckets="bigram_vocab_size", bigram_vocab="bigram_vocab_size", bigram_embed_dim="bigram_dim", hidden_mult="mlp_mult",
+               xsa_layers="xsa_last_n", partial_rope_dims="rope_dims")
+
+
+def build(z, name):
+    "The golden file's small model, its weights loaded."
+    published = {RENAMED.get(k, k): v for k, v in json.loads(str(z["config"])).items()}
+    fields = {k: v for k, v in published.items() if k in ModelConfig.__dataclass_fields__}
+    if "ve_layers" in fields: fields["ve_layers"] = [int(i) for i in fields["ve_layers"].split(",")]
+    model = GPT(ModelConfig(**COMMON | fields | ODD[name]))
+    return load_published(model, {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")})
+
+
+def batch(z):
+    ids = torch.from_numpy(z["ids"].astype("int64"))
+    return ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_eval_loss_and_logits(golden, name):
+    z = golden(name)
+    model, (x, y) = build(z, name).eval(), batch(z)
+    with torch.no_grad():
+        assert model.loss(x, y).item() == pytest.approx(float(z["loss"]), rel=1e-5)
+        logits = model(x)
+    for part, got in (("first8", logits[:, :8]), ("last8", logits[:, -8:])):
+        if f"logits_{part}" in z.files: torch.testing.assert_close(got, torch.from_numpy(z[f"logits_{part}"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ODD if n != "pr1123"]) # PR #1123 quantizes in train mode: see the quant tests
+def test_gradients(golden, name):
+    z = golden(name)
+    model, (x, y) = build(z, name).train(), batch(z)
+    loss = model.loss(x, y)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(z["train_loss"]), rel=1e-5)
+    own = {n: p.grad for n, p in model.named_parameters()}
+    for k in z.files:
+        if k.startswith("gradnorm/"):
+            assert own[published_name(k.removeprefix("gradnorm/"))].norm().item() == pytest.approx(float(z[k]), rel=1e-4), k
+
+
+FULL = {
+    "pr610": (26_993_756, dict(bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10))),
+    "pr576": (33_580_124, dict(bigram_vocab_size=8192, xsa_last_n=11, ve_dim=128, ve_layers=(9, 10), num_kv_heads=8, mlp_mult=3.5)),
+    "pr598": (27_030_108, dict(bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10))),
+    "pr1123": (32_760_946, dict(bigram_vocab_size=2048, xsa_last_n=11, ve_dim=128, ve_layers=(9, 10), mlp_mult=4, value_residual=True)),
+    "pr601": (26_744_007, dict(bigram_vocab_size=1024, xsa_last_n=4)),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_parameter_counts(name):
+    total, fields = FULL[name]
+    assert sum(count_parameters(ModelConfig(**COMMON | ODD[name] | fields)).values()) == total
