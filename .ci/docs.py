@@ -1,0 +1,233 @@
+"""Build what readers see from the notebooks: the site in _docs/ and README.md. Nothing is downloaded.
+
+  python .ci/docs.py site     _docs/, with Quarto if it is installed, else with smalldocs; reused when no input has changed
+  python .ci/docs.py readme   README.md from nbs/index.ipynb
+
+The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names, marks exported cells and links names
+to them (build/site/); the renderer makes HTML; `finish` turns the maths into MathML and refuses anything that would need a network.
+"""
+import ast, hashlib, html, json, re, shutil, subprocess, sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROC, STAGE, SITE = ROOT/'_proc', ROOT/'build'/'site', ROOT/'_docs'
+STAMP = SITE/'.inputs'
+
+
+def source(cell): return ''.join(cell['source'])
+def load(path): return json.loads(path.read_text(encoding='utf-8'))
+def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', Path(nb).stem)  # 00_bpb.ipynb -> bpb, as nbdev names pages
+def chapters(): return list(dict.fromkeys(re.findall(r'nbs/(\w+\.ipynb)', (ROOT/'_quarto.yml').read_text(encoding='utf-8'))))
+
+
+def digest():
+    "Name the state of every input of the site."
+    sums = hashlib.sha256()
+    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini', *(ROOT/'nbs').glob('*.*')]):
+        sums.update(p.name.encode() + b'\0' + p.read_bytes())
+    return sums.hexdigest()
+
+
+# ---- names: where each exported definition stands
+
+def exported(cell): return cell['cell_type'] == 'code' and bool(re.match(r'#\|\s*exports?\b', source(cell)))
+
+
+def definitions(code):
+    "List the public names that a cell defines, and whether it only imports."
+    try: body = ast.parse(code).body
+    except SyntaxError: return [], False
+    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names += [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    only_imports = bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+    return [n for n in names if not n.startswith('_')], only_imports
+
+
+def name_index(notebooks):
+    "Map each exported name to the pages that define it."
+    index = {}
+    for nb in notebooks:
+        for cell in filter(exported, load(ROOT/'nbs'/nb)['cells']):
+            for name in definitions(source(cell))[0]: index.setdefault(name, []).append(page_name(nb))
+    return index
+
+
+# ---- stage: the notebooks as the renderer gets them
+
+def link_names(text, page, index):
+    "Link `name` in prose to the cell that defines it; code fences, headings and existing links stay as they are."
+    def link(m):
+        pages = index.get(m[1].split('.')[0], [])
+        target = page if page in pages else pages[0] if len(pages) == 1 else None
+        return f"[`{m[1]}`]({target}.html#{m[1].split('.')[0]})" if target else m[0]
+    def line(s): return s if s.startswith('#') else re.sub(r'(?<![\[`\w])`([A-Za-z]\w*(?:\.\w+)?)`(?![\]`])', link, s)
+    parts = re.split(r'(^```.*?^```[ \t]*$|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.M | re.S)
+    return ''.join(p if i % 2 else '\n'.join(map(line, p.split('\n'))) for i, p in enumerate(parts))
+
+
+def relink(text):
+    "Turn links between notebooks into links between pages."
+    return re.sub(r'\]\((?:\.?/?nbs/|\./)?(\w+\.ipynb)(#[^)]*)?\)', lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
+
+
+def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
+
+
+def stage_notebook(nb, index):
+    "Write one processed notebook under its page name, exported cells framed and anchored."
+    page, done = page_name(nb), load(PROC/nb)
+    mine = {c.get('id') for c in load(ROOT/'nbs'/nb)['cells'] if exported(c)}
+    cells = []
+    for cell in done['cells']:
+        if not source(cell).strip(): continue                     # a cell of directives alone
+        if cell['cell_type'] == 'raw': cell['source'] = re.sub(r'^output-file: .*\n', '', source(cell), flags=re.M)  # the file has that name
+        if cell['cell_type'] == 'markdown': cell['source'] = link_names(relink(source(cell)), page, index)
+        for data in (o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+            data['text/markdown'] = relink(''.join(data['text/markdown']))
+        if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell); continue
+        names, only_imports = definitions(source(cell))
+        if only_imports: cell['source'] = '#| code-fold: true\n#| code-summary: "Imports"\n' + source(cell)
+        anchors = ''.join(f'<a id="{n}" class="definition"></a>' for n in names)
+        cells += [markdown((f'```{{=html}}\n{anchors}\n```\n\n' if anchors else '') + '::: {.exported}'), cell, markdown(':::')]
+    done['cells'] = cells
+    (STAGE/f'{page}.ipynb').write_text(json.dumps(done), encoding='utf-8')
+
+
+def math_font(text, path):
+    "Write the part of STIX Two Math that the formulas use: browsers without a mathematical font need it."
+    import ziamath
+    from fontTools import subset
+    options = subset.Options(layout_features=['*'], notdef_outline=True)
+    font = subset.load_font(str(Path(ziamath.__file__).parent/'fonts'/'STIXTwoMath-Regular.ttf'), options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(text=text)
+    subsetter.subset(font)
+    subset.save_font(font, str(path), options)
+
+
+def stage(notebooks):
+    "Lay out the folder that the renderer reads."
+    from nbdev.serve import proc_nbs
+    proc_nbs(str(ROOT/'nbs'), force=True, n_workers=0)
+    shutil.rmtree(STAGE, ignore_errors=True)
+    STAGE.mkdir(parents=True)
+    index = name_index(notebooks)
+    for nb in notebooks: stage_notebook(nb, index)
+    for p in (ROOT/'nbs').iterdir():
+        if p.suffix in ('.css', '.svg', '.png'): shutil.copy(p, STAGE)
+    config = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
+    kept = [s for s in config.splitlines(True) if not (m := re.match(r'\s*- nbs/(\w+\.ipynb)', s)) or m[1] in notebooks]
+    flat = re.sub(r'nbs/(?:(\w+)\.ipynb|(?=\w))', lambda m: f'{page_name(m[1])}.ipynb' if m[1] else '', ''.join(kept))
+    (STAGE/'_quarto.yml').write_text(flat, encoding='utf-8')
+
+
+# ---- maths: TeX to MathML, which browsers show natively
+
+FUNCTIONS = set('ln log exp max min sup inf arg sin cos tan tanh det dim lim argmin argmax'.split())
+TIGHT = set('<>=≤≥∈+−-→×,')  # relations and operators lose their space in sub- and superscripts, as in TeX
+M = '{http://www.w3.org/1998/Math/MathML}'
+
+
+SCRIPTS = {M + t for t in 'msub msup msubsup munder mover munderover'.split()}
+
+
+def tidy(node, script=False):
+    "Give a formula TeX's spacing where MathML's defaults differ."
+    children = list(node)
+    for i, child in enumerate(children):
+        tidy(child, script or node.tag in SCRIPTS and i > 0)
+        text = (child.text or '').strip()
+        if child.tag == M + 'mo' and (text in ('|', '/') or script and text in TIGHT): child.set('lspace', '0'); child.set('rspace', '0')
+        if child.tag == M + 'mo' and text == '|': child.set('stretchy', 'false')
+        if text == '−' and (i == 0 or children[i-1].tag == M + 'mo' and children[i-1].text not in (')', ']', '|')): child.set('rspace', '0'); child.set('lspace', '0')
+        head = child[0] if child.tag in SCRIPTS else child
+        if (head.text or '').strip() not in FUNCTIONS or node.tag in SCRIPTS: continue
+        after = children[i+1] if i+1 < len(children) else None  # a thin space after ln, but none before a bracket
+        first = next((e.text.strip() for e in after.iter() if e.text and e.text.strip()), '') if after is not None else ')'
+        if head.tag == M + 'mo': head.set('lspace', '0'); head.set('rspace', '0')
+        if first not in tuple('([{)]},.|'): node.insert(list(node).index(child) + 1, ET.Element(M + 'mspace', width='0.1667em'))
+
+
+def mathml(tex, block):
+    "Turn TeX into MathML; an unknown command is an error."
+    from latex2mathml.converter import convert
+    tex = re.sub(r'\\operatorname\*\s*\{((?:[^{}]|\{[^{}]*\})*)\}', r'\\mathop{\\mathrm{\1}}', tex.strip())
+    tex = re.sub(r'\\(?:text|mathrm|texttt|mathtt)\{[^{}]*\}', lambda m: m[0].replace(r'\_', '_'), tex)
+    tex = re.sub(r'\\arg(?![A-Za-z])', r'\\mathrm{arg}\\,', tex)  # latex2mathml knows \\max but not \\arg
+    ET.register_namespace('', M[1:-1])
+    tree = ET.fromstring(convert(tex, display='block' if block else 'inline'))
+    tidy(tree)
+    if bad := re.findall(r'\\[A-Za-z]+', ''.join(tree.itertext())): raise ValueError(f"{bad[0]} in {tex!r} is not TeX that the site can show")
+    tree.set('alttext', tex)
+    return ET.tostring(tree, encoding='unicode')
+
+
+MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
+
+
+def finish():
+    "Render the maths of every page, and check that no page would load anything from elsewhere."
+    used = set('0123456789')
+    for path in sorted(SITE.rglob('*.html')):
+        def formula(m):
+            try: out = mathml(html.unescape(m[2]), m[1] == 'display')
+            except Exception as e: raise SystemExit(f"{path.name}: formula {html.unescape(m[2])!r}: {e}") from e
+            return f'<span class="math {m[1]}">{out}</span>'
+        text = MATH.sub(formula, path.read_text(encoding='utf-8'))
+        text = re.sub(r'<(?:link|script)[^>]*https://cdn[^>]*katex[^>]*>(?:</script>)?', '', text)
+        for m in re.findall(r'<math.*?</math>', text, re.S): used |= set(html.unescape(re.sub(r'<[^>]+>', '', m)))
+        if away := re.search(r'<(?:script|img|iframe|source)[^>]*\bsrc="(?:https?:)?//[^"]*"|<link(?=[^>]*stylesheet)[^>]*href="(?:https?:)?//[^"]*"', text):
+            raise SystemExit(f"{path.name} loads from the network: {away[0]}")
+        path.write_text(text, encoding='utf-8')
+    for css in SITE.rglob('*.css'):  # themes import web fonts; styles.css names fonts that every system has
+        css.write_text(re.sub(r'''@import\s*(?:url\(https?:[^)]*\)|(?:url\()?["']https?:[^"']*["']\)?)[^;]*;''', '', css.read_text(encoding='utf-8')), encoding='utf-8')
+    math_font(''.join(used), SITE/'math.ttf')
+
+
+# ---- commands
+
+def site():
+    "Build the site into _docs/, unless it stands there already for these inputs."
+    state = digest()
+    if STAMP.exists() and STAMP.read_text() == state: print(f"{SITE.name}/ is up to date"); return
+    listed = chapters()
+    notebooks = [nb for nb in listed if (ROOT/'nbs'/nb).exists()]
+    for nb in listed:
+        if nb not in notebooks: print(f"warning: _quarto.yml lists nbs/{nb}, which does not exist", file=sys.stderr)
+    stage(notebooks)
+    if shutil.which('quarto'): subprocess.run(['quarto', 'render', str(STAGE), '--no-execute', '--quiet'], check=True)
+    else:
+        from smalldocs.site import build
+        for w in build(STAGE, quiet=True).warnings:
+            if 'html-math-method' not in w: print(f"warning: {w}", file=sys.stderr)
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.copytree(STAGE/'_site', SITE)
+    finish()
+    STAMP.write_text(state)
+    print(f"{len(notebooks)} pages in {SITE.name}/; to read them: .venv/bin/python -m http.server -d {SITE.name}")
+
+
+def readme_text():
+    "Turn nbs/index.ipynb into Markdown for README.md: its prose and the Markdown its cells show."
+    parts = []
+    for cell in load(ROOT/'nbs'/'index.ipynb')['cells']:
+        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', source(cell)).strip())
+        if cell['cell_type'] != 'code' or re.match(r'#\|\s*hide\b', source(cell)): continue
+        if not re.search(r'^#\|\s*echo:\s*false', source(cell), re.M): parts.append(f'```python\n{source(cell).strip()}\n```')
+        for out in cell['outputs']:
+            shown = out.get('data', {})
+            if 'text/markdown' in shown: parts.append(''.join(shown['text/markdown']).strip())
+            elif 'text/plain' in shown: parts.append('```\n' + ''.join(shown['text/plain']).strip() + '\n```')
+    return '\n\n'.join(parts) + '\n'
+
+
+def readme():
+    "Write README.md."
+    (ROOT/'README.md').write_text(readme_text(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    command = dict(site=site, readme=readme).get(sys.argv[1] if len(sys.argv) == 2 else '')
+    if command is None: sys.exit(__doc__)
+    command()

@@ -1,0 +1,170 @@
+"What must hold for every chapter and module, read off the files."
+import ast
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "pgolf").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+
+
+def cells(path, kind="code"): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def source(cell): return "".join(cell["source"])
+def directives(cell): return re.findall(r"^#\|\s*([\w-]+):?", source(cell), re.M)
+def by_name(path): return path.stem
+
+
+def order():
+    "Module -> position of the chapter that exports it."
+    found = {}
+    for p in NOTEBOOKS:
+        for cell in cells(p):
+            if m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.M): found[m[1]] = p.stem
+    return found
+
+
+# ---- the book
+
+def test_the_site_lists_every_chapter_once_and_in_order():
+    listed = re.findall(r"- nbs/(\w+)\.ipynb", (ROOT / "_quarto.yml").read_text())
+    assert listed == [p.stem for p in NOTEBOOKS if p.stem != "index"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_title_cell_is_title_and_summary_alone(path):
+    lines = [s for s in source(json.loads(path.read_text())["cells"][0]).splitlines() if s.strip()]
+    assert lines[0].startswith("# ") and all(s.startswith("> ") for s in lines[1:]), "what else stands in the title cell would not reach the site"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_notebook_is_executed_without_errors_or_noise(path):
+    code = [c for c in cells(path) if source(c).strip()]
+    outputs = [o for c in code for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert not [o["text"] for o in outputs if o.get("name") == "stderr"]
+    ends_on_value = [c for c in code if "eval" not in directives(c) and is_value(source(c))]
+    assert all(c["outputs"] for c in ends_on_value), "not executed"
+    assert path.stat().st_size < 1_500_000, "notebooks stay small: about 60 kB a figure"
+
+
+def is_value(code):
+    "Does the cell end on a name or an operator, which always shows (calls may return None)?"
+    body = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
+    return bool(body) and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, (ast.Name, ast.BinOp, ast.Tuple)) and not code.rstrip().endswith(";")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_exported_cells_are_short(path):
+    def size(code):  # the fields of a configuration, one a line, are a table and do not count
+        fields = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.AnnAssign)]
+        return len(code.splitlines()) - len(fields)
+    long = {source(c).split("\n")[1]: size(source(c)) for c in cells(path) if {"export", "exports"} & set(directives(c)) and size(source(c)) > 40}
+    assert not long
+
+
+def test_run_notebooks_keep_their_parameters_tag():
+    for p in NOTEBOOKS:
+        if re.match(r"6\d_", p.stem): assert any("parameters" in c["metadata"].get("tags", []) for c in cells(p)), p.name
+
+
+def test_readme_is_the_index():
+    sys.path.insert(0, str(ROOT / ".ci"))
+    import docs
+    assert (ROOT / "README.md").read_text() == docs.readme_text(), "run: make readme"
+
+
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory):
+    "A copy of the sources after nbdev_export and nbdev_clean."
+    copy = tmp_path_factory.mktemp("sources")
+    skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "data", "runs")
+    for name in ("nbs", "pgolf"): shutil.copytree(ROOT / name, copy / name, ignore=skip)
+    for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
+    code = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True)
+    return copy
+
+
+def test_package_is_what_the_notebooks_export(regenerated):
+    stale = [p.name for p in regenerated.joinpath("pgolf").glob("*.py") if not (ROOT / "pgolf" / p.name).exists() or p.read_text() != (ROOT / "pgolf" / p.name).read_text()]
+    assert not stale, "run: nbdev_export"
+    assert {p.stem for p in MODULES} == set(order()), "a module without a chapter, or a chapter without its module"
+
+
+def test_notebooks_are_clean(regenerated):
+    assert not [p.name for p in NOTEBOOKS if p.read_text() != (regenerated / "nbs" / p.name).read_text()], "run: nbdev_clean"
+
+
+# ---- the package
+
+def imports(path):
+    "Every module that a file imports, with the depth at which it does."
+    tree, top = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): top |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom): top.add(f"pgolf.{node.module}" if node.level else node.module)
+    return top
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_module_imports_only_earlier_chapters(path):
+    place = order()
+    used = {m.split(".")[1] for m in imports(path) if m.startswith("pgolf.")}
+    assert all(place[m] < place[path.stem] for m in used), used
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_module_keeps_the_house_rules(path):
+    text = path.read_text()
+    assert not imports(path) & {"pickle", "nbdev", "fastcore"} and "fastcore" not in text
+    assert not re.search(r"os\.environ|getenv|torch\.autocast", text), "configuration is values"
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+    for load in re.findall(r"torch\.load\([^)]*\)", text): assert "weights_only=True" in load
+    assert len(text.splitlines()) <= 700
+
+
+def test_importing_everything_is_quick_and_touches_neither_network_nor_cuda():
+    code = """if 1:
+        import socket, sys, time, torch
+        def refuse(*a, **k): raise AssertionError('network at import')
+        socket.socket.connect = socket.getaddrinfo = refuse
+        torch.cuda._lazy_init = refuse
+        import importlib
+        start = time.perf_counter()
+        for m in sys.argv[1:]: importlib.import_module(f'pgolf.{m}')
+        assert not torch.cuda.is_initialized()
+        print(time.perf_counter() - start)"""
+    out = subprocess.run([sys.executable, "-c", code, *(p.stem for p in MODULES)], cwd=ROOT, capture_output=True, text=True)
+    assert not out.returncode, out.stderr
+    assert float(out.stdout) < 20, "seconds, after torch itself"
+
+
+# ---- the files
+
+def tracked():
+    out = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if out.returncode: pytest.skip("not a git checkout")
+    return [ROOT / f for f in out.stdout.split("\n") if f and (ROOT / f).is_file()]
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    places = re.compile(r"(?<![\w.:/-])/(?:home|root|work|Users|tmp|mnt)/[\w.-]+|[A-Z]:\\\\Users")
+    found = {}
+    for p in tracked():
+        if p.suffix in (".py", ".ipynb", ".md", ".ini", ".toml", ".yml", ".txt", ".json", ".css") and p != ROOT / "tests" / "test_repo.py":
+            if hits := places.findall(re.sub(r'"image/png": "[^"]*"', "", p.read_text(encoding="utf-8"))): found[p.name] = hits[:3]
+    assert not found
+
+
+def test_every_direct_requirement_is_pinned():
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini")
+    wanted = " ".join(v for k, v in cfg["DEFAULT"].items() if k.endswith("requirements")).lower().replace("_", "-")
+    pinned = {s.split("==")[0].lower().replace("_", "-") for s in (ROOT / "constraints.txt").read_text().split("\n") if "==" in s}
+    assert {re.split(r"[<>=!~]", w)[0] for w in wanted.split()} <= pinned
