@@ -19,7 +19,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 	  rm -rf .venv; echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv."; exit 1; }
 	@echo "Installing what constraints.txt pins into .venv (minutes the first time, once) ..."
-	@$(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 reproduce: $(READY) ## run every system at pocket scale and print the scoreboard (SYSTEM=pr610 runs one)
