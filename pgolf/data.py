@@ -357,7 +357,7 @@ def _fetch(remote, folder, repo_id, endpoint):
     except ImportError as e: raise ImportError("downloading needs an optional package: pip install huggingface_hub") from e
     try: return Path(hf_hub_download(repo_id, remote, repo_type="dataset", local_dir=folder, endpoint=endpoint))
     except Exception as e: # the client raises a dozen kinds
-        raise ConnectionError(f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {e}; run the same command again to go on") from e
+        raise ConnectionError(f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {(str(e) or repr(e)).splitlines()[0]}; run the same command again to go on") from e
 
 # %% ../nbs/02_data.ipynb #cbec0eda
 def _expected_tokens(entry, shard_size, split, i): # of the i-th shard: full, or what is left; None if the manifest does not say
