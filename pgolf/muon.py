@@ -103,18 +103,22 @@ class Muon(torch.optim.Optimizer):
         "Take one step; parameters without a gradient stay."
         loss = None if closure is None else torch.enable_grad()(closure)()
         for g in self.param_groups:
-            if params := [p for p in g["params"] if p.grad is not None]: self._step_group(g, params)
+            if params := [p for p in g["params"] if p.grad is not None]: _step_group(self, g, params)
         return loss
 
-    def _step_group(self, g, params):
-        U,shapes = _direction(params, self.state, g["momentum"]), [tuple(p.shape) for p in params]
-        owner,mine = share_out(shapes, self.world), {}
-        for shape in dict.fromkeys(shapes):
-            at = [i for i,o in enumerate(owner) if o == self.rank and shapes[i] == shape]
-            if at: mine |= zip(at, orthogonal_update(torch.stack([U[i].to(self.ns_dtype) for i in at]), g["ns_steps"], g["row_norm"], self.ns_dtype))
-        out = [mine[i] for i in range(len(U))] if self.world == 1 else _exchange(mine, shapes, owner, self.rank, self.world, U[0].to(self.ns_dtype))
-        torch._foreach_mul_(params, 1 - g["lr"]*g["weight_decay"])
-        torch._foreach_add_(params, [u.to(p.dtype) for u,p in zip(out, params)], alpha=-g["lr"])
+# %% ../nbs/20_muon.ipynb #cc88afd2
+def _step_group(opt, g, params):
+    "One step for `params` of the group `g`: own matrices by shape, the others' received, then decay and update."
+    U,shapes = _direction(params, opt.state, g["momentum"]), [tuple(p.shape) for p in params]
+    owner,mine = share_out(shapes, opt.world), {}
+    for shape in dict.fromkeys(shapes):
+        if at := [i for i,o in enumerate(owner) if o == opt.rank and shapes[i] == shape]:
+            batch = torch.stack([U[i].to(opt.ns_dtype) for i in at])
+            mine |= zip(at, orthogonal_update(batch, g["ns_steps"], g["row_norm"], opt.ns_dtype))
+    if opt.world == 1: out = [mine[i] for i in range(len(U))]
+    else: out = _exchange(mine, shapes, owner, opt.rank, opt.world, U[0].to(opt.ns_dtype))
+    torch._foreach_mul_(params, 1 - g["lr"]*g["weight_decay"])
+    torch._foreach_add_(params, [u.to(p.dtype) for u,p in zip(out, params)], alpha=-g["lr"])
 
 # %% ../nbs/20_muon.ipynb #e332ea56
 @dataclass(frozen=True)
