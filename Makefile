@@ -13,7 +13,7 @@ help: ## show this list
 	@echo; echo "  make PYTHON=python3.12 ...  uses another Python (3.11 or newer) for .venv"
 
 # pip runs when .venv is missing or when what it installs has changed; otherwise the environment is reused.
-$(READY): settings.ini constraints.txt setup.py pyproject.toml
+$(READY): settings.ini constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { \
 	  echo "pgolf needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \

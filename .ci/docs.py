@@ -24,7 +24,7 @@ def chapters(): return list(dict.fromkeys(re.findall(r'nbs/(\w+\.ipynb)', (ROOT/
 def digest():
     "Name the state of every input of the site."
     sums = hashlib.sha256()
-    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini', *(ROOT/'nbs').glob('*.*')]):
+    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini', *filter(Path.is_file, (ROOT/'nbs').iterdir())]):
         sums.update(p.name.encode() + b'\0' + p.read_bytes())
     return sums.hexdigest()
 
