@@ -218,7 +218,8 @@ def _entries(manifest, path, name): # the dataset's entry and its tokenizer's
     names = [d["name"] for d in manifest["datasets"]]
     if name not in names: raise ValueError(f"{path} has no dataset {name!r}, only {', '.join(names)}")
     entry = manifest["datasets"][names.index(name)]
-    if not {"files_train", "files_val"} <= entry.get("stats", {}).keys(): raise ValueError(f"{path}: dataset {name!r} does not say how many shards it has (stats.files_train, stats.files_val)")
+    if not {"files_train", "files_val"} <= entry.get("stats", {}).keys():
+        raise ValueError(f"{path}: dataset {name!r} does not say how many shards it has (stats.files_train, stats.files_val)")
     tokenizer = next((t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"]), None)
     if tokenizer is None or "model_path" not in tokenizer: raise ValueError(f"{path}: dataset {name!r} has no SentencePiece tokenizer; pgolf reads no other kind")
     return entry,tokenizer
@@ -357,7 +358,8 @@ def _fetch(remote, folder, repo_id, endpoint):
     except ImportError as e: raise ImportError("downloading needs an optional package: pip install huggingface_hub") from e
     try: return Path(hf_hub_download(repo_id, remote, repo_type="dataset", local_dir=folder, endpoint=endpoint))
     except Exception as e: # the client raises a dozen kinds
-        raise ConnectionError(f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {(str(e) or repr(e)).splitlines()[0]}; run the same command again to go on") from e
+        why = (str(e) or repr(e)).splitlines()[0]
+        raise ConnectionError(f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {why}; run the same command again to go on") from e
 
 # %% ../nbs/02_data.ipynb #cbec0eda
 def _expected_tokens(entry, shard_size, split, i): # of the i-th shard: full, or what is left; None if the manifest does not say
@@ -393,7 +395,7 @@ def download_fineweb(
     if not 1 <= train_shards <= (most := entry["stats"]["files_train"]): raise ValueError(f"train_shards={train_shards} not in 1..{most}")
     (staging/"datasets"/"manifest.json").replace(root/"manifest.json")
     for file in filter(None, (tokenizer["model_path"], tokenizer.get("vocab_path"))):
-        if not (root/file).is_file(): _take(get(file), root/file)
+        if not (root/file).is_file(): _take(get(file), root/file, vocab_size=entry["vocab_size"])
     wanted = [(split,i) for split,n in (("val", entry["stats"]["files_val"]), ("train", train_shards)) for i in range(n)]
     for split,i in tqdm(wanted, desc=name, unit="shard", delay=5):
         file = Path("datasets")/name/next(islice(_shard_names(entry, split), i, None))
@@ -404,9 +406,10 @@ def download_fineweb(
 
 # %% ../nbs/02_data.ipynb #f9e468f0
 def _take(got, path, want=None, vocab_size=None):
-    "Give a fetched file its final name, a shard only after a look inside."
-    if path.suffix == ".bin":
-        try: _check_shard(got, want, vocab_size)
-        except ShardError: got.unlink(); raise
+    "Give a fetched file its final name, after a look inside."
+    try:
+        if path.suffix == ".bin": _check_shard(got, want, vocab_size)
+        if path.suffix == ".model": load_tokenizer(got, vocab_size)
+    except ValueError: got.unlink(); raise
     path.parent.mkdir(parents=True, exist_ok=True)
     got.replace(path)
