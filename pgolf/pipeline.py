@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILES', 'Row', 'Report', 'code_bytes', 'environment', 'pick_device', 'Job', 'start', 'make_average', 'make_listeners',
-           'train_here', 'launch', 'train_weights', 'weights_of', 'model_of', 'calibrate', 'write_artifact',
+           'train_here', 'launch', 'work', 'train_weights', 'weights_of', 'model_of', 'calibrate', 'write_artifact',
            'read_artifact', 'grade', 'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run',
-           'saved_bytes', 'entropy_bits', 'estimate_bytes', 'memory_bytes', 'plan']
+           'saved_bytes', 'entropy_bits', 'estimate_bytes', 'memory_bytes', 'plan', 'open_corpus', 'scoreboard']
 
 # %% ../nbs/51_pipeline.ipynb #35602048
 import importlib.metadata,json,lzma,math,platform,subprocess,sys,time
@@ -18,13 +18,13 @@ import pgolf
 from .artifact import family,load_artifact,save_artifact,write_atomic
 from .averaging import EMA,SWA
 from .bpb import BYTE_LIMIT
-from .data import Dataset
+from .data import Dataset,austen,open_dataset
 from .gpt import GPT,ModelConfig,count_parameters,flops_per_token,param_groups
 from .gptq import collect_hessians,dequantize_state,quant_errors,quantize_state
 from .quant import Grid,LateQAT,quantize
-from .recipes import Recipe
+from .recipes import Recipe,load_recipe
 from .scoring import Scores,score
-from .training import Checkpointer,MetricsLog,Progress,best_dtype,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
+from .training import Checkpointer,MetricsLog,Progress,best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
 from .ttt import score_and_adapt
 
 # %% ../nbs/51_pipeline.ipynb #e332ea56
@@ -194,6 +194,16 @@ def launch(
         for line in p.stdout: print(line, end="", flush=True)
     if p.returncode: raise RuntimeError(f"training in {job.nproc} processes failed with exit code {p.returncode}; its last lines are above, {job.state} goes on from the last checkpoint")
 
+# %% ../nbs/51_pipeline.ipynb #b1203d93
+def work(
+    out, # folder of a job that `launch` has described
+):
+    "Be one rank of a run."
+    about = json.loads((Path(out)/"job.json").read_text())
+    recipe = load_recipe(Path(out)/"recipe.json")
+    train_here(Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"], lines=about["lines"], progress=about["progress"]))
+    close_ranks()
+
 # %% ../nbs/51_pipeline.ipynb #39debc24
 def train_weights(
     job:Job,
@@ -331,16 +341,15 @@ def run(
 def saved_bytes(
     model:GPT,      # on the meta device
     seq_len:int,    # of the probe
-    itemsize:int,   # bytes per activation
 )->float: # bytes kept for the backward pass, per token
-    "Measure what autograd keeps of one row, parameters left out."
-    own,kept = {id(p) for p in model.parameters()},{}
+    "Measure what autograd keeps of one row, parameters left out; compilation keeps less."
+    own,kept = {p.untyped_storage()._cdata for p in model.parameters()},{}
     def pack(t):
-        if id(t) not in own and t.is_floating_point(): kept[t.untyped_storage()._cdata] = t.numel()
+        if (key := t.untyped_storage()._cdata) not in own: kept[key] = t.untyped_storage().nbytes()
         return t
     ids = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model.train().loss(ids, ids)
-    return sum(kept.values())*itemsize/seq_len
+    return sum(kept.values())/seq_len
 
 # %% ../nbs/51_pipeline.ipynb #ede7ba2e
 def entropy_bits(
@@ -372,15 +381,14 @@ def estimate_bytes(
 def memory_bytes(
     recipe:Recipe, # model, batch, average
     device:str,    # decides the dtype of the activations
-    world:int=1,   # processes
 )->dict: # part -> bytes, one process
     "Estimate the memory of a training step."
     with torch.device("meta"): model = GPT(recipe.model)
     size = lambda kinds: 4*sum(p.numel() for g in recipe.optim.groups if g.kind in kinds for _,p in param_groups(model, recipe.optim.groups)[g.name])
     n,micro = 4*sum(p.numel() for p in model.parameters()),recipe.train.train_batch_tokens//recipe.train.num_spans
-    itemsize = best_dtype(device).itemsize if torch.device(device).type!="cuda" or torch.cuda.is_available() else 2
+    model.compute_dtype = torch.bfloat16 if torch.device(device).type=="cuda" else torch.float32
     return dict(weights=n, gradients=n, optimizers=size(("muon",))+2*size(("adamw",)), average=n if recipe.stages.average!="none" else 0,
-        activations=round(micro*saved_bytes(model, min(64, recipe.train.train_seq_len), itemsize)))
+        activations=round(micro*saved_bytes(model, 16)))
 
 def plan(
     recipe:Recipe,     # at its final scale
@@ -390,3 +398,21 @@ def plan(
     r,T = recipe,recipe.train.train_seq_len
     return dict(parameters=count_parameters(r.model), flops_per_token=3*flops_per_token(r.model, T), tokens_per_step=r.train.train_batch_tokens,
         steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full" else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r), code_bytes=code_bytes()[1])
+
+# %% ../nbs/51_pipeline.ipynb #86087753
+def open_corpus(
+    corpus:str,         # "austen", or the folder of a dataset
+    data:str="data",    # where the embedded corpus is unpacked
+)->Dataset:
+    "Data by name or folder."
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(corpus)
+
+def scoreboard(
+    reports:list, # of `Report`
+)->list[dict]: # one row per run, best score first
+    "All runs side by side."
+    def row(r):
+        last = r.rows[-1] if r.rows else {}
+        return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **{k:r.bpb(k) for k in ("raw","averaged","artifact","sliding","adapted")},
+            coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact, bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"), complete=r.complete)
+    return sorted(map(row, reports), key=lambda r: min((r[k] for k in ("adapted","sliding") if r[k]), default=math.inf))
