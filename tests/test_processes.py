@@ -1,0 +1,102 @@
+"Several processes, and signals from outside: what one process cannot show of the training loop."
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.data import write_shard
+from pgolf.training import read_checkpoint
+
+JOB = '''
+import json, sys, time
+from pathlib import Path
+from pgolf.averaging import EMA
+from pgolf.gpt import GPT, ModelConfig
+from pgolf.muon import OptimConfig
+from pgolf.schedule import ScheduleConfig
+from pgolf.training import Checkpointer, MetricsLog, TrainConfig, Validate, close_ranks, make_loader, setup_ranks, train
+
+shard, out, args = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+ranks = setup_ranks("cpu")
+model = GPT(ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2., rope_dims=4, skip_init=1.))
+cfg = TrainConfig(train_batch_tokens=512, train_seq_len=32, num_spans=4, warmup_steps=1, log_every=1)
+plan = ScheduleConfig(**dict(iterations=8, warmdown_iters=4, muon_momentum_warmup_steps=4) | args.get("plan", {}))
+
+class Lag:
+    "Ranks of unequal speed."
+    def after_step(self, run): time.sleep(args.get("lag", 0)*(1+run.rank))
+class Ready:
+    "Tell the parent that steps are being taken."
+    def after_step(self, run):
+        if run.is_main: print("step", run.step, flush=True)
+
+loader = make_loader([shard], cfg, ranks)
+listeners = [EMA(.9), MetricsLog(), Checkpointer(5), Lag(), Ready(), Validate(3, lambda m: {"val_loss": 0.})]
+res = train(model, loader, OptimConfig(), plan, cfg, listeners, out=out, resume=args.get("resume"))
+state = {k: v.double().sum().item() for k,v in model.state_dict().items()}
+(out/f"rank{ranks.rank}.json").write_text(json.dumps(dict(losses=res.losses, steps=res.steps, stopped_by=res.stopped_by, lr=res.lr_scales, weights=state, world=ranks.world)))
+close_ranks()
+'''
+
+
+@pytest.fixture
+def job(tmp_path):
+    "Start the job with `world` ranks; returns the process and its folder."
+    g = np.random.default_rng(0)
+    write_shard(tmp_path/"train.bin", (np.arange(20_000) % 50 + g.integers(0, 3, 20_000)).astype(np.uint16))
+    (tmp_path/"job.py").write_text(JOB)
+
+    def start(name, world=1, **args):
+        out = tmp_path/name
+        out.mkdir(exist_ok=True)
+        launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        cmd = [sys.executable, *launcher, str(tmp_path/"job.py"), str(tmp_path/"train.bin"), str(out), json.dumps(args)]
+        return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), out
+    return start
+
+
+def finish(started, code=0):
+    "Wait for a job; its reports by rank."
+    process, out = started
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    return [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
+
+
+def test_two_ranks_train_as_one_and_rank_zero_alone_writes(job):
+    two = _, out = job("two", world=2)
+    a, b = finish(two)
+    [one] = finish(job("one"))
+    assert (one["world"], a["world"], b["world"]) == (1, 2, 2)
+    np.testing.assert_allclose(a["losses"], one["losses"], rtol=1e-4)
+    assert a == b  # losses, rates, and every weight, to the bit
+    lines = [json.loads(l) for l in (out/"metrics.jsonl").read_text().splitlines()]
+    assert [l["step"] for l in lines if "loss" in l] == list(range(1, 9))
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl", "rank0.json", "rank1.json"]
+    [rest] = finish(job("rest", resume=str(out/"checkpoint.safetensors")))  # one rank goes on with what two have begun
+    assert rest["steps"] == 8 and len(rest["losses"]) == 3
+    np.testing.assert_allclose(rest["losses"], a["losses"][5:], rtol=1e-4)
+
+
+def test_ranks_of_unequal_speed_agree_on_clock_and_rate(job):
+    a, b = finish(job("lag", world=2, lag=.02, plan=dict(iterations=1000, max_wallclock_seconds=.6, warmdown_iters=5)))
+    assert a["stopped_by"] == b["stopped_by"] == "wallclock" and a["steps"] == b["steps"] < 31
+    assert a["lr"] == b["lr"] and a["lr"][-1] < 1 and a["weights"] == b["weights"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ctrl_c_writes_a_checkpoint_that_can_be_resumed(job, world):
+    started = process, out = job("cut", world=world, lag=.02, plan=dict(iterations=100_000, warmdown_iters=4))
+    while "step 6" not in (line := process.stdout.readline()): assert line, process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    if world == 1:
+        [report] = finish(started)
+        assert report["stopped_by"] == "interrupted" and report["steps"] >= 6
+    else: process.communicate(timeout=120)  # torchrun reports the signal with an exit code of its own
+    tensors, meta = read_checkpoint(out/"checkpoint.safetensors")
+    assert meta["step"] >= 6 and (world == 2 or meta["step"] == report["steps"])
+    assert not list(out.glob(".*")) and any(k.startswith("EMA.0/") for k in tensors)

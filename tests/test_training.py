@@ -1,0 +1,219 @@
+"The training loop against the published run, under compilation, at its limits and with faults."
+import io
+import json
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf import tokenizer, training
+from pgolf.averaging import EMA, SWA
+from pgolf.data import write_shard
+from pgolf.gpt import GPT, ModelConfig
+from pgolf.muon import OptimConfig
+from pgolf.quant import Grid, LateQAT
+from pgolf.schedule import ScheduleConfig
+from pgolf.training import (CheckpointError, Checkpointer, MetricsLog, Progress, Ranks, Run, TensorBoard, TrainConfig, TrainingDiverged, Validate,
+                            can_compile, expected_steps, make_loader, read_checkpoint, settle, train, write_checkpoint)
+from test_golden_train import model_config
+
+TINY = ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2., rope_dims=4, skip_init=1.)
+CFG = TrainConfig(train_batch_tokens=256, train_seq_len=32, num_spans=4, warmup_steps=0, log_every=2)
+PLAN = ScheduleConfig(iterations=6, warmdown_iters=3, muon_momentum_warmup_steps=4)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    "Two periods of a noisy pattern as a shard."
+    g = np.random.default_rng(0)
+    path = tmp_path / "data" / "train_000000.bin"
+    path.parent.mkdir()
+    write_shard(path, (np.arange(6000) % 50 + g.integers(0, 3, 6000)).astype(np.uint16))
+    return path
+
+
+def run(shard, cfg=CFG, plan=PLAN, listeners=(), optim=OptimConfig(), **kw):
+    "Model and result of a small run on the real loader."
+    model = GPT(TINY)
+    return model, train(model, make_loader([shard], cfg), optim, plan, cfg, listeners, **kw)
+
+
+class Sleep:
+    "A listener that takes its time, on the clock."
+    def __init__(self, seconds): self.seconds = seconds
+    def after_step(self, run): time.sleep(self.seconds)
+
+
+class Interrupt:
+    "Ask for the end after a step."
+    def __init__(self, step): self.step = step
+    def after_step(self, run): run.interrupted |= run.step == self.step
+
+
+class GoldenLoader:
+    "Batches of the golden run: step s reads tokens 256s .. 256s+256."
+    def __init__(self, ids): self.ids, self.position = torch.tensor(ids.astype(np.int64)), 0
+    def next_step(self):
+        t = self.ids[256*self.position:256*self.position + 257]
+        self.position += 1
+        return [(t[:-1].view(4, 64), t[1:].view(4, 64))]
+
+
+def test_golden_twelve_steps(golden):
+    "The loop gives the losses of PR #610's own code, as the hand-written steps of test_golden_train.py do."
+    z = golden("train_pr610")
+    h = json.loads(str(z["hyper"]))
+    model = GPT(model_config(json.loads(str(z["config"]))))
+    model.load_state_dict({n: torch.from_numpy(z[f"param0/{n}"]) for n, _ in model.named_parameters()})
+    opt = OptimConfig(matrix_lr=h["matrix_lr"], tied_embed_lr=h["embed_lr"], scalar_lr=h["scalar_lr"])
+    plan = ScheduleConfig(iterations=12, warmdown_iters=0, muon_momentum=h["momentum"], muon_momentum_warmup_steps=0)
+    cfg = TrainConfig(train_batch_tokens=256, train_seq_len=64, num_spans=1, warmup_steps=2, grad_clip_norm=h["grad_clip"])
+    losses = np.array(train(model, GoldenLoader(z["ids"]), opt, plan, cfg).losses)
+    assert abs(losses[0]/z["losses"][0] - 1) < 1e-5
+    np.testing.assert_allclose(losses, z["losses"], rtol=2.5e-4)
+
+
+def test_accumulation_does_not_change_the_losses(shard):
+    base = run(shard, replace(CFG, num_spans=1))[1].losses
+    loader = lambda cfg: make_loader([shard], cfg)
+    whole, split = loader(replace(CFG, num_spans=1)).next_step(), loader(CFG).next_step()
+    assert len(whole) == 1 and len(split) == 4 and len(base) == 6
+
+    class Rows:
+        "The same global batch, row by row."
+        position = 0
+        def __init__(self): self.inner = loader(replace(CFG, num_spans=1))
+        def next_step(self): return [(x[None], y[None]) for xs, ys in self.inner.next_step() for x, y in zip(xs, ys)]
+    ours = train(GPT(TINY), Rows(), OptimConfig(), PLAN, CFG).losses
+    np.testing.assert_allclose(ours, base, rtol=1e-4)
+
+
+def test_resume_is_bitwise_with_the_real_loader(shard, tmp_path):
+    straight, cut, on = [[EMA(.9), SWA(2, 1.)] for _ in range(3)]
+    full, whole = run(shard, listeners=straight)
+    _, first = run(shard, listeners=[*cut, Interrupt(3)], out=tmp_path)
+    again, second = run(shard, listeners=on, out=tmp_path, resume=first.checkpoint)
+    assert (first.stopped_by, first.steps, second.stopped_by, second.steps) == ("interrupted", 3, "iterations", 6)
+    assert first.losses + second.losses == whole.losses and second.tokens == whole.tokens
+    for k, v in full.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
+    for a, b in zip(straight, on):
+        for k, v in a.state_dict().items(): assert torch.equal(v, b.state_dict()[k]), k
+
+
+def test_warm_up_leaves_no_trace(shard):
+    model, cfg = GPT(TINY), replace(CFG, warmup_steps=3)
+    plain, res = run(shard)
+    loader = make_loader([shard], cfg)
+    warm = train(model, loader, OptimConfig(), PLAN, cfg)
+    assert warm.losses == res.losses and warm.tokens == res.tokens
+    for k, v in plain.state_dict().items(): assert torch.equal(v, model.state_dict()[k]), k
+
+
+def test_wallclock_limit_and_time_off_the_clock(shard):
+    plan = ScheduleConfig(iterations=10_000, max_wallclock_seconds=.4, warmdown_iters=3)
+    slow = Validate(3, lambda model: time.sleep(.2) or {"val_loss": 0.})
+    begun = time.perf_counter()
+    _, res = run(shard, plan=plan, listeners=[Sleep(.02), slow])
+    real = time.perf_counter() - begun
+    assert res.stopped_by == "wallclock" and .4 <= res.elapsed < .8
+    assert real > res.elapsed + .19*len(slow.history) and slow.history[-1][0] == res.steps
+    assert res.lr_scales[-1] < .9
+
+
+def test_expected_steps_uses_the_nearer_limit():
+    r = Run(None, [], None, ScheduleConfig(iterations=100, max_wallclock_seconds=10.), CFG)
+    assert expected_steps(r) == 100
+    r.step, r.clock.total = 5, 1.
+    assert expected_steps(r) == 50
+    r.clock.total = .1
+    assert expected_steps(r) == 100
+
+
+def test_divergence_is_found_late_and_keeps_the_good_checkpoint(shard, tmp_path):
+    class Spoil:
+        def before_step(self, run):
+            if run.step == 3: run.model.tok_emb.weight.data.fill_(float("inf"))
+    with pytest.raises(TrainingDiverged, match=r"step 3: .*last finite loss .*diverged\.safetensors") as e:
+        run(shard, listeners=[Spoil(), Checkpointer(1)], out=tmp_path)
+    assert e.value.step == 3 and np.isfinite(e.value.last_loss)
+    assert read_checkpoint(tmp_path/"checkpoint.safetensors")[1]["step"] == 3
+    # as on a GPU: several losses wait, the second of them is bad
+    r = Run(None, [], None, PLAN, CFG)
+    r.pending = [torch.tensor([2., 1.]), torch.tensor([float("nan"), 1.]), torch.tensor([2., 1.])]
+    with pytest.raises(TrainingDiverged, match="step 1: loss nan.*last finite loss 2.0000.*no state written"): settle(r)
+
+
+def test_checkpoint_faults(shard, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.safetensors"
+    _, res = run(shard, listeners=[Interrupt(2)], out=tmp_path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:40], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors: truncated or not a checkpoint"): run(shard, resume=path)
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="train.seed is 1337 there and 1 here"): run(shard, replace(CFG, seed=1), resume=path)
+    with pytest.raises(CheckpointError, match="listeners is"): run(shard, listeners=[EMA()], resume=path)
+    run(shard, replace(CFG, log_every=1), resume=path)  # an interval may differ
+
+    def full(self, data): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(tokenizer, "open", lambda *a: type("Full", (io.BytesIO,), {"write": full})(), raising=False)
+    with pytest.raises(OSError, match=r"No space left on device while writing .*checkpoint\.safetensors.*free some space"):
+        run(shard, listeners=[Checkpointer(2)], out=tmp_path)
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir() if p.is_file()] == [path.name]
+
+
+def test_metrics_log_drops_lines_that_will_be_written_again(shard, tmp_path):
+    class Crash:
+        def before_step(self, run):
+            if run.step == 5: raise RuntimeError("power cut")
+    with pytest.raises(RuntimeError, match="power cut"): run(shard, listeners=[MetricsLog(), Checkpointer(3), Crash()], out=tmp_path)
+    run(shard, listeners=[MetricsLog(), Checkpointer(3)], out=tmp_path, resume=tmp_path/"checkpoint.safetensors")
+    lines = [json.loads(l) for l in (tmp_path/"metrics.jsonl").read_text().splitlines()]
+    assert [l["step"] for l in lines if "loss" in l] == [1, 2, 3, 4, 5, 6]
+    assert {"step", "elapsed", "loss", "lr_scale", "grad_norm", "tokens", "tokens_per_second"} == set(lines[-1])
+
+
+def test_progress_bar_and_lines(shard):
+    bar, text = io.StringIO(), io.StringIO()
+    run(shard, listeners=[Progress(bar), Progress(text, lines=True), Validate(3, lambda m: {"val_loss": 1.5})])
+    assert "6/6" in bar.getvalue() and "step 3: val_loss 1.5000" in bar.getvalue()
+    assert "step 6/6" in text.getvalue() and "s left: loss" in text.getvalue() and "compile: off (auto)" in text.getvalue()
+
+
+def test_tensorboard_is_optional(shard, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    run(shard, listeners=[TensorBoard()], out=tmp_path)
+    assert list((tmp_path/"tensorboard").glob("events.*"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"): run(shard, listeners=[TensorBoard()], out=tmp_path)
+
+
+def test_compile_falls_back_where_there_is_no_compiler(shard, monkeypatch):
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    text = io.StringIO()
+    _, res = run(shard, replace(CFG, compile=True), listeners=[Progress(text, lines=True)])
+    assert not res.compiled and "compile: off, no compiler on the PATH" in text.getvalue()
+
+
+def test_late_qat_compiles_once_more_and_takes_effect(shard):
+    able, why = can_compile("cpu")
+    if not able: pytest.skip(why)
+    from torch._dynamo.utils import counters
+
+    class Count:
+        def __init__(self): self.seen = []
+        def after_step(self, run): self.seen.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    counters.clear()
+    qat = lambda: LateQAT(.9, ((r"\.weight$", Grid(-1, 1)),))  # ternary, so that the effect is plain; on at step 4
+    kw = dict(optim=OptimConfig(ns_dtype="float32", matrix_lr=.1))  # bfloat16 would enlarge the last bits that compilation changes
+    cfg, count = replace(CFG, compile=True, warmup_steps=1), Count()
+    look = Validate(2, lambda m: {"x": float(m(torch.zeros(1, 4, dtype=torch.long)).sum())})  # eval mode between steps
+    _, compiled = run(shard, cfg, listeners=[qat(), look, count], **kw)
+    eager, plain = run(shard, listeners=[qat()], **kw)[1].losses, run(shard, **kw)[1].losses
+    assert compiled.compiled and [n - count.seen[0] for n in count.seen] == [0, 0, 0, 0, 1, 1]
+    np.testing.assert_allclose(compiled.losses, eager, rtol=1e-3)  # last bits flip a few roundings
+    assert eager[:4] == plain[:4] and abs(eager[4] - plain[4]) > 1e-2
