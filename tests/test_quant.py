@@ -76,6 +76,19 @@ def test_train_mode_loss_and_gradients_of_pr1123(golden):
             assert own[published_name(k.removeprefix("gradnorm/"))].norm().item() == pytest.approx(float(z[k]), rel=1e-4), k
 
 
+def test_payload_of_pr598():
+    "Its mixed quantization at full size has 27,522,422 bytes of codes, steps and kept tensors."
+    with torch.device("meta"):
+        model = GPT(ModelConfig(smear=True, ln_scale=True, skip_init=1., activation="star_relu", skip_gate=True, bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10)))
+    control = r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_shared|ve_layer_scales"
+    cfg = QuantConfig(rules=((r"\.(attn|mlp)\.", int_grid(6)), (".*", int_grid(8, scale_per="tensor"))), keep_float32=control)
+    def payload(name, t):
+        how = cfg.grid(name, t)
+        if not isinstance(how, Grid): return t.numel()*how.itemsize
+        return t.numel() + 2*(1 if how.scale_per == "tensor" else len(t))
+    assert sum(payload(n, t) for n, t in model.state_dict().items()) == 27_522_422
+
+
 def small_gpt():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4))
