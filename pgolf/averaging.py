@@ -95,7 +95,8 @@ class HMA(_Average):
         now = [p.float() for p in live.values()]
         torch._foreach_lerp_(fast, now, 1-self.fast)
         torch._foreach_lerp_(slow, now, 1-self.slow)
-        torch._foreach_lerp_(smooth, torch._foreach_sub(torch._foreach_mul(fast, 2), slow), 1-self.smooth)
+        hull = torch._foreach_lerp(slow, fast, 2.) # 2 fast - slow
+        torch._foreach_lerp_(smooth, hull, 1-self.smooth)
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
         "Averaged weights, ready for `load_state_dict`."
         return self._cast({n: self._copies[f"smooth/{n}"] for n in self._dtypes})

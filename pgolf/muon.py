@@ -82,7 +82,8 @@ def _direction(params, state, momentum):
 # %% ../nbs/20_muon.ipynb #844dc831
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised; same shapes as one batch, whole matrices shared out over ranks."
-    def __init__(self, params,
+    def __init__(self,
+        params,              # matrices, or groups of them as torch's optimizers take
         lr:float,            # spectral norm of the step of a square matrix
         momentum:float=.95,  # share of the running sum kept, 0..1
         weight_decay:float=0., # times lr, taken off the weights before the step

@@ -68,14 +68,17 @@ class ScheduleConfig:
     muon_momentum_warmup_start:float=.92 # at step 0
     muon_momentum_warmup_steps:int=1500  # length of the ramp, steps; 0: none
     def __post_init__(self): _check(self)
-    def lr_scale(self, step:int, elapsed:float=0.)->float:
-        "Multiplier of every base learning rate for the step about to run, after `elapsed` seconds."
+    def lr_scale(self,
+        step:int,         # step about to run, from 0
+        elapsed:float=0., # seconds of training so far
+    )->float: # 0..1
+        "Multiplier of every base learning rate."
         warmdown = self.warmdown_ratio*self.iterations or self.warmdown_iters
         left = by_steps(step, self.iterations, warmdown)
         if cap := self.max_wallclock_seconds: left = min(left, by_clock(step, elapsed, cap, warmdown))
-        return min(ramp(step+1, 0, 1, self.lr_warmup_iters), DECAYS[self.decay](left))
-    def momentum(self, step:int)->float:
-        "Muon momentum for the step about to run."
+        return min(ramp(step+1, 0., 1., self.lr_warmup_iters), DECAYS[self.decay](left))
+    def momentum(self, step:int)->float: # of the step about to run
+        "Muon momentum."
         return ramp(step, self.muon_momentum_warmup_start, self.muon_momentum, self.muon_momentum_warmup_steps)
     def done(self, step:int, elapsed:float=0.)->bool:
         "Whether `step` finished steps in `elapsed` seconds reach a limit."
