@@ -16,7 +16,7 @@ from tabulate import tabulate
 from . import pipeline
 from .artifact import by_family,ledger
 from .bpb import BYTE_LIMIT
-from .data import austen,build_dataset,download_fineweb,open_dataset,read_documents
+from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
 from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe
 
 # %% ../nbs/52_cli.ipynb #f5f3266c
@@ -160,8 +160,8 @@ def data_build(
     _describe(build_dataset(read_documents(train), read_documents(val), out, vocab_size, tokenizer))
 
 def _describe(d):
-    n = {s:sum(len(x) for x in d.stream(s).shards) for s in ("train","val")}
-    print(f"{d.path}: {n['train']:,} training tokens in {len(d.train_shards)} shards, {n['val']:,} held out, vocabulary {d.vocab_size}")
+    train,val = (sum(len(read_shard(p)) for p in shards) for shards in (d.train_shards,d.val_shards))
+    print(f"{d.path}: {train:,} training tokens in {len(d.train_shards)} shard(s), {val:,} held out, vocabulary {d.vocab_size}")
 
 # %% ../nbs/52_cli.ipynb #82e35e3f
 def execute(
@@ -210,3 +210,6 @@ def report(
     for r in runs:
         print(f"\n{r}:")
         for f in sorted(p for p in r.rglob("*") if p.suffix in (".ipynb",".png",".pgolf") or p.name=="report.json"): print(f"  {f} ({f.stat().st_size:,} bytes)")
+
+# %% ../nbs/52_cli.ipynb #03bbfe42
+if __name__=="__main__" and globals().get("__spec__"): main()
