@@ -124,7 +124,8 @@ def refit_scale(
 )->Tensor: # (..., r, 1) float32
     "Least-squares step of each row for fixed codes, where it lowers the error."
     G = codes if H is None else codes @ H.float()
-    a,b = (W*G).sum(-1, keepdim=True), (codes*G).sum(-1, keepdim=True)
+    dims = (-2,-1) if scale.shape[-2] == 1 else (-1,)                      # one step per tensor, or per row
+    a,b = (W*G).sum(dims, keepdim=True), (codes*G).sum(dims, keepdim=True)
     new = torch.where(b > 0, a/b, scale).clamp(min=grid.scale_floor)
     if grid.half_first: new = new.half().float()
     def err(s): return s*s*b - 2*s*a
@@ -242,13 +243,14 @@ def quant_errors(
     state:dict,     # name -> tensor before
     quantized:dict, # name -> Quantized or tensor after
     hessians:dict|None=None, # weight name -> (n, n)
-)->list[dict]: # rows: name, numel, bits (of the code range), mse (relative), output (relative, None without Hessian)
+)->list[dict]: # name, numel, codes (distinct ones in use), mse and output (relative errors; output None without Hessian)
     "Relative squared error of each quantized matrix, plain and as seen in the layer's output."
     rows = []
     for name,q in quantized.items():
         if not isinstance(q, Quantized): continue
         W = state[name].detach().float().cpu()
         D,H = W - q.dequantize(),(hessians or {}).get(name)
-        out = None if H is None else (hessian_error(W, W-D, H.cpu()) / hessian_error(W, 0*W, H.cpu())).item()
-        rows.append(dict(name=name, numel=W.numel(), codes=len(q.codes.unique()), mse=(D.square().sum()/W.square().sum()).item(), output=out))
+        def relative(f): return (f(D) / f(W).clamp(min=1e-30)).item()      # a matrix of zeros has error 0
+        out = None if H is None else relative(lambda X: hessian_error(X, 0*X, H.cpu()))
+        rows.append(dict(name=name, numel=W.numel(), codes=len(q.codes.unique()), mse=relative(lambda X: X.square().sum()), output=out))
     return rows
