@@ -33,10 +33,10 @@ def subtract_self_value(
     v:Tensor, # (B, T, K, D) values of the same positions, K divides H
 )->Tensor: # (B, T, H, D), each head orthogonal to its own position's value
     "Remove from each output its part along the value of its own position (XSA)."
-    B,T,H,D = y.shape
     n = F.normalize(v, dim=-1, eps=1e-12).unsqueeze(-2) # (B, T, K, 1, D)
-    y = y.reshape(B, T, v.shape[2], -1, D) # (B, T, K, H/K, D)
-    return (y - (y*n).sum(-1, keepdim=True)*n).reshape(B, T, H, D)
+    y = y.unflatten(2, (v.shape[2], -1)) # (B, T, K, H/K, D)
+    along = (y*n).sum(-1, keepdim=True)
+    return torch.addcmul(y, along, n, value=-1).flatten(2, 3) # y - along n in one pass
 
 # %% ../nbs/12_attention.ipynb #00148123
 class CausalSelfAttention(nn.Module):

@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 
+from pgolf.embeddings import bigram_hash
 from pgolf.gpt import GPT, ModelConfig, count_parameters, load_published, published_name
+from pgolf.layers import rotary_tables
 
 COMMON = dict(smear=True, ln_scale=True, skip_init=1.)
 ODD = { # what each system's code fixes without a field in its own configuration
@@ -78,3 +80,16 @@ FULL = {
 def test_full_size_parameter_counts(name):
     total, fields = FULL[name]
     assert sum(count_parameters(ModelConfig(**COMMON | ODD[name] | fields)).values()) == total
+
+
+@pytest.mark.parametrize("seq_len", [512, 2048]) # below and above the length where the base is stretched
+def test_rotary_tables(golden, seq_len):
+    z = golden("functions")
+    for name, table in zip(("cos", "sin"), rotary_tables(seq_len, 16)):
+        torch.testing.assert_close(table[::37], torch.from_numpy(z[f"rope/{seq_len}/{name}"]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("buckets", [2048, 8192, 10240])
+def test_bigram_hash(golden, buckets):
+    z = golden("functions")
+    assert bigram_hash(torch.from_numpy(z["bigram/ids"]), buckets).tolist() == z[f"bigram/{buckets}"].tolist()
