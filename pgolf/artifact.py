@@ -6,8 +6,9 @@
 __all__ = ['DTYPES', 'LEVELS', 'MAGIC', 'VERSION', 'ArtifactError', 'family', 'squeeze', 'pack', 'unpack', 'write_atomic',
            'save_artifact', 'load_artifact', 'LedgerRow', 'ledger', 'by_family']
 
-# %% ../nbs/33_artifact.ipynb #200aaf87
-import errno, hashlib, json, math, os, re, struct, tempfile, zlib
+# %% ../nbs/33_artifact.ipynb #aa2728dc
+import hashlib, json, math, os, re, struct, tempfile, zlib
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,126 +58,144 @@ def _parts(tensors):
         if str(t.dtype).removeprefix("torch.") not in DTYPES: raise ValueError(f"{name}: dtype {t.dtype} cannot be stored")
     return sorted(parts, key=lambda p: (p[0], *_order(p[1])))
 
-# %% ../nbs/33_artifact.ipynb #a430ddbd
-LEVELS = (1, 22) # the fast level is at times the smaller one on integer codes: try both
+# %% ../nbs/33_artifact.ipynb #bf273286
+LEVELS = (1, 9, 22) # which is smallest differs from layer to layer
 
 def squeeze(
     data:bytes,          # anything
     level:int|None=None, # zstd level 1..22; None: the smallest result over `LEVELS`
-    long:bool=True,      # long-distance matching, window 2^25 bytes
+    long:bool=False,     # long-distance matching, window up to 2^25 bytes
 )->bytes: # one zstd frame that states its size
     "Compress with zstd."
     if level is None: return min((squeeze(data, l, long) for l in LEVELS), key=len)
     if not 1 <= level <= 22: raise ValueError(f"level={level} not in 1..22")
-    extra = dict(enable_ldm=True, window_log=25) if long else {}
-    params = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(data), write_content_size=True, **extra)
+    extra = dict(enable_ldm=True, window_log=min(25, max(10, len(data).bit_length()))) if long else {}
+    params = zstandard.ZstdCompressionParameters.from_level(level, source_size=max(1, len(data)), write_content_size=True, **extra)
     return zstandard.ZstdCompressor(compression_params=params).compress(data)
 
 # %% ../nbs/33_artifact.ipynb #fc6188e5
 MAGIC, VERSION = b"PGOLF\r\n\x1a", 1
-_PREFIX = struct.Struct("<8sIIIQQ") # magic, version, header bytes (raw, stored), payload bytes (raw, stored)
+_PREFIX = struct.Struct("<8sIIIQQ") # magic, version, header bytes (unpacked, stored), payload bytes (unpacked, stored)
 _DIGEST = hashlib.sha256().digest_size
 
 def pack(
     tensors:dict,        # name -> Tensor or Quantized
     meta:dict|None=None, # anything JSON can say
-    level:int|None=None, # zstd level; None: the smallest of `LEVELS`
-    long:bool=True,      # long-distance matching
+    level:int|None=None, # zstd level; None: the smallest of `LEVELS`, layer by layer
+    long:bool=False,     # long-distance matching
 )->bytes: # the artifact
     "Lay tensors out as one file: prefix, header, payload, checksum."
-    records, payload = [], []
-    for kind, name, t in _parts(tensors):
-        data = _to_bytes(t)
-        records.append(dict(name=name, kind=kind, dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
-            offset=sum(map(len, payload)), length=len(data), crc32=zlib.crc32(data)))
-        payload.append(data)
-    try: header = json.dumps(dict(meta=meta or {}, tensors=records), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    frames, body, at = [], [], 0
+    for _, parts in groupby(_parts(tensors), key=lambda p: (p[0], family(p[1]))):
+        records, raw = [], b""
+        for kind, name, t in parts:
+            data = _to_bytes(t)
+            records.append(dict(name=name, kind=kind, dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
+                                offset=at, length=len(data), crc32=zlib.crc32(data)))
+            raw, at = raw+data, at+len(data)
+        body.append(squeeze(raw, level, long))
+        frames.append(dict(stored=len(body[-1]), tensors=records))
+    return _seal(dict(meta=meta or {}, frames=frames), b"".join(body), at)
+
+# %% ../nbs/33_artifact.ipynb #fe4e8c4b
+def _seal(header, body, size):
+    "Put prefix, header, payload (of `size` bytes unpacked) and checksum together."
+    try: header = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as e: raise ValueError(f"meta is not JSON: {e}") from None
-    payload = b"".join(payload)
-    head, body = squeeze(header, 22, False), squeeze(payload, level, long)
-    data = _PREFIX.pack(MAGIC, VERSION, len(header), len(head), len(payload), len(body)) + head + body
+    head = squeeze(header, 22, False)
+    data = _PREFIX.pack(MAGIC, VERSION, len(header), len(head), size, len(body)) + head + body
     return data + hashlib.sha256(data).digest()
 
 # %% ../nbs/33_artifact.ipynb #6889d79f
 def _open(data, limit):
-    "Check everything the file says about itself; return header and payload, still compressed, with their sizes."
-    if len(data) < _PREFIX.size+_DIGEST: raise ArtifactError(f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}: truncated; copy it again")
-    magic, version, head_raw, head, body_raw, body = _PREFIX.unpack_from(data)
+    "Check what the prefix says; return header (unpacked), payload (as stored) and the payload's unpacked size."
+    least = _PREFIX.size+_DIGEST
+    if len(data) < least: raise ArtifactError(f"{len(data)} bytes, an artifact has at least {least}: truncated; copy it again")
+    magic, version, head_size, head, size, body = _PREFIX.unpack_from(data)
     if magic != MAGIC: raise ArtifactError(f"starts with {bytes(magic)!r}, not {MAGIC!r}: not a pgolf artifact")
     if version != VERSION: raise ArtifactError(f"format version {version}, this package reads {VERSION}: use the release that wrote it")
-    expected = _PREFIX.size + head + body + _DIGEST
-    if len(data) != expected: raise ArtifactError(f"{len(data)} bytes where its prefix says {expected}: truncated or extended; copy it again")
+    if len(data) != least+head+body: raise ArtifactError(f"{len(data)} bytes where its prefix says {least+head+body}: truncated or extended; copy it again")
     if hashlib.sha256(data[:-_DIGEST]).digest() != data[-_DIGEST:]: raise ArtifactError("checksum differs: the file is damaged; copy it again")
-    if head_raw+body_raw > limit: raise ArtifactError(f"unpacks to {head_raw+body_raw} bytes, more than limit={limit}; raise the limit if you trust it")
-    at = _PREFIX.size
-    return _expand(data[at:at+head], head_raw, "header"), _expand(data[at+head:-_DIGEST], body_raw, "payload")
+    if head_size+size > limit: raise ArtifactError(f"unpacks to {head_size+size} bytes, more than limit={limit}; raise the limit if you trust the file")
+    at = _PREFIX.size+head
+    return _expand(data[_PREFIX.size:at], head_size, "header"), data[at:-_DIGEST], size
 
+# %% ../nbs/33_artifact.ipynb #b1f0bc39
 def _expand(data, size, what):
-    "Decompress exactly `size` bytes, no more memory than that."
+    "Decompress exactly `size` bytes, using no more memory than that."
     try:
-        if zstandard.frame_content_size(data) != size: raise ArtifactError(f"{what}: its frame does not have the {size} bytes the prefix says")
+        if zstandard.frame_content_size(data) != size: raise ArtifactError(f"{what}: its frame does not hold the {size} bytes it should")
         return zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, max_output_size=size, allow_extra_data=False) if size else b""
     except zstandard.ZstdError as e: raise ArtifactError(f"{what}: not a zstd frame ({e})") from None
 
-# %% ../nbs/33_artifact.ipynb #5f6c6fa6
+# %% ../nbs/33_artifact.ipynb #89f2604d
+def _is(value, fields):
+    "Whether a JSON value is an object of exactly these fields and types."
+    return isinstance(value, dict) and set(value) == set(fields) and all(type(value[k]) is t for k, t in fields.items())
+
 def _header(data):
-    "Parse the header; any malformed field is an `ArtifactError`."
+    "Parse the header: meta and frames."
     try: header = json.loads(data)
     except (ValueError, RecursionError) as e: raise ArtifactError(f"header is not JSON: {e}") from None
-    if not isinstance(header, dict) or set(header) != {"meta", "tensors"} or not isinstance(header["tensors"], list) or not isinstance(header["meta"], dict):
-        raise ArtifactError("header must have the fields meta (object) and tensors (list)")
-    return header["meta"], header["tensors"]
+    if not _is(header, dict(meta=dict, frames=list)): raise ArtifactError("header must have the fields meta (object) and frames (list)")
+    for f in header["frames"]:
+        if not _is(f, dict(stored=int, tensors=list)): raise ArtifactError(f"frame {str(f)[:80]!r} must have the fields stored (int) and tensors (list)")
+    return header["meta"], header["frames"]
 
+# %% ../nbs/33_artifact.ipynb #8e658091
 _FIELDS = dict(name=str, kind=str, dtype=str, shape=list, offset=int, length=int, crc32=int)
 
 def _check_record(r, at, size):
-    "Check one tensor record against the payload that is there."
-    if not isinstance(r, dict) or set(r) != set(_FIELDS): raise ArtifactError(f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)}")
-    for k, kind in _FIELDS.items():
-        if type(r[k]) is not kind: raise ArtifactError(f"tensor record field {k}={str(r[k])[:40]!r} must be {kind.__name__}")
+    "Check a tensor record that must start at byte `at` of a payload of `size` bytes."
+    if not _is(r, _FIELDS): raise ArtifactError(f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)}, each of its type")
     who = f"tensor {r['name'][:80]!r}"
     if r["kind"] not in ("codes", "scale", "tensor"): raise ArtifactError(f"{who}: unknown kind {r['kind'][:40]!r}")
     if r["dtype"] not in DTYPES: raise ArtifactError(f"{who}: unknown dtype {r['dtype'][:40]!r}")
-    if len(r["shape"]) > 8 or any(type(d) is not int or d < 0 for d in r["shape"]): raise ArtifactError(f"{who}: bad shape {str(r['shape'])[:40]}")
+    if len(r["shape"]) > 8 or any(type(d) is not int or not 0 <= d < 2**40 for d in r["shape"]): raise ArtifactError(f"{who}: bad shape {str(r['shape'])[:40]}")
     length = math.prod(r["shape"])*torch.empty(0, dtype=DTYPES[r["dtype"]]).element_size()
     if r["offset"] != at or r["length"] != length or at+length > size:
-        raise ArtifactError(f"{who}: offset {r['offset']}, length {r['length']} where {at}, {length} of {size} are expected")
+        raise ArtifactError(f"{who}: offset {r['offset']} and length {r['length']} where {at} and {length} of {size} bytes are expected")
 
 # %% ../nbs/33_artifact.ipynb #bee3607e
 def _read(data, limit):
-    "Return meta, records and the payload, all checked."
-    head, payload = _open(data, limit)
-    meta, records = _header(head)
-    at, seen = 0, set()
-    for r in records:
-        _check_record(r, at, len(payload))
-        if (key := (r["name"], r["kind"])) in seen: raise ArtifactError(f"tensor {r['name']!r} is there twice")
-        seen.add(key)
-        at += r["length"]
-        if zlib.crc32(payload[at-r["length"]:at]) != r["crc32"]: raise ArtifactError(f"tensor {r['name']!r}: checksum differs")
-    if at != len(payload): raise ArtifactError(f"{len(payload)-at} bytes of payload belong to no tensor")
-    return meta, records, payload
+    "Check a whole artifact; return meta and (stored bytes, [(record, bytes), ...]) per frame."
+    head, body, size = _open(data, limit)
+    (meta, frames), at, start, out = _header(head), 0, 0, []
+    for i, f in enumerate(frames):
+        begin = at
+        for r in f["tensors"]:
+            _check_record(r, at, size)
+            at += r["length"]
+        if not 0 <= f["stored"] <= len(body)-start: raise ArtifactError(f"frame {i}: {f['stored']} bytes where {len(body)-start} are left")
+        raw = _expand(body[start:start+f["stored"]], at-begin, f"frame {i}")
+        start += f["stored"]
+        out.append((f["stored"], [(r, raw[r["offset"]-begin:][:r["length"]]) for r in f["tensors"]]))
+    if (at, start) != (size, len(body)): raise ArtifactError(f"frames hold {at} of {size} bytes, {start} of {len(body)} stored: some belong to no tensor")
+    return meta, out
 
-# %% ../nbs/33_artifact.ipynb #e9e7a84d
-def unpack(
-    data:bytes,        # an artifact
-    limit:int=2**31,   # most bytes it may unpack to
-)->tuple[dict,dict]: # name -> Tensor or Quantized; meta
-    "Read an artifact; whatever is wrong with it is an `ArtifactError`."
-    meta, records, payload = _read(data, limit)
-    found = {}
-    for r in records:
-        t = _from_bytes(payload[r["offset"]:r["offset"]+r["length"]], DTYPES[r["dtype"]], r["shape"])
-        found.setdefault(r["name"], {})[r["kind"]] = t
-    return {name: _join(name, found[name]) for name in sorted(found, key=_order)}, meta
-
+# %% ../nbs/33_artifact.ipynb #200dc2a5
 def _join(name, parts):
+    "Make a tensor, or a `Quantized` of codes and scale."
     if set(parts) == {"tensor"}: return parts["tensor"]
     if set(parts) != {"codes", "scale"}: raise ArtifactError(f"tensor {name!r} has the parts {sorted(parts)}; codes and scale belong together")
     codes, scale = parts["codes"], parts["scale"]
-    if codes.dtype != torch.int8 or codes.ndim != 2 or scale.shape not in ((len(codes), 1), (1, 1)) or scale.dtype != torch.float16:
+    if codes.dtype != torch.int8 or codes.ndim != 2 or scale.dtype != torch.float16 or scale.shape not in ((len(codes), 1), (1, 1)):
         raise ArtifactError(f"tensor {name!r}: codes {codes.dtype} {tuple(codes.shape)} and scale {scale.dtype} {tuple(scale.shape)} do not fit")
     return Quantized(codes, scale)
+
+# %% ../nbs/33_artifact.ipynb #e9e7a84d
+def unpack(
+    data:bytes,      # an artifact
+    limit:int=2**31, # most bytes it may unpack to
+)->tuple[dict,dict]: # name -> Tensor or Quantized, and meta
+    "Read an artifact; whatever is wrong with it is an `ArtifactError`."
+    (meta, frames), found = _read(data, limit), {}
+    for r, raw in (item for _, items in frames for item in items):
+        parts = found.setdefault(r["name"], {})
+        if r["kind"] in parts: raise ArtifactError(f"tensor {r['name']!r} is there twice")
+        if zlib.crc32(raw) != r["crc32"]: raise ArtifactError(f"tensor {r['name']!r}: its checksum differs")
+        parts[r["kind"]] = _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
+    return {name: _join(name, found[name]) for name in sorted(found, key=_order)}, meta
 
 # %% ../nbs/33_artifact.ipynb #b6b22483
 def write_atomic(
@@ -204,7 +223,7 @@ def save_artifact(
     tensors:dict,        # name -> Tensor or Quantized
     meta:dict|None=None, # anything JSON can say
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`
-    long:bool=True,      # long-distance matching
+    long:bool=False,     # long-distance matching
 )->int: # bytes written
     "Pack tensors into a file, whole or not at all."
     data = pack(tensors, meta, level, long)
@@ -224,12 +243,12 @@ def load_artifact(
 
 # %% ../nbs/33_artifact.ipynb #604f1075
 class LedgerRow(NamedTuple):
-    "Bytes of one tensor, before and after compression."
-    name:str
-    kind:str
+    "Bytes of one part of a tensor, before and after compression."
+    name:str     # parameter
+    kind:str     # "codes", "scale", "tensor"; "header" for the container
     shape:tuple
-    raw:int
-    stored:int
+    raw:int      # bytes unpacked
+    stored:int   # bytes in the file
 
 def _shares(weights, total):
     "Whole numbers in proportion to `weights` that sum to `total`."
@@ -242,16 +261,16 @@ def _shares(weights, total):
 def ledger(
     data:bytes,      # an artifact
     limit:int=2**31, # most bytes it may unpack to
-)->list[LedgerRow]: # one row per stored part and one for the container; `stored` sums to the file
-    "Say where the bytes of an artifact go; the payload is shared out by what each part compresses to alone."
-    meta, records, payload = _read(data, limit)
-    _, _, head_raw, head, _, body = _PREFIX.unpack_from(data)
-    alone = [len(squeeze(payload[r["offset"]:r["offset"]+r["length"]], 1, False)) for r in records]
-    rows = [LedgerRow(r["name"], r["kind"], tuple(r["shape"]), r["length"], s) for r, s in zip(records, _shares(alone, body))]
-    fixed = _PREFIX.size+_DIGEST
-    left = len(data)-sum(r.stored for r in rows)
-    return rows+[LedgerRow("container", "header", (), fixed+head_raw, left)]
+)->list[LedgerRow]: # one row per stored part, one for the container; `stored` sums to the size of the file
+    "Say where the bytes of an artifact go."
+    rows = []
+    for stored, items in _read(data, limit)[1]:
+        alone = [len(squeeze(raw, 1, False)) for _, raw in items]
+        rows += [LedgerRow(r["name"], r["kind"], tuple(r["shape"]), r["length"], n) for (r, _), n in zip(items, _shares(alone, stored))]
+    fixed = _PREFIX.size+_DIGEST+_PREFIX.unpack_from(data)[2]
+    return rows+[LedgerRow("container", "header", (), fixed, len(data)-sum(r.stored for r in rows))]
 
+# %% ../nbs/33_artifact.ipynb #18ef71a0
 def by_family(
     rows:list, # of `ledger`
 )->list[tuple[str,str,int,int]]: # (family, kind, raw bytes, stored bytes), largest first
@@ -260,4 +279,4 @@ def by_family(
     for r in rows:
         raw, stored = total.get((family(r.name), r.kind), (0, 0))
         total[family(r.name), r.kind] = raw+r.raw, stored+r.stored
-    return sorted(((f, k, *v) for (f, k), v in total.items()), key=lambda r: -r[3])
+    return sorted(((*key, *v) for key, v in total.items()), key=lambda r: -r[3])
