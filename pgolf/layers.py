@@ -34,10 +34,11 @@ class CastLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.zero_init = zero_init
         self.fake_quant:Callable[[Tensor],Tensor]|None = None # applied to the weight in training mode
+        self.eval_quant:Callable[[Tensor],Tensor]|None = None # applied to the weight in eval mode
 
     def forward(self, x:Tensor)->Tensor:
-        w = self.weight
-        if self.training and self.fake_quant is not None: w = self.fake_quant(w)
+        quant = self.fake_quant if self.training else self.eval_quant
+        w = self.weight if quant is None else quant(self.weight)
         return F.linear(x, w.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 # %% ../nbs/10_layers.ipynb #bcd1aa87
