@@ -74,7 +74,7 @@ class ScoredChunk:
     updates:int   # optimizer steps that the model had taken when it gave them
     def __post_init__(self):
         missing = len(self.tokens)-1-int((~self.nll.isnan()).sum())
-        if missing: raise ValueError(f"chunk {self.index}: {missing} of {len(self.tokens)-1} targets have no grade; score a chunk before learning from it")
+        if missing: raise ValueError(f"chunk {self.index}: {missing} of {len(self.tokens)-1} targets have no grade: score a chunk before learning from it, or lower ttt_lr if the model diverged")
     last = property(lambda self: self.index == self.total-1, doc="Nothing follows, so nothing is to be learnt.")
 
 # %% ../nbs/41_ttt.ipynb #d9c6244a
