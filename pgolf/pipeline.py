@@ -21,10 +21,11 @@ from .bpb import BYTE_LIMIT
 from .data import Dataset,austen,open_dataset
 from .gpt import GPT,ModelConfig,count_parameters,flops_per_token,param_groups
 from .gptq import collect_hessians,dequantize_state,quant_errors,quantize_state
+from .listeners import Checkpointer,MetricsLog,Progress
 from .quant import Grid,LateQAT,quantize
 from .recipes import Recipe,load_recipe
 from .scoring import Scores,score
-from .training import Checkpointer,MetricsLog,Progress,best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
+from .training import best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
 from .ttt import score_and_adapt
 
 # %% ../nbs/51_pipeline.ipynb #e332ea56

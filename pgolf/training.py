@@ -7,8 +7,7 @@ __all__ = ['FREE', 'TrainConfig', 'Ranks', 'setup_ranks', 'close_ranks', 'make_l
            'can_compile', 'choose_loss', 'wait_for', 'Clock', 'Run', 'TrainingDiverged', 'settle', 'forward_backward',
            'set_rates', 'update', 'train_step', 'warm_up', 'CheckpointError', 'write_checkpoint', 'read_checkpoint',
            'optimizer_tensors', 'load_optimizer', 'save_checkpoint', 'check_config', 'load_checkpoint', 'why_stop',
-           'TrainResult', 'train', 'MetricsLog', 'expected_steps', 'as_line', 'Progress', 'Validate', 'Checkpointer',
-           'TensorBoard']
+           'TrainResult', 'train']
 
 # %% ../nbs/23_training.ipynb #a85b137d
 import copy, importlib, importlib.util, json, math, shutil, signal, sysconfig, sys, threading, time
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 from .data import BatchLoader
 from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
@@ -37,7 +35,7 @@ class TrainConfig:
     grad_clip_norm:float=.3        # largest global norm of the gradient; 0: no clipping
     seed:int=1337                  # initial weights; the order of the data is fixed
     compile:bool|str="auto"        # torch.compile: "auto" is on for CUDA and off for CPU; never where it cannot work
-    log_every:int=500              # steps between records, beside the first ten; the device is waited for only there
+    log_every:int=500              # steps between records, beside the first ten and the last; the device is waited for only there
     val_every:int=4000             # steps between validations, for who builds the listeners; 0: at the end alone
     checkpoint_every:int=0         # steps between checkpoints, likewise; 0: none
     def __post_init__(self):
@@ -76,7 +74,6 @@ def setup_ranks(
         torch.cuda.set_device(device)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
-# %% ../nbs/23_training.ipynb #04b326db
 def close_ranks():
     "Leave the process group, if there is one."
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
@@ -140,6 +137,7 @@ def choose_loss(
     if not wish: return model.loss, False, f"compile: off ({why})"
     able,reason = can_compile(device)
     if not able: return model.loss, False, f"compile: off, {reason}"
+    importlib.import_module("torch._dynamo").reset() # its limit of 8 compilations counts all models of a process; past it they run eagerly
     return torch.compile(model.loss, dynamic=False), True, f"compile: on ({why})"
 
 # %% ../nbs/23_training.ipynb #be550a7c
@@ -290,7 +288,7 @@ def train_step(
     set_rates(run.optims, run.lr_scale, run.schedule.momentum(run.step))
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip_norm or math.inf)
     run.pending.append(torch.stack([run.loss, norm.to(run.loss)]))
-    due = run.step < 10 or (run.step+1) % run.cfg.log_every == 0
+    due = run.step < 10 or (run.step+1) % run.cfg.log_every == 0 or run.step+1 == run.schedule.iterations
     if due or torch.device(run.device).type == "cpu": settle(run)
     update(run.optims)
     run.step,run.tokens = run.step+1, run.tokens+run.cfg.train_batch_tokens
@@ -333,7 +331,6 @@ def write_checkpoint(
     data = save({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, {"pgolf": json.dumps(meta)})
     with atomic_write(path) as f: f.write(data)
 
-# %% ../nbs/23_training.ipynb #322d842e
 def read_checkpoint(
     path:Path, # as written by `write_checkpoint`
 )->tuple[dict,dict]: # (name -> tensor on the CPU, metadata)
@@ -487,6 +484,7 @@ def _close(run):
     "Stop the clock, look at the last losses, and secure an interrupted run."
     run.clock.stop()
     settle(run)
+    if run.mark[0] != run.tokens: _record_step(run) # the clock or the user ended the run at a step that was not due
     path = run.out/"checkpoint.safetensors" if run.out and run.stopped_by == "interrupted" else None
     if path: save_checkpoint(run, path)
     run.call("on_end")
@@ -517,107 +515,3 @@ def train(
         run.stopped_by = reason
         path = _close(run)
     return TrainResult(run.step, run.tokens, run.clock.total, reason, compiled, run.losses, run.seconds, run.lr_scales, path)
-
-# %% ../nbs/23_training.ipynb #a042f2eb
-class MetricsLog:
-    "Append every record to `metrics.jsonl`."
-    def __init__(self,
-        path:Path|None=None, # file, default `out/metrics.jsonl`
-    ): self.path = path
-    def on_start(self, run):
-        self.file = Path(self.path or run.out/"metrics.jsonl") if run.is_main and (self.path or run.out) else None
-        if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            kept = [l for l in self.file.read_text().splitlines() if json.loads(l)["step"] <= run.step] if run.step and self.file.exists() else []
-            self.file.write_text("".join(l + "\n" for l in kept))
-    def on_record(self, run, values):
-        if not self.file: return
-        with self.file.open("a") as f: f.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed, 4), **values}) + "\n")
-
-# %% ../nbs/23_training.ipynb #eb8391df
-def expected_steps(
-    run:Run, # after at least one step, or at the start
-)->int: # steps that the nearer of the two limits allows
-    "Foresee the length of a run."
-    most,cap = run.schedule.iterations, run.schedule.max_wallclock_seconds
-    return most if not cap or not run.step or not run.elapsed else max(run.step, min(most, round(run.step*cap/run.elapsed)))
-
-def as_line(
-    values:dict, # of a record
-)->str: # e.g. "loss 3.2101, tokens 512"
-    "One readable line of a record."
-    if "note" in values: return values["note"]
-    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k,v in values.items())
-
-# %% ../nbs/23_training.ipynb #ddb981ef
-class Progress:
-    "A bar with the time left; other records than those of a training step become lines."
-    def __init__(self,
-        file=None,        # where to write, default standard error
-        lines:bool=False, # a line for every record in place of the bar, for notebooks and log files
-    ): self.file,self.lines,self.bar = file or sys.stderr, lines, None
-    def on_start(self, run):
-        self.bar = tqdm(total=run.schedule.iterations, initial=run.step, unit="step", file=self.file, disable=not run.is_main or self.lines)
-        self.begun = time.perf_counter(), run.step
-    def after_step(self, run):
-        self.bar.total = expected_steps(run)
-        self.bar.update()
-    def on_record(self, run, values):
-        if not run.is_main: return
-        if self.lines:
-            left = (time.perf_counter()-self.begun[0])/max(run.step-self.begun[1], 1)*(expected_steps(run)-run.step)
-            print(f"step {run.step}/{expected_steps(run)}, {run.elapsed:.1f} s, {left:.0f} s left: " if run.step else "", as_line(values), sep="", file=self.file, flush=True)
-        elif "tokens_per_second" in values: self.bar.set_postfix(loss=f"{values['loss']:.4f}")
-        else: self.bar.write(f"step {run.step}: {as_line(values)}", file=self.file)
-    def on_end(self, run): self.bar.close()
-
-# %% ../nbs/23_training.ipynb #6981597e
-class Validate:
-    "Call a function of the model every so many steps and at the end, off the clock."
-    def __init__(self,
-        every:int, # steps; 0: at the end alone
-        fn,        # model -> dict of numbers; called in eval mode without gradients, on every rank
-    ): self.every,self.fn,self.history = every, fn, [] # history: (step, elapsed, values)
-    def after_step(self, run):
-        if self.every and run.step % self.every == 0: self.measure(run)
-    def on_end(self, run):
-        if run.stopped_by != "interrupted" and (not self.history or self.history[-1][0] != run.step): self.measure(run)
-    def measure(self, run):
-        with run.paused(), torch.no_grad():
-            try: values = self.fn(run.model.eval())
-            finally: run.model.train()
-        self.history.append((run.step, run.elapsed, values))
-        run.record(**values)
-
-# %% ../nbs/23_training.ipynb #5cf6b7f0
-class Checkpointer:
-    "Write a checkpoint every so many steps, off the clock."
-    def __init__(self,
-        every:int,           # steps
-        path:Path|None=None, # file, default `out/checkpoint.safetensors`; each replaces the one before
-    ):
-        if every < 1: raise ValueError(f"every={every} must be at least 1; leave the listener out for no checkpoints")
-        self.every,self.path = every, path
-    def after_step(self, run):
-        if run.step % self.every: return
-        settle(run) # a run that has gone astray must not replace a good checkpoint
-        with run.paused(): save_checkpoint(run, Path(self.path or run.out/"checkpoint.safetensors"))
-
-# %% ../nbs/23_training.ipynb #7f5b5e7e
-class TensorBoard:
-    "Write the numbers of every record for TensorBoard, which must be installed."
-    def __init__(self,
-        path:Path|None=None, # folder, default `out/tensorboard`
-    ): self.path = path
-    def on_start(self, run):
-        if not run.is_main: return
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise ImportError(f"the listener TensorBoard needs the package tensorboard ({e}): pip install tensorboard, or leave the listener out") from e
-        self.writer = SummaryWriter(str(self.path or run.out/"tensorboard"))
-    def on_record(self, run, values):
-        if not run.is_main: return
-        for k,v in values.items():
-            if isinstance(v, (int, float)): self.writer.add_scalar(k, v, run.step)
-        self.writer.flush()
-    def on_end(self, run):
-        if run.is_main: self.writer.close()

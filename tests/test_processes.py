@@ -16,9 +16,10 @@ import json, sys, time
 from pathlib import Path
 from pgolf.averaging import EMA
 from pgolf.gpt import GPT, ModelConfig
+from pgolf.listeners import Checkpointer, MetricsLog, Validate
 from pgolf.muon import OptimConfig
 from pgolf.schedule import ScheduleConfig
-from pgolf.training import Checkpointer, MetricsLog, TrainConfig, Validate, close_ranks, make_loader, setup_ranks, train
+from pgolf.training import TrainConfig, close_ranks, make_loader, setup_ranks, train
 
 shard, out, args = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 ranks = setup_ranks("cpu")

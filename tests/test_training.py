@@ -1,9 +1,11 @@
 "The training loop against the published run, under compilation, at its limits and with faults."
 import io
 import json
+import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +15,11 @@ from pgolf import tokenizer, training
 from pgolf.averaging import EMA, SWA
 from pgolf.data import write_shard
 from pgolf.gpt import GPT, ModelConfig
+from pgolf.listeners import Checkpointer, MetricsLog, Progress, TensorBoard, Validate, expected_steps
 from pgolf.muon import OptimConfig
 from pgolf.quant import Grid, LateQAT
 from pgolf.schedule import ScheduleConfig
-from pgolf.training import (CheckpointError, Checkpointer, MetricsLog, Progress, Ranks, Run, TensorBoard, TrainConfig, TrainingDiverged, Validate,
-                            can_compile, expected_steps, make_loader, read_checkpoint, settle, train, write_checkpoint)
+from pgolf.training import CheckpointError, Run, TrainConfig, TrainingDiverged, can_compile, make_loader, read_checkpoint, settle, train
 from test_golden_train import model_config
 
 TINY = ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2., rope_dims=4, skip_init=1.)
@@ -180,7 +182,34 @@ def test_progress_bar_and_lines(shard):
     bar, text = io.StringIO(), io.StringIO()
     run(shard, listeners=[Progress(bar), Progress(text, lines=True), Validate(3, lambda m: {"val_loss": 1.5})])
     assert "6/6" in bar.getvalue() and "step 3: val_loss 1.5000" in bar.getvalue()
-    assert "step 6/6" in text.getvalue() and "s left: loss" in text.getvalue() and "compile: off (auto)" in text.getvalue()
+    assert re.search(r"step 4/6, \d\.\d s, 00:0\d left: loss \d\.\d{4}, lr_scale 1\.000, grad_norm \d\.\d{3}, tokens 1,024, tokens_per_second [\d,]+\n", text.getvalue())
+    assert text.getvalue().startswith("compile: off (auto)")
+
+
+def test_lines_are_the_first_step_the_due_ones_and_the_last(shard, tmp_path):
+    def lines(iterations, **kw):
+        text, plan = io.StringIO(), replace(PLAN, iterations=iterations, **kw)
+        _, res = run(shard, replace(CFG, log_every=12), plan, [Progress(text, lines=True), MetricsLog(), *([Sleep(.05)] if kw else [])], out=tmp_path)
+        filed = [r["step"] for r in map(json.loads, (tmp_path/"metrics.jsonl").read_text().splitlines()) if "loss" in r]
+        return res.steps, [int(n) for n in re.findall(r"^step (\d+)/.* loss ", text.getvalue(), re.M)], filed
+    assert lines(26) == (26, [1, 12, 24, 26], [*range(1, 11), 12, 24, 26])
+    assert lines(5) == (5, [1, 5], [1, 2, 3, 4, 5])
+    for cap in (.3, 1.2):  # the clock ends it, among the first ten steps and after them
+        n, shown, filed = lines(10_000, max_wallclock_seconds=cap)
+        assert shown == sorted({1, n, *range(12, n+1, 12)}) and filed == sorted({n, *range(1, min(n, 10)+1), *range(12, n+1, 12)})
+
+
+@pytest.mark.parametrize("limit", [dict(iterations=8), dict(iterations=10_000, max_wallclock_seconds=.9)])
+def test_both_forms_foresee_the_end_under_either_limit(shard, limit):
+    bar, text = io.StringIO(), io.StringIO()
+    class WarmUp:
+        "Take long before the first step; it must not count."
+        def on_start(self, run): time.sleep(1.)
+    _, res = run(shard, replace(CFG, log_every=1), replace(PLAN, **limit), [Sleep(.11), Progress(bar), Progress(text, lines=True), WarmUp()])
+    left = [int(m[2]) + 60*int(m[1]) for m in re.finditer(r"<(\d\d):(\d\d)", bar.getvalue())]
+    assert left and max(left) <= 2 and f"{res.steps}/{res.steps}" in bar.getvalue()
+    steps = re.findall(r"step (\d+)/(\d+), .* s, 00:0([0-2]) left", text.getvalue())
+    assert [int(s) for s, _, _ in steps] == [*range(1, res.steps+1)] and all(int(t) <= 2*res.steps for _, t, _ in steps[2:])
 
 
 def test_tensorboard_is_optional(shard, tmp_path, monkeypatch):
@@ -217,3 +246,26 @@ def test_late_qat_compiles_once_more_and_takes_effect(shard):
     assert compiled.compiled and [n - count.seen[0] for n in count.seen] == [0, 0, 0, 0, 1, 1]
     np.testing.assert_allclose(compiled.losses, eager, rtol=1e-3)  # last bits flip a few roundings
     assert eager[:4] == plain[:4] and abs(eager[4] - plain[4]) > 1e-2
+
+
+def test_compiled_runs_of_many_models_do_not_use_up_the_recompile_limit(shard, monkeypatch):
+    able, why = can_compile("cpu")
+    if not able: pytest.skip(why)
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    class Other:
+        "A switch that the compiled loss must notice."
+        def before_step(self, run):
+            if run.step == 2: run.model.blocks[0].mlp.fc.fake_quant = lambda w: w/2
+    other = torch.compile(lambda x: 2*x, backend="eager")
+    assert other(torch.ones(1)) == 2
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    cfg, made = replace(CFG, compile=True), []
+    with config.patch(recompile_limit=2):
+        for layers in (1, 2, 3):
+            before, model = counters["stats"]["unique_graphs"], GPT(replace(TINY, num_layers=layers))
+            assert train(model, make_loader([shard], cfg), OptimConfig(), PLAN, cfg, [Other()]).compiled
+            made.append(counters["stats"]["unique_graphs"] - before)
+    assert made == [2, 2, 2]  # none fell back to eager
+    assert other(torch.ones(1)) == 2  # what others have compiled still runs
