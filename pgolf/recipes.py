@@ -164,7 +164,7 @@ PR610 = Recipe(
 PR610_AS_RUN = replace(PR610, name="pr610-as-run", title="#610 as its code ran").but(
     late_qat_threshold=0., zstd_level=21, zstd_long=True,
     rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False))),
-    order="natural", rule="plain_inverse", refit="plain", ttt_coverage=900/1893)
+    order="natural", rule="plain_inverse", refit="plain", **{"stages.ttt_coverage": 900/1893})
 RECIPES = {r.name:r for r in (PR610,PR610_AS_RUN)}
 
 # %% ../nbs/50_recipes.ipynb #50646baf
