@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'main', 'parse_overrides',
            'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb', 'data_build', 'execute',
-           'reproduce', 'report']
+           'tidy', 'reproduce', 'report']
 
-# %% ../nbs/52_cli.ipynb #7bf50a71
-import sys
+# %% ../nbs/52_cli.ipynb #e33925f0
+import re,sys
 from pathlib import Path
 from typing import Annotated
 import click,typer
@@ -82,12 +82,13 @@ def run(
     device:Device="auto",
     nproc:Annotated[int, typer.Option(help="processes that train")]=1,
     eval_tokens:Annotated[int, typer.Option(help="targets scored; 0: all; default by scale")]=None,
+    quiet:Annotated[bool, typer.Option("--quiet", help="no progress, only the result")]=False,
 ):
     "Train, quantize, write, read back, score and adapt one system."
     r = resolve(recipe, scale, parse_overrides(override), seed, steps)
     limit = eval_tokens if eval_tokens is not None else SCALES[scale].eval_tokens if scale in SCALES else 0
     out = out or Path("runs")/scale/f"{r.name}-{r.train.seed}"
-    report = pipeline.run(pipeline.start(r, pipeline.open_corpus(corpus), out, device, limit, nproc))
+    report = pipeline.run(pipeline.start(r, pipeline.open_corpus(corpus), out, device, limit, nproc, progress=not quiet))
     _table([[x["stage"],x["what"],x["val_loss"],x["val_bpb"],x["targets"],x["seconds"]] for x in report.rows], ["stage","what","val_loss","val_bpb","targets","seconds"])
     print(f"artifact {report.bytes_artifact:,} bytes + code {report.bytes_code:,} bytes = {report.bytes_total:,} of {BYTE_LIMIT:,}\nfiles in {out}")
 
@@ -175,7 +176,19 @@ def execute(
     done = out/notebook.name
     try: pm.execute_notebook(notebook, done, parameters, progress_bar=False, kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr)
     except pm.PapermillExecutionError as e: raise RuntimeError(f"{notebook}: cell {e.cell_index} failed with {e.ename}: {e.evalue}; the partial notebook is {done}") from None
+    finally: tidy(done)
     return done
+
+def tidy(
+    notebook:Path, # executed; rewritten
+):
+    "Drop progress bars, which were for the terminal, from the stored outputs."
+    import nbformat
+    nb = nbformat.read(notebook, 4)
+    for c in nb.cells: c["outputs"] = [o for o in c.get("outputs", []) if not ("text" in o and re.search(r"\d+%\|", o["text"]))]
+    for c in nb.cells:
+        if c.cell_type!="code": del c["outputs"]
+    nbformat.write(nb, notebook)
 
 # %% ../nbs/52_cli.ipynb #5b76883a
 @app.command()

@@ -6,39 +6,42 @@
 __all__ = ['FILES', 'Row', 'Report', 'code_bytes', 'environment', 'pick_device', 'Job', 'start', 'make_average', 'make_listeners',
            'train_here', 'launch', 'work', 'train_weights', 'weights_of', 'model_of', 'calibrate', 'write_artifact',
            'read_artifact', 'grade', 'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run',
-           'saved_bytes', 'entropy_bits', 'estimate_bytes', 'memory_bytes', 'plan', 'open_corpus', 'scoreboard']
+           'saved_bytes', 'entropy_bits', 'estimate_bytes', 'memory_bytes', 'plan', 'open_corpus', 'scoreboard',
+           'by_system', 'record_test']
 
 # %% ../nbs/51_pipeline.ipynb #35602048
 import importlib.metadata,json,lzma,math,platform,subprocess,sys,time
 from dataclasses import asdict,dataclass,field,replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
 import pgolf
 from .artifact import family,load_artifact,save_artifact,write_atomic
-from .averaging import EMA,SWA
+from .averaging import EMA,HMA,SWA
 from .bpb import BYTE_LIMIT
 from .data import Dataset,austen,open_dataset
 from .gpt import GPT,ModelConfig,count_parameters,flops_per_token,param_groups
 from .gptq import collect_hessians,dequantize_state,quant_errors,quantize_state
 from .listeners import Checkpointer,MetricsLog,Progress
-from .quant import Grid,LateQAT,quantize
+from .quant import Grid,LateQAT,fake_quantize,first_match,quantize,set_fake_quant
 from .recipes import Recipe,load_recipe
 from .scoring import Scores,score
 from .training import best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
-from .ttt import score_and_adapt
+from .ttt import Learner,illegal_rescore,score_with
 
 # %% ../nbs/51_pipeline.ipynb #e332ea56
 @dataclass(frozen=True)
 class Row:
     "Score of one stage."
-    stage:str           # "raw", "averaged", "quantized", "artifact", "sliding" or "adapted"
+    stage:str           # "raw", "averaged", "quantized", "artifact", "sliding", "adapted" or "rescored"
     what:str            # one line for readers
     val_loss:float      # nats per token
     val_bpb:float       # bits per byte
     targets:int         # tokens scored
     text_bytes:int      # bytes of these targets
     coverage:float      # share of the text's targets; below 1 the row is partial
+    legal:bool          # False: an exhibit, never a result
     seconds:float       # of this stage
 
 # %% ../nbs/51_pipeline.ipynb #09605b83
@@ -60,6 +63,9 @@ class Report:
     def bpb(self, stage:str)->float|None: # bits per byte, None if the stage was not reached
         "Score of a stage."
         return next((r["val_bpb"] for r in self.rows if r["stage"]==stage), None)
+    @property
+    def result(self)->dict|None: # the last legal row
+        return next((x for x in reversed(self.rows) if x["legal"]), None)
     def save(self, path): write_atomic(Path(path), json.dumps(asdict(self), indent=1, default=str).encode())
     @classmethod
     def load(cls, path):
@@ -101,7 +107,7 @@ class Job:
     device:str="cpu"    # where it runs
     eval_tokens:int=0   # targets scored from the start of the validation text; 0: all
     nproc:int=1         # processes that train
-    lines:bool=False    # progress as lines instead of bars, for notebooks
+    lines:bool=False    # training reports in lines instead of a bar, for notebooks
     progress:bool=True  # show any
     report:Report=None  # filled stage by stage
     @property
@@ -152,10 +158,10 @@ def _unfinished(out, recipe):
 # %% ../nbs/51_pipeline.ipynb #d96cd575
 def make_average(
     recipe:Recipe, # names the average that is quantized
-):# EMA, SWA or None
+):# EMA, SWA, HMA or None
     "The listener whose weights the run keeps."
     s = recipe.stages
-    return dict(ema=lambda: EMA(s.ema_decay), swa=lambda: SWA(s.swa_every, s.swa_start_scale), none=lambda: None)[s.average]()
+    return dict(ema=lambda: EMA(s.ema_decay), hma=lambda: HMA(s.ema_decay), swa=lambda: SWA(s.swa_every, s.swa_start_scale), none=lambda: None)[s.average]()
 
 def make_listeners(
     job:Job, # names the techniques and the folder
@@ -231,9 +237,14 @@ def model_of(
     state:dict, # name -> tensor
 )->GPT: # in eval mode, computing in the device's dtype
     "A model with these weights."
-    model = GPT(job.recipe.model).to(job.device).eval()
+    return _ready(job.recipe.model, state, job.device, job.recipe.stages.eval_rules)
+
+def _ready(cfg, state, device, eval_rules):
+    model = GPT(cfg).to(device).eval()
     model.load_state_dict(state)
-    model.compute_dtype = best_dtype(job.device)
+    model.compute_dtype = best_dtype(device)
+    for name,m in model.named_modules():
+        if hasattr(m, "eval_quant") and (grid := first_match(f"{name}.weight", eval_rules)): m.eval_quant = partial(fake_quantize, grid=grid)
     return model
 
 def calibrate(
@@ -253,7 +264,8 @@ def write_artifact(
     r,began = job.recipe,time.perf_counter()
     state = weights_of(job, "averaged")
     hessians = calibrate(job, model_of(job, state)) if r.stages.use_gptq else None
-    codes = quantize_state(state, r.quant, r.gptq if r.stages.use_gptq else None, hessians)
+    source = dequantize_state(quantize_state(state, replace(r.quant, rules=r.stages.first_rules))) if r.stages.first_rules else state
+    codes = quantize_state(source, r.quant, r.gptq if r.stages.use_gptq else None, hessians)
     meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name)
     job.report.bytes_artifact = save_artifact(job.artifact, codes, meta, r.stages.zstd_level or None, r.stages.zstd_long)
     job.report.training["squeeze_seconds"] = time.perf_counter()-began
@@ -264,13 +276,11 @@ def write_artifact(
 def read_artifact(
     path,              # written by `write_artifact`
     device:str="cpu",  # where the model goes
+    eval_rules:tuple=(), # (pattern, grid) applied whenever it is evaluated
 )->GPT: # in eval mode
     "A model from nothing but the artifact."
     tensors,meta = load_artifact(path)
-    model = GPT(ModelConfig(**meta["model"])).to(device).eval()
-    model.load_state_dict(dequantize_state(tensors))
-    model.compute_dtype = best_dtype(device)
-    return model
+    return _ready(ModelConfig(**meta["model"]), dequantize_state(tensors), device, eval_rules)
 
 # %% ../nbs/51_pipeline.ipynb #07d6b315
 def grade(
@@ -283,7 +293,7 @@ def grade(
     tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     began = time.perf_counter()
     s = fn(tokens, job.dataset.byte_tables())
-    row = Row(stage, what, s.val_loss, s.val_bpb, s.n_targets, s.n_bytes, s.coverage, time.perf_counter()-began)
+    row = Row(stage, what, s.val_loss, s.val_bpb, s.n_targets, s.n_bytes, s.coverage, s.legal, time.perf_counter()-began)
     job.report.rows = [r for r in job.report.rows if r["stage"]!=stage]+[asdict(row)]
     job.report.save(job.out/"report.json")
     if job.progress and job.lines: print(f"{stage}: {row.val_bpb:.4f} bpb, {what}, {row.seconds:.1f} s", flush=True)
@@ -293,22 +303,22 @@ def grade(
 def score_blocks(job, stage, what, model):
     "Grade a model on disjoint blocks."
     c = job.recipe.score
-    return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_seq_len, c.eval_batch, c.eval_temperature, progress=job.progress and not job.lines))
+    return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_seq_len, c.eval_batch, c.eval_temperature, progress=job.progress))
 
 def score_windows(job, stage, what, model):
     "Grade a model on overlapping windows."
     c = job.recipe.score
-    return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_stride, c.eval_batch, c.eval_temperature, progress=job.progress and not job.lines))
+    return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_stride, c.eval_batch, c.eval_temperature, progress=job.progress))
 
-def score_adapting(job, stage, what, model):
-    "Grade a model that learns from what it has been graded on."
-    r = job.recipe
-    def fn(tokens, tables):
-        s = score_and_adapt(model, tokens, tables, r.score, r.ttt, progress=job.progress and not job.lines)
-        if r.stages.ttt_coverage==1: return s
-        chunks = math.ceil(s.n_targets/r.ttt.ttt_chunk_tokens)
-        return s.first(max(1, math.floor(chunks*r.stages.ttt_coverage))*r.ttt.ttt_chunk_tokens)
-    return grade(job, stage, what, fn)
+def score_adapting(job, model):
+    "Grade a model that learns from what it has been graded on; as an exhibit, grade the same text again."
+    r,learner = job.recipe,Learner(model, job.recipe.ttt)
+    if r.ttt.ttt_train_mode: set_fake_quant(learner.model, r.stages.qat_rules)
+    out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks", lambda t,b: score_with(learner, t, b, r.score, job.progress)))
+    if again := r.stages.rescore_temperature:
+        cfg = replace(r.score, eval_temperature=again)
+        out["rescored"] = grade(job, "rescored", "ILLEGAL: the same text again, with weights that have learnt it", lambda t,b: illegal_rescore(learner, t, b, cfg, job.progress))
+    return out
 
 # %% ../nbs/51_pipeline.ipynb #04675d18
 def score_all(
@@ -319,10 +329,10 @@ def score_all(
     states = dict(raw=("last weights",weights_of(job, "raw")), averaged=("averaged weights",weights_of(job, "averaged")),
         quantized=("codes in memory",dequantize_state(codes)))
     out = {k:score_blocks(job, k, f"{what}, blocks", model_of(job, state)) for k,(what,state) in states.items()}
-    model = read_artifact(job.artifact, job.device)
+    model = read_artifact(job.artifact, job.device, job.recipe.stages.eval_rules)
     out["artifact"] = score_blocks(job, "artifact", "read back from the file, blocks", model)
     out["sliding"] = score_windows(job, "sliding", f"read back, windows with stride {job.recipe.score.eval_stride}", model)
-    if job.recipe.stages.use_ttt: out["adapted"] = score_adapting(job, "adapted", "read back, learning from scored chunks", model)
+    if job.recipe.stages.use_ttt: out |= score_adapting(job, model)
     np.savez_compressed(job.out/"scores.npz", **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
     job.report.complete = True
     job.report.save(job.out/"report.json")
@@ -413,7 +423,33 @@ def scoreboard(
 )->list[dict]: # one row per run, best score first
     "All runs side by side."
     def row(r):
-        last = r.rows[-1] if r.rows else {}
-        return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **{k:r.bpb(k) for k in ("raw","averaged","artifact","sliding","adapted")},
+        last = r.result or {}
+        return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **{k:r.bpb(k) for k in ("raw","averaged","artifact","sliding","adapted","rescored") if k!="rescored" or r.bpb(k)},
             coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact, bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"), complete=r.complete)
     return sorted(map(row, reports), key=lambda r: min((r[k] for k in ("adapted","sliding") if r[k]), default=math.inf))
+
+# %% ../nbs/51_pipeline.ipynb #f7807e8c
+def by_system(
+    reports:list, # of `Report`
+    stage:str="", # row to compare; "": the last one of each run
+)->list[dict]: # one row per system, scale and corpus: seeds, mean and standard deviation
+    "Aggregate runs over seeds."
+    groups = {}
+    for r in reports:
+        row = next((x for x in reversed(r.rows) if x["stage"]==(stage or x["stage"]) and x["legal"]), None)
+        if row: groups.setdefault((r.recipe,r.scale,r.corpus,row["stage"]), []).append(row)
+    std = lambda x: float(np.std(x, ddof=1)) if len(x)>1 else None
+    def fold(key, rows):
+        loss,bpb = [x["val_loss"] for x in rows],[x["val_bpb"] for x in rows]
+        return dict(zip(("system","scale","corpus","stage"), key), seeds=len(rows), bpb=float(np.mean(bpb)), bpb_std=std(bpb), val_loss=float(np.mean(loss)), loss_std=std(loss))
+    return sorted((fold(k, v) for k,v in groups.items()), key=lambda d: d["bpb"])
+
+def record_test(
+    new:list[float],    # val_loss per seed, nats per token
+    old:list[float],    # the same of the system to beat
+    margin:float=.005,  # nats per token
+)->float: # p: chance of such a lead, or a larger one, if the true lead were just the margin
+    "One-sided Welch test of the challenge's record rule."
+    if min(len(new),len(old))<2: raise ValueError(f"{len(new)} and {len(old)} seeds: the test needs at least 2 of each")
+    from scipy.stats import ttest_ind # half a second, so only where it is needed
+    return float(ttest_ind(new, np.asarray(old)-margin, equal_var=False, alternative="less").pvalue)
