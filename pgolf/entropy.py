@@ -81,7 +81,7 @@ def decode_published(
 
 # %% ../nbs/32_entropy.ipynb #494a6189
 def _lanes(n): return min(256, n//4096+1)
-def _bits(present): return 14 if present <= 4096 else 16
+def _bits(present, n): return 16 if present > 4096 else 14 if max(256*present, n) >= 2**18 else 12
 
 def _push(index, tables, bits, lanes):
     "Code places in the flattened `tables`, last first; give the last states and the words in reading order."
@@ -109,7 +109,7 @@ def _pull(x, words, tables, values, n, labels=None, width=1):
     size, freq = int(tables[0].sum()), tables.ravel()
     which = np.repeat(np.arange(freq.size), freq)       # slot -> place in the flattened tables
     mul, add = freq[which].astype(np.uint32), (np.arange(which.size)%size - (tables.cumsum(1)-tables).ravel()[which]).astype(np.uint32)
-    value, bits, lanes = values[which%len(values)], size.bit_length()-1, len(x)
+    value, bits, lanes, x = values[which%len(values)], size.bit_length()-1, len(x), x.copy()
     step = 2**16//lanes*lanes
     out, slots, words, pos = np.empty(n, values.dtype), np.empty(step, np.intp), words.astype(np.uint32), 0
     for at in range(0, n, step):
@@ -139,7 +139,7 @@ def _totals(counts, labels, k): return np.stack([counts[labels == g].sum(0) for 
 def group_rows(
     counts,       # (R, A) histogram of each row
     k:int,        # groups, 1 or more
-    rounds:int=8, # of moving rows between groups
+    rounds:int=4, # of moving rows between groups
 )->np.ndarray: # (R,) group of each row, 0..k-1
     "Sort rows into groups that are short to code with one table each."
     counts = np.asarray(counts, np.float64)
@@ -218,7 +218,7 @@ def _price(counts, size, swap, k):
     "Estimated bytes with `k` groups, header, labels and tables."
     used, labels = np.unique(group_rows(counts, k), return_inverse=True)
     totals, k = _totals(counts, labels, len(used)), len(used)
-    bits = _bits(np.count_nonzero(counts.any(0)))
+    bits = _bits(np.count_nonzero(counts.any(0)), counts.sum())
     tables = np.stack([normalise(n, bits) for n in totals])
     head = _varint(swap, bits, k) + _pack_labels(labels, k) + b"".join(map(_write_table, tables))
     return len(head)-(totals*np.log2(np.maximum(tables, 1)/2**bits)).sum()/8, head, labels, tables
@@ -285,7 +285,7 @@ def _read_labels(data, at, rows, k):
 def _read_plan(data, at, shape, size):
     "Shape as coded, whether axes are swapped, labels or None, tables, and where the states begin."
     (swap, bits, k), at = _read(data, at, 3)
-    if swap > (len(shape) > 1) or bits not in (14, 16) or not 1 <= k <= 256: raise EntropyError(f"header: swap={swap}, bits={bits}, {k} groups: damaged")
+    if swap > (len(shape) > 1) or bits not in (12, 14, 16) or not 1 <= k <= 256: raise EntropyError(f"header: swap={swap}, bits={bits}, {k} groups: damaged")
     coded = (*shape[:-2], shape[-1], shape[-2]) if swap else shape
     labels, at = _read_labels(data, at, math.prod(coded[:-1]), k) if k > 1 else (None, at)
     tables = []

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import zstandard
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from pgolf import artifact
 from pgolf.artifact import ArtifactError, family, ledger, load_artifact, pack, save_artifact, unpack
+from pgolf.entropy import encode
 from pgolf.quant import Quantized
 
 
@@ -25,6 +27,8 @@ def example():
 
 
 DATA = pack(example(), dict(system="test", seeds=[1, 2]))
+RANS = pack(example(), dict(system="test", seeds=[1, 2]), codec="rans")
+BOTH = pytest.mark.parametrize("data", [DATA, RANS], ids=["zstd", "rans"])
 
 
 def same(a, b):
@@ -32,16 +36,18 @@ def same(a, b):
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_every_single_byte_flip_is_refused():
+@BOTH
+def test_every_single_byte_flip_is_refused(data):
     rand = random.Random(1)
-    for i in range(len(DATA)):
-        with pytest.raises(ArtifactError): unpack(DATA[:i] + bytes([DATA[i] ^ rand.randrange(1, 256)]) + DATA[i+1:])
+    for i in range(len(data)):
+        with pytest.raises(ArtifactError): unpack(data[:i] + bytes([data[i] ^ rand.randrange(1, 256)]) + data[i+1:])
 
 
-def test_every_truncation_and_extension_is_refused():
-    for i in range(len(DATA)):
-        with pytest.raises(ArtifactError): unpack(DATA[:i])
-    with pytest.raises(ArtifactError, match="extended"): unpack(DATA + b"\0")
+@BOTH
+def test_every_truncation_and_extension_is_refused(data):
+    for i in range(len(data)):
+        with pytest.raises(ArtifactError): unpack(data[:i])
+    with pytest.raises(ArtifactError, match="extended"): unpack(data + b"\0")
 
 
 DTYPES = st.sampled_from(list(artifact.DTYPES.values()))
@@ -63,9 +69,9 @@ def test_special_floats_keep_their_bits():
     assert torch.equal(unpack(pack(dict(t=t)))[0]["t"].view(torch.int32), t.view(torch.int32))
 
 
-def parts():
+def parts(data=DATA):
     "Header, stored payload and unpacked size of the example."
-    head, body, size = artifact._open(DATA, 2**30)
+    head, body, size = artifact._open(data, 2**30)
     return json.loads(head), body, size
 
 
@@ -74,8 +80,9 @@ def reseal(header, body, size):
     return artifact._seal(header, body, size)
 
 
-def test_reseal_of_the_same_is_the_same():
-    assert reseal(*parts()) == DATA
+@BOTH
+def test_reseal_of_the_same_is_the_same(data):
+    assert reseal(*parts(data)) == data
 
 
 BAD = dict(name=[7, None, "tok_emb.weight"], kind=["code", 3], dtype=["complex64", "object", 1], length=[-1, 0, 2**62, True], offset=[-1, 3, 2**62],
@@ -167,3 +174,57 @@ def test_ledger_is_measured_by_layer_kind():
     stored = {family(f["tensors"][0]["name"])+f["tensors"][0]["kind"]: f["stored"] for f in header["frames"]}
     for key, n in stored.items(): assert sum(r.stored for r in rows if family(r.name)+r.kind == key) == n
     assert sum(r.stored for r in rows) == len(DATA) and rows[-1].name == "container"
+
+
+# ---- codes stored by rANS
+
+@settings(max_examples=60, deadline=None)
+@given(shapes=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), max_size=4), alike=st.booleans(), top=st.integers(0, 127), seed=st.integers(0, 99), codec=st.sampled_from(artifact.CODECS))
+def test_any_codes_come_back(shapes, alike, top, seed, codec):
+    gen = torch.Generator().manual_seed(seed)
+    if alike: shapes = shapes[:1]*len(shapes)
+    tensors = {f"blocks.{i}.fc": Quantized(torch.randint(-top, top+1, s, generator=gen).to(torch.int8), torch.rand(s[0], 1, generator=gen).half()) for i, s in enumerate(shapes)}
+    data = pack(tensors, level=1, codec=codec)
+    back, _ = unpack(data)
+    assert set(back) == set(tensors) and all(same(t, back[n]) for n, t in tensors.items())
+    assert pack(back, level=1, codec=codec) == data and sum(r.stored for r in ledger(data)) == len(data)
+
+
+def test_only_codes_are_stored_by_rans_and_best_is_the_smaller():
+    header, _, _ = parts(RANS)
+    for f in header["frames"]: assert ("codec" in f) == (f["tensors"][0]["kind"] == "codes")
+    best, _, _ = parts(pack(example(), codec="best"))
+    zstd, _, _ = parts(pack(example()))
+    assert [f["stored"] for f in best["frames"]] == [min(a["stored"], b["stored"]) for a, b in zip(header["frames"], zstd["frames"])]
+
+
+def test_an_unknown_codec_is_refused():
+    with pytest.raises(ValueError, match="codec='zip'"): pack(example(), codec="zip")
+    for value in ("zstd", "zip", 3, None, ["rans"]):
+        header, body, size = parts(RANS)
+        header["frames"][0]["codec"] = value
+        with pytest.raises(ArtifactError, match="codec"): unpack(reseal(header, body, size))
+    header, body, size = parts(RANS)
+    del header["frames"][0]["codec"]
+    with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(header, body, size))
+    header, body, size = parts(DATA)
+    header["frames"][0]["codec"] = "rans"
+    with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(header, body, size))
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_a_forged_stream_is_refused_or_caught_by_the_checksum_of_its_codes(data):
+    "The file's checksum is right, the stream is not: what an attacker would write."
+    header, body, size = parts(RANS)
+    frames = [f for f in header["frames"] if "codec" in f]
+    at = data.draw(st.integers(0, sum(f["stored"] for f in frames)-1))
+    bad = body[:at]+bytes([body[at]^data.draw(st.integers(1, 255))])+body[at+1:]
+    with pytest.raises(ArtifactError): unpack(reseal(header, bad, size))
+
+
+def test_a_stream_of_another_size_or_type_is_refused():
+    for symbols in (np.zeros(9, np.int8), np.zeros(8, np.uint8), np.zeros(0, np.int8), np.zeros((2**20,), np.int8)):
+        stream = encode(symbols)
+        record = dict(name="x", kind="tensor", dtype="int8", shape=[8], offset=0, length=8, crc32=0)
+        with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(dict(meta={}, frames=[dict(stored=len(stream), tensors=[record], codec="rans")]), stream, 8))
