@@ -19,7 +19,7 @@ from .recipes import Recipe,SCALES,at_scale,diff,get_recipe
 
 # %% ../nbs/54_effects.ipynb #6e836db9
 TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.zstd",)), ("late QAT", ("stages.late_qat", "stages.qat_rules")),
-    ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")), ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
+    ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")), ("adapting through another grid", ("stages.eval_rules", "stages.ttt_rules", "ttt.ttt_train_mode")), ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
 
 def changes(
     a:Recipe, # as described

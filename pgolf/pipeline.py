@@ -267,7 +267,7 @@ def write_artifact(
     source = dequantize_state(quantize_state(state, replace(r.quant, rules=r.stages.first_rules))) if r.stages.first_rules else state
     codes = quantize_state(source, r.quant, r.gptq if r.stages.use_gptq else None, hessians)
     meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name)
-    job.report.bytes_artifact = save_artifact(job.artifact, codes, meta, r.stages.zstd_level or None, r.stages.zstd_long)
+    job.report.bytes_artifact = save_artifact(job.artifact, codes, meta, r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)
     job.report.training["squeeze_seconds"] = time.perf_counter()-began
     errors = quant_errors(state, codes, hessians)
     write_atomic(job.out/"errors.json", json.dumps(errors).encode())
@@ -313,7 +313,7 @@ def score_windows(job, stage, what, model):
 def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, grade the same text again."
     r,learner = job.recipe,Learner(model, job.recipe.ttt)
-    if r.ttt.ttt_train_mode: set_fake_quant(learner.model, r.stages.qat_rules)
+    if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
     out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks", lambda t,b: score_with(learner, t, b, r.score, job.progress)))
     if again := r.stages.rescore_temperature:
         cfg = replace(r.score, eval_temperature=again)

@@ -38,8 +38,9 @@ class StageConfig:
     first_rules:tuple=()            # (pattern, grid) of a first rounding whose result is rounded again; (): round the weights themselves
     eval_rules:tuple=()             # (pattern, grid) applied again whenever the model is evaluated; (): none
     use_ttt:bool=True               # adapt to the text after scoring it
+    ttt_rules:tuple=()              # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
     rescore_temperature:float=0.    # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
-    codec:str="zstd"                # of the integer codes: "zstd" or "rans"
+    codec:str="zstd"                # of the integer codes: "zstd", "rans" or the "best" of both
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
     def __post_init__(self):
@@ -47,7 +48,7 @@ class StageConfig:
         if self.average=="swa" and not self.swa_every: raise ValueError("average='swa' needs swa_every > 0")
         if not 0<=self.ema_decay<1: raise ValueError(f"ema_decay={self.ema_decay} not in [0, 1)")
         if not 0<=self.zstd_level<=22: raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
-        if self.codec not in ("zstd","rans"): raise ValueError(f"codec={self.codec!r}: choose 'zstd' or 'rans'")
+        if self.codec not in ("zstd","rans","best"): raise ValueError(f"codec={self.codec!r}: choose 'zstd', 'rans' or 'best'")
 
 # %% ../nbs/50_recipes.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def load_recipe(
     "Read a recipe from JSON."
     saved,sections = json.loads(Path(path).read_text()),{f.name:f.default_factory for f in fields(Recipe) if is_dataclass(f.type)}
     saved["optim"]["groups"] = tuple(Group(**g) for g in saved["optim"]["groups"])
-    for rules in ("qat_rules","first_rules","eval_rules"): saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
+    for rules in ("qat_rules","first_rules","eval_rules","ttt_rules"): saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
     return Recipe(**{k:sections[k](**v) if k in sections else v for k,v in saved.items()})
 
@@ -236,8 +237,8 @@ PR598 = replace(PR610, name="pr598", title="mixed int6/int8, ten-epoch TTT", ful
     qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), rules=((r"\.(attn|mlp)\.", per_row(31, -32)), (".*", Grid(-127, 127, scale_per="tensor"))),
     keep_float32=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_", ttt_epochs=10, ttt_freeze_embeddings=False)
 PR598_AS_RUN = replace(PR598, name="pr598-as-run", title="#598 as its code ran").but(
-    decay="linear", late_qat_threshold=0., groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), qat_rules=(("proj|" + r"\.(attn|mlp)\.", Grid(-32, 31, scale_floor=1/31)),),
-    rules=((r"\.(attn|mlp)\.", per_row(31, -32, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, scale_per="tensor"))), ttt_train_mode=True)
+    decay="linear", late_qat_threshold=0., groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True, ttt_rules=((".", Grid(-32, 31, scale_floor=1/31)),),
+    rules=((r"\.(attn|mlp)\.", per_row(31, -32, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, scale_per="tensor"))))
 
 # %% ../nbs/50_recipes.ipynb #6b431880
 GRIDS_1123 = ((r"attn\.c_[qk]\.", Grid(-32, 31, peak=32)), (r"attn\.(c_v|proj)\.", Grid(-16, 15, peak=16)),
@@ -250,7 +251,7 @@ PR1123 = replace(PR610, name="pr1123", title="int6/5/4/pentanary from step 0, rA
     iterations=10_000, max_wallclock_seconds=0., warmdown_iters=1750, lr_warmup_iters=200, muon_momentum=.95, muon_momentum_warmup_start=.85, muon_momentum_warmup_steps=500,
     train_batch_tokens=524_288, train_seq_len=1024, num_spans=32, warmup_steps=0, grad_clip_norm=1., eval_seq_len=1024,
     average="swa", swa_every=50, late_qat_threshold=2., qat_rules=GRIDS_1123, use_gptq=False, rules=(*GRIDS_1123, (".*", None)), codec="rans", ttt_freeze_embeddings=False)
-PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run", title="#1123 as its code ran").but(bigram_zero_init=True, eval_rules=GRIDS_1123[2:3],
+PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run", title="#1123 as its code ran").but(bigram_zero_init=True, eval_rules=GRIDS_1123[2:3], ttt_train_mode=True,
     groups=(Group("token table", r"^tok_emb", "adamw", "tied_embed_lr"), Group("all other matrices", r"\.weight$|skip_weights|resid_mix", "muon", "matrix_lr"), Group("scalars", "", "adamw", "scalar_lr")))
 
 # %% ../nbs/50_recipes.ipynb #57c77227
@@ -339,5 +340,5 @@ def at_scale(
 
 def _expanded(recipe):
     "Fill in block numbers in every pattern."
-    names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules","stages.eval_rules")
+    names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules","stages.eval_rules","stages.ttt_rules")
     return recipe.but(**{n:expand(recipe.settings()[n], recipe.model.num_layers) for n in names})

@@ -108,7 +108,8 @@ def imports(path):
     tree, top = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): top |= {a.name for a in node.names}
-        if isinstance(node, ast.ImportFrom): top.add(f"pgolf.{node.module}" if node.level else node.module)
+        if isinstance(node, ast.ImportFrom) and not node.module: top |= {f"pgolf.{a.name}" for a in node.names}
+        elif isinstance(node, ast.ImportFrom): top.add(f"pgolf.{node.module}" if node.level else node.module)
     return top
 
 
