@@ -128,7 +128,8 @@ def print_plan(r, p):
     total = sum(b for *_,b in p["bytes"])
     print()
     _table([*p["bytes"], ("total","","",total)], ["estimated","stored as","weights","bytes"])
-    print(f"\nestimated artifact {total:,} + code {p['code_bytes']:,} = {total+p['code_bytes']:,} of {BYTE_LIMIT:,} bytes ({BYTE_LIMIT-total-p['code_bytes']:+,} left)")
+    print(f"\n{p['payload']:,} bytes of codes, steps and kept tensors before coding")
+    print(f"estimated artifact {total:,} + code {p['code_bytes']:,} = {total+p['code_bytes']:,} of {BYTE_LIMIT:,} bytes ({BYTE_LIMIT-total-p['code_bytes']:+,} left)")
 
 # %% ../nbs/52_cli.ipynb #0d025fe8
 @data_app.command("austen")

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FILES', 'Row', 'Report', 'code_bytes', 'environment', 'pick_device', 'Job', 'start', 'make_average', 'make_listeners',
            'train_here', 'launch', 'work', 'train_weights', 'weights_of', 'model_of', 'calibrate', 'write_artifact',
-           'read_artifact', 'grade', 'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run',
-           'saved_bytes', 'entropy_bits', 'estimate_bytes', 'memory_bytes', 'plan', 'open_corpus', 'scoreboard',
-           'by_system', 'record_test']
+           'read_artifact', 'check_parameters', 'grade', 'score_blocks', 'score_windows', 'score_adapting', 'score_all',
+           'run', 'saved_bytes', 'entropy_bits', 'estimate_bytes', 'payload_bytes', 'memory_bytes', 'plan',
+           'open_corpus', 'scoreboard', 'by_system', 'record_test']
 
-# %% ../nbs/51_pipeline.ipynb #35602048
-import importlib.metadata,json,lzma,math,platform,subprocess,sys,time
+# %% ../nbs/51_pipeline.ipynb #0ba98ba5
+import difflib,importlib.metadata,json,lzma,math,platform,subprocess,sys,time
+from collections.abc import Iterable
 from dataclasses import asdict,dataclass,field,replace
 from functools import partial
 from pathlib import Path
@@ -282,6 +283,15 @@ def read_artifact(
     tensors,meta = load_artifact(path)
     return _ready(ModelConfig(**meta["model"]), dequantize_state(tensors), device, eval_rules)
 
+# %% ../nbs/51_pipeline.ipynb #46de7474
+def check_parameters(
+    namespace:dict, # of the notebook, before anything else is defined
+    known:Iterable[str], # its parameters
+):
+    "Raise for a plain value that is no parameter."
+    strange = [n for n,v in namespace.items() if type(v) in (str,int,float,bool,dict,list) and not n.startswith("_") and n not in {*known,"In","Out"}]
+    for n in strange: raise ValueError(f"unknown parameter {n!r}; near matches: {', '.join(difflib.get_close_matches(n, known, 3, .4)) or 'none'}; there are: {', '.join(known)}")
+
 # %% ../nbs/51_pipeline.ipynb #07d6b315
 def grade(
     job:Job,     # receives the row
@@ -388,7 +398,17 @@ def estimate_bytes(
         rows[family(name),kind] = n+t.numel(),b+size
     return sorted(((f,k,n,round(b)) for (f,k),(n,b) in rows.items()), key=lambda r: -r[3])
 
-# %% ../nbs/51_pipeline.ipynb #2be9ae5a
+# %% ../nbs/51_pipeline.ipynb #00ef1d8f
+def payload_bytes(
+    recipe:Recipe, # model and grids
+)->int: # bytes of codes, steps and kept tensors, one byte a code, before any coding
+    "Raw size of what the artifact holds; follows from shapes alone."
+    with torch.device("meta"): state = GPT(recipe.model).state_dict()
+    def size(name, t):
+        grid = recipe.quant.grid(name, t)
+        return t.numel()+2*(len(t) if grid.scale_per=="row" else 1) if isinstance(grid, Grid) else t.numel()*grid.itemsize
+    return sum(size(n, t) for n,t in state.items())
+
 def memory_bytes(
     recipe:Recipe, # model, batch, average
     device:str,    # decides the dtype of the activations
@@ -397,6 +417,7 @@ def memory_bytes(
     with torch.device("meta"): model = GPT(recipe.model)
     size = lambda kinds: 4*sum(p.numel() for g in recipe.optim.groups if g.kind in kinds for _,p in param_groups(model, recipe.optim.groups)[g.name])
     n,micro = 4*sum(p.numel() for p in model.parameters()),recipe.train.train_batch_tokens//recipe.train.num_spans
+    if device=="cpu": micro = min(micro, max(recipe.train.pass_tokens or 8192, recipe.train.train_seq_len))
     model.compute_dtype = torch.bfloat16 if torch.device(device).type=="cuda" else torch.float32
     return dict(weights=n, gradients=n, optimizers=size(("muon",))+2*size(("adamw",)), average=n if recipe.stages.average!="none" else 0,
         activations=round(micro*saved_bytes(model, 16)))
@@ -408,7 +429,7 @@ def plan(
     "What a run will cost, before any training."
     r,T = recipe,recipe.train.train_seq_len
     return dict(parameters=count_parameters(r.model), flops_per_token=3*flops_per_token(r.model, T), tokens_per_step=r.train.train_batch_tokens,
-        steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full" else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r), code_bytes=code_bytes()[1])
+        steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full" else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r), payload=payload_bytes(r), code_bytes=code_bytes()[1])
 
 # %% ../nbs/51_pipeline.ipynb #86087753
 def open_corpus(

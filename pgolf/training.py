@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'Ranks', 'setup_ranks', 'close_ranks', 'make_loader', 'average_gradients', 'best_dtype',
-           'can_compile', 'choose_loss', 'wait_for', 'Clock', 'Run', 'TrainingDiverged', 'settle', 'forward_backward',
-           'set_rates', 'update', 'train_step', 'warm_up', 'CheckpointError', 'write_checkpoint', 'read_checkpoint',
-           'optimizer_tensors', 'load_optimizer', 'save_checkpoint', 'check_config', 'load_checkpoint', 'why_stop',
-           'TrainResult', 'train']
+           'can_compile', 'choose_loss', 'wait_for', 'Clock', 'Run', 'TrainingDiverged', 'settle', 'pieces',
+           'forward_backward', 'set_rates', 'update', 'train_step', 'warm_up', 'CheckpointError', 'write_checkpoint',
+           'read_checkpoint', 'optimizer_tensors', 'load_optimizer', 'save_checkpoint', 'check_config',
+           'load_checkpoint', 'why_stop', 'TrainResult', 'train']
 
 # %% ../nbs/23_training.ipynb #a85b137d
 import copy, importlib, importlib.util, json, math, shutil, signal, sysconfig, sys, threading, time
@@ -31,6 +31,7 @@ class TrainConfig:
     train_batch_tokens:int=786_432 # targets per step, over all ranks
     train_seq_len:int=2048         # length of a row, tokens
     num_spans:int=8                # micro-batches per step, over all ranks; the ranks must divide it
+    pass_tokens:int=0              # most tokens in one forward pass, at least a row; 0: a whole micro-batch on a GPU, 8,192 on a CPU
     warmup_steps:int=20            # steps run first and undone, so that compilation is over when the clock starts
     grad_clip_norm:float=.3        # largest global norm of the gradient; 0: no clipping
     seed:int=1337                  # initial weights; the order of the data is fixed
@@ -39,7 +40,7 @@ class TrainConfig:
     val_every:int=4000             # steps between validations, for who builds the listeners; 0: at the end alone
     checkpoint_every:int=0         # steps between checkpoints, likewise; 0: none
     def __post_init__(self):
-        for name,least in dict(train_batch_tokens=1, train_seq_len=1, num_spans=1, log_every=1, warmup_steps=0, grad_clip_norm=0, val_every=0, checkpoint_every=0).items():
+        for name,least in dict(train_batch_tokens=1, train_seq_len=1, num_spans=1, log_every=1, pass_tokens=0, warmup_steps=0, grad_clip_norm=0, val_every=0, checkpoint_every=0).items():
             if not getattr(self, name) >= least: raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.compile not in ("auto", True, False): raise ValueError(f"compile={self.compile!r} is none of 'auto', True, False")
         if self.train_batch_tokens % (rows := self.num_spans*self.train_seq_len):
@@ -242,17 +243,27 @@ def settle(
 # %% ../nbs/23_training.ipynb #12dc0fe6
 def _to(t, device): return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
 
+def pieces(
+    micros:list,     # (ids, targets) of a rank's step, (rows, tokens) each
+    cfg:TrainConfig, # `pass_tokens`
+    device:str,      # e.g. "cpu", "cuda:1"
+)->list: # (ids, targets) in the same order, fewer rows each
+    "Cut micro-batches to what goes through the model at once."
+    most = cfg.pass_tokens or (8192 if torch.device(device).type == "cpu" else math.inf)
+    rows = lambda x: len(x) if most == math.inf else max(1, most//x.shape[1])
+    return [p for x,y in micros for p in zip(x.split(rows(x)), y.split(rows(y)))]
+
 def forward_backward(
     run:Run,      # gives the batch; gradients are added to its model
     loss_fn,      # (ids, targets) -> () mean nats per token
 )->Tensor: # () mean loss of the global batch, the same on every rank
     "Accumulate the gradient of one global batch."
-    micros = run.loader.next_step()
-    n = run.world*sum(y.numel() for _,y in micros)
-    if n != (want := run.cfg.train_batch_tokens): raise ValueError(f"train_batch_tokens={want}, but {run.world} rank(s) load {n} per step: build the loader with this rank, world and batch")
+    parts = pieces(run.loader.next_step(), run.cfg, run.device)
+    mine,want = sum(y.numel() for _,y in parts),run.cfg.train_batch_tokens
+    if mine*run.world != want: raise ValueError(f"train_batch_tokens={want}, but {run.world} rank(s) load {mine*run.world} per step: build the loader with this rank, world and batch")
     total = torch.zeros((), device=run.device)
-    for x,y in micros:
-        loss = loss_fn(_to(x, run.device), _to(y, run.device))/len(micros)
+    for x,y in parts:
+        loss = loss_fn(_to(x, run.device), _to(y, run.device))*(y.numel()/mine)
         loss.backward()
         total += loss.detach()
     return total if run.world == 1 else average_gradients(list(run.model.parameters()), total, run.world)
