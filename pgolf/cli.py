@@ -7,8 +7,8 @@ __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'C
            'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb', 'data_build', 'execute',
            'tidy', 'reproduce', 'report']
 
-# %% ../nbs/52_cli.ipynb #e33925f0
-import re,sys
+# %% ../nbs/52_cli.ipynb #b389e8f8
+import difflib,re,sys
 from pathlib import Path
 from typing import Annotated
 import click,typer
@@ -59,7 +59,7 @@ def resolve(
     "A recipe at its scale, with its overrides."
     r = at_scale(get_recipe(recipe), scale).but(**overrides)
     if seed is not None: r = r.but(seed=seed)
-    return r if steps is None else r.but(iterations=steps, max_wallclock_seconds=0.)
+    return r if steps is None else r.but(iterations=steps, max_wallclock_seconds=0., warmup_steps=0)
 
 # %% ../nbs/52_cli.ipynb #8a526e53
 Name = Annotated[str, typer.Argument(help="recipe, for example pr610 or pr610-as-run")]
@@ -175,10 +175,15 @@ def execute(
     import papermill as pm # takes a second, so only where it is needed
     out.mkdir(parents=True, exist_ok=True)
     done = out/notebook.name
+    _check_names(notebook, parameters, pm.inspect_notebook(notebook))
     try: pm.execute_notebook(notebook, done, parameters, progress_bar=False, kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr)
     except pm.PapermillExecutionError as e: raise RuntimeError(f"{notebook}: cell {e.cell_index} failed with {e.ename}: {e.evalue}; the partial notebook is {done}") from None
     finally: tidy(done)
     return done
+
+def _check_names(notebook, parameters, known):
+    for n in parameters.keys()-known.keys():
+        raise ValueError(f"{notebook} has no parameter {n!r}; near matches: {', '.join(difflib.get_close_matches(n, known, 3, .4)) or 'none'}; there are: {', '.join(known)}")
 
 def tidy(
     notebook:Path, # executed; rewritten

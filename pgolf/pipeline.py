@@ -288,8 +288,8 @@ def check_parameters(
     namespace:dict, # of the notebook, before anything else is defined
     known:Iterable[str], # its parameters
 ):
-    "Raise for a plain value that is no parameter."
-    strange = [n for n,v in namespace.items() if type(v) in (str,int,float,bool,dict,list) and not n.startswith("_") and n not in {*known,"In","Out"}]
+    "Raise for a plain lower-case value that is no parameter."
+    strange = [n for n,v in namespace.items() if type(v) in (str,int,float,bool,dict,list) and n.islower() and not n.startswith("_") and n not in known]
     for n in strange: raise ValueError(f"unknown parameter {n!r}; near matches: {', '.join(difflib.get_close_matches(n, known, 3, .4)) or 'none'}; there are: {', '.join(known)}")
 
 # %% ../nbs/51_pipeline.ipynb #07d6b315
