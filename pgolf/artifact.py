@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LEVELS', 'CODECS', 'MAGIC', 'VERSION', 'ArtifactError', 'family', 'squeeze', 'pack', 'unpack',
-           'write_atomic', 'save_artifact', 'load_artifact', 'LedgerRow', 'ledger', 'by_family']
+           'save_artifact', 'load_artifact', 'LedgerRow', 'ledger', 'by_family']
 
-# %% ../nbs/33_artifact.ipynb #aa2728dc
-import hashlib, json, math, os, re, struct, tempfile, zlib
+# %% ../nbs/33_artifact.ipynb #bb29911d
+import hashlib, json, math, os, re, struct, zlib
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .entropy import EntropyError, decode, encode
 from .quant import Quantized
+from .tokenizer import atomic_write
 
 # %% ../nbs/33_artifact.ipynb #a6d516e4
 class ArtifactError(ValueError):
@@ -222,26 +223,6 @@ def unpack(
         parts[r["kind"]] = _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
     return {name: _join(name, found[name]) for name in sorted(found, key=_order)}, meta
 
-# %% ../nbs/33_artifact.ipynb #b6b22483
-def write_atomic(
-    path,       # final name
-    data:bytes, # content
-)->None:
-    "Write a file that is there whole or not at all."
-    path = Path(path)
-    try:
-        fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "wb") as f:
-                f.write(data); f.flush(); os.fsync(f.fileno())
-            os.chmod(temp, 0o644)
-            os.replace(temp, path)
-        except BaseException:
-            Path(temp).unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise ArtifactError(f"{path}: could not write {len(data)} bytes ({e.strerror}); nothing was left there, free some space or choose another folder") from e
-
 # %% ../nbs/33_artifact.ipynb #7fc4cac8
 def save_artifact(
     path,                # file to write
@@ -253,7 +234,7 @@ def save_artifact(
 )->int: # bytes written
     "Pack tensors into a file, whole or not at all."
     data = pack(tensors, meta, level, long, codec)
-    write_atomic(path, data)
+    with atomic_write(path) as f: f.write(data)
     return len(data)
 
 def load_artifact(

@@ -12,9 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 from tabulate import tabulate
-from .artifact import write_atomic
 from .data import Dataset
-from .pipeline import Report,run,start
+from .pipeline import Report,run,start,write_json
 from .recipes import Recipe,SCALES,at_scale,diff,get_recipe
 
 # %% ../nbs/54_effects.ipynb #6e836db9
