@@ -157,7 +157,7 @@ def brief(
         return " ".join([f"{value.lo}..{value.hi}", *(f"{f.name}={brief(getattr(value,f.name))}" for f in fields(Grid) if getattr(value,f.name)!=getattr(base,f.name))])
     if isinstance(value,Group): return f"{value.name}: {value.kind}" + (f" {value.lr}" if value.lr else "") + (f" x{value.lr_mult:g}" if value.lr_mult!=1 else "")
     if isinstance(value,float): return f"{value:.6g}"
-    if isinstance(value,tuple): return "; ".join(f"`{v[0]}` {brief(v[1])}" if isinstance(v,tuple) and len(v)==2 else brief(v) for v in value) or "none"
+    if isinstance(value,tuple): return "; ".join(f"`{brief(v[0])}` {brief(v[1])}" if isinstance(v,tuple) and len(v)==2 else brief(v) for v in value) or "none"
     return str(value).replace("|", "\\|")
 
 def diff_table(
