@@ -1,4 +1,7 @@
 "Fixtures shared by all tests; what needs the reference data skips where it is absent."
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,3 +22,50 @@ def shared():
 def golden(shared):
     "Open a golden file by name: `golden('pr610')`."
     return lambda name: np.load(shared / "golden" / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def novels(tmp_path_factory):
+    "The embedded novels as a dataset."
+    from pgolf.data import austen
+    return austen(tmp_path_factory.mktemp("austen") / "austen_sp1024")
+
+
+def start_pgolf(*args, **kw):
+    "The command as a child in a process group of its own, on one thread."
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "pgolf.cli", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True, **kw)
+
+
+def run_pgolf(*args, **kw):
+    "Run the command to its end: exit code, standard output, standard error."
+    child = start_pgolf(*args, **kw)
+    out, err = child.communicate(timeout=120)
+    return child.returncode, out, err
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    "The command in this process: `main('plan', 'pr610')` gives exit code, standard output, standard error."
+    def call(*args):
+        from pgolf import cli
+        monkeypatch.setattr(sys, "argv", ["pgolf", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: cli.main()
+        return e.value.code or 0, *capsys.readouterr()
+    return call
+
+
+def half_written(folder):
+    "What an atomic writer would have removed, and JSON, checkpoints and artifacts that cannot be read."
+    import json
+
+    from pgolf.artifact import load_artifact
+    from pgolf.training import read_checkpoint
+    readers = {".json": lambda p: json.loads(p.read_text()), ".safetensors": read_checkpoint, ".pgolf": load_artifact, ".npz": lambda p: dict(np.load(p))}
+    bad = [p.name for p in folder.rglob("*") if p.name.startswith(".")]
+    for p in sorted(folder.rglob("*")):
+        try: readers.get(p.suffix, str)(p)
+        except Exception as e: bad.append(f"{p.name}: {e}")
+    return bad

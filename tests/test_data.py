@@ -21,10 +21,6 @@ from pgolf.data import BatchLoader, ShardError, TokenStream, austen, austen_docu
 from pgolf.tokenizer import encode_document, load_tokenizer, train_tokenizer
 
 
-@pytest.fixture(scope="session")
-def novels(tmp_path_factory): return austen(tmp_path_factory.mktemp("austen")/"austen_sp1024")
-
-
 def counted(sp, tables, text):
     ids = torch.from_numpy(encode_document(sp, text).astype(np.int64))
     return int(tables.count(ids[:-1], ids[1:]).sum())

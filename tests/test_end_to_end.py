@@ -1,0 +1,146 @@
+"From text to a scored artifact through the doors that users take: the command, papermill, several processes, interruptions."
+import json
+import os
+import signal
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT, half_written, run_pgolf, start_pgolf
+
+from pgolf import cli
+from pgolf.bpb import BYTE_LIMIT
+from pgolf.pipeline import Report, read_artifact
+from pgolf.recipes import SCALES
+
+STAGES = ["raw", "averaged", "quantized", "artifact", "sliding", "adapted"]
+LONG = ("-o", "iterations=60")  # a second or more of training: time to interrupt it
+
+
+def tiny(novels, out, *more):
+    "Arguments of a tiny run."
+    return "run", "pr610", "--scale", "tiny", "--corpus", novels.path, "--out", out, *more
+
+
+def numbers(out):
+    "What a run computed, without its times."
+    report = json.loads((out/"report.json").read_text())
+    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in report["rows"]]
+    return rows, report["bytes_artifact"], report["parameters"], report["settings"]
+
+
+def losses(out): return np.array(json.loads((out/"training.json").read_text())["losses"])
+
+
+def wait_until(ready, child, seconds=90):
+    "Poll until `ready()`; a child that ends first is an error."
+    end = time.monotonic() + seconds
+    while not ready():
+        assert child.poll() is None and time.monotonic() < end, child.communicate()
+        time.sleep(.005)
+
+
+def lines(path): return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="session")
+def reference(novels, tmp_path_factory):
+    "A run that nothing disturbs: folder, exit code, both outputs."
+    out = tmp_path_factory.mktemp("runs")/"reference"
+    return out, *run_pgolf(*tiny(novels, out, *LONG))
+
+
+# ---- the command
+
+def test_run_ends_with_a_table_and_a_complete_report(reference):
+    out, code, said, err = reference
+    assert code == 0, err
+    report = Report.load(out/"report.json")
+    assert report.complete and [r["stage"] for r in report.rows] == STAGES and report.training["stopped_by"] == "iterations"
+    assert [line.split()[0] for line in said.splitlines()[2:8]] == STAGES
+    for r in report.rows:
+        assert 0 < r["val_bpb"] < 8 and r["targets"] == SCALES["tiny"].eval_tokens and r["coverage"] == 1 and f"{r['val_bpb']:.4f}" in said
+    assert report.bytes_artifact == (out/"model.pgolf").stat().st_size and f"{report.bytes_total:,} of {BYTE_LIMIT:,}" in said
+    assert sum(p.numel() for p in read_artifact(out/"model.pgolf").parameters()) == report.parameters
+    assert "60/60" in err and half_written(out) == []
+
+
+def test_the_same_command_gives_the_same_bits(reference, novels):
+    "Also over a finished run, whose files go first."
+    out = reference[0]
+    kept = numbers(out), (out/"model.pgolf").read_bytes(), losses(out)
+    code, _, err = run_pgolf(*tiny(novels, out, *LONG))
+    assert code == 0, err
+    assert (numbers(out), (out/"model.pgolf").read_bytes()) == kept[:2] and (losses(out) == kept[2]).all()
+
+
+def test_two_processes_train_as_one(reference, novels, tmp_path):
+    one, two = reference[0], tmp_path/"two"
+    code, said, err = run_pgolf(*tiny(novels, two, *LONG, "--nproc", 2))
+    assert code == 0, said + err
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
+    report = Report.load(two/"report.json")
+    assert report.complete and report.nproc == 2 and [r["stage"] for r in report.rows] == STAGES
+    np.testing.assert_allclose([r["val_loss"] for r in report.rows], [r["val_loss"] for r in Report.load(one/"report.json").rows], rtol=1e-3)
+    assert half_written(two) == []
+
+
+# ---- notebooks
+
+@pytest.fixture(scope="session")
+def quiet():
+    "Kernels on one thread, with this checkout's package."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("OMP_NUM_THREADS", "1")
+        m.setenv("PYTHONPATH", str(ROOT))
+        yield
+
+
+@pytest.fixture(scope="session")
+def executed(quiet, novels, tmp_path_factory):
+    "The run notebook, executed with parameters that all differ from its own."
+    out = tmp_path_factory.mktemp("notebook")/"pr610"
+    given = dict(scale="tiny", corpus=str(novels.path), out=str(out), seed=7, eval_tokens=1024, overrides=dict(iterations=12))
+    return out, nbformat.read(cli.execute(ROOT/"nbs"/"60_pr610.ipynb", out, given), 4)
+
+
+def test_papermill_parameters_reach_the_run(executed):
+    out, nb = executed
+    report = Report.load(out/"report.json")
+    assert report.complete and [r["stage"] for r in report.rows] == STAGES
+    assert (report.recipe, report.scale, report.seed, report.training["steps"]) == ("pr610", "tiny", 7, 12)
+    assert {r["targets"] for r in report.rows} == {1024}
+    tags = [c.metadata.get("tags", []) for c in nb.cells]
+    assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1, "papermill found no parameters cell"
+
+
+def test_report_prints_scoreboard_and_paths(executed, main):
+    out = executed[0]
+    code, said, _ = main("report", out)
+    assert code == 0 and "pr610" in said and f"{Report.load(out/'report.json').bpb('adapted'):.4f}" in said
+    for name in ("60_pr610.ipynb", "report.json", "model.pgolf", "loss.png"): assert str(out) in said and name in said
+
+
+def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tmp_path):
+    given = dict(scale="tiny", corpus=str(novels.path), out=str(tmp_path), overrides=dict(matrix_rl=.1))
+    with pytest.raises(RuntimeError, match=r"ValueError: unknown setting 'matrix_rl'; near matches: .*matrix_lr.*the partial notebook is"):
+        cli.execute(ROOT/"nbs"/"60_pr610.ipynb", tmp_path, given)
+    partial = nbformat.read(tmp_path/"60_pr610.ipynb", 4)
+    assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_failing_cell_leaves_the_partial_notebook_and_a_clear_last_line(quiet, main, tmp_path):
+    cell = nbformat.v4.new_code_cell
+    nb = nbformat.v4.new_notebook(cells=[cell("out = ''\nscale = ''\ncorpus = ''\ndevice = ''", metadata=dict(tags=["parameters"])), cell("print('reached', out)"), cell("1/0"), cell("print('too far')")])
+    nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
+    nbformat.write(nb, tmp_path/"60_pr0.ipynb")
+    code, said, err = main("reproduce", "pr0", "--scale", "tiny", "--notebooks", tmp_path, "--out", tmp_path/"runs")
+    partial = tmp_path/"runs"/"tiny"/"pr0"/"60_pr0.ipynb"
+    last = err.splitlines()[-1]
+    assert code == 1 and last.startswith("pgolf: error: ") and "ZeroDivisionError: division by zero" in last and str(partial) in last
+    assert "Traceback" not in err
+    text = partial.read_text()
+    assert f"reached {partial.parent}" in text and "ZeroDivisionError" in text
+    outputs = [c.outputs for c in nbformat.read(partial, 4).cells if c.cell_type == "code" and "too far" in c.source]
+    assert outputs == [[]]
