@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LEVELS', 'CODECS', 'MAGIC', 'VERSION', 'ArtifactError', 'family', 'squeeze', 'pack', 'unpack',
-           'save_artifact', 'load_artifact', 'LedgerRow', 'ledger', 'by_family']
+           'save_artifact', 'load_artifact', 'LedgerRow', 'ledger', 'read_ledger', 'by_family']
 
 # %% ../nbs/33_artifact.ipynb #bb29911d
 import hashlib, json, math, os, re, struct, zlib
@@ -237,16 +237,20 @@ def save_artifact(
     with atomic_write(path) as f: f.write(data)
     return len(data)
 
+def _naming(path, read, limit):
+    "Apply `read` to a file's bytes; an error names the file."
+    try:
+        if (size := os.path.getsize(path)) > limit: raise ArtifactError(f"{size} bytes, more than limit={limit}")
+        return read(Path(path).read_bytes(), limit)
+    except OSError as e: raise ArtifactError(f"{path}: cannot be read ({e.strerror}); give the path of an artifact") from e
+    except ArtifactError as e: raise ArtifactError(f"{path}: {e}") from None
+
 def load_artifact(
     path,            # file written by `save_artifact`
     limit:int=2**31, # most bytes it may unpack to
 )->tuple[dict,dict]: # name -> Tensor or Quantized; meta
     "Read a file back; an error names it."
-    try:
-        if (size := os.path.getsize(path)) > limit: raise ArtifactError(f"{size} bytes, more than limit={limit}")
-        return unpack(Path(path).read_bytes(), limit)
-    except OSError as e: raise ArtifactError(f"{path}: cannot be read ({e.strerror}); give the path of an artifact") from e
-    except ArtifactError as e: raise ArtifactError(f"{path}: {e}") from None
+    return _naming(path, unpack, limit)
 
 # %% ../nbs/33_artifact.ipynb #604f1075
 class LedgerRow(NamedTuple):
@@ -277,7 +281,14 @@ def ledger(
     fixed = _PREFIX.size+_DIGEST+_PREFIX.unpack_from(data)[2]
     return rows+[LedgerRow("container", "header", (), fixed, len(data)-sum(r.stored for r in rows))]
 
-# %% ../nbs/33_artifact.ipynb #18ef71a0
+# %% ../nbs/33_artifact.ipynb #e039ebc7
+def read_ledger(
+    path,            # file written by `save_artifact`
+    limit:int=2**31, # most bytes it may unpack to
+)->list[LedgerRow]: # as `ledger`
+    "The ledger of a file; an error names it."
+    return _naming(path, ledger, limit)
+
 def by_family(
     rows:list, # of `ledger`
 )->list[tuple[str,str,int,int]]: # (family, kind, raw bytes, stored bytes), largest first

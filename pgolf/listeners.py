@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'MetricsLog', 'Validate', 'expected_steps', 'seconds_left', 'as_line', 'Progress', 'Checkpointer',
            'TensorBoard']
 
-# %% ../nbs/24_listeners.ipynb #515a8f7b
-import json, sys, time
+# %% ../nbs/24_listeners.ipynb #8b67ade2
+import json, math, sys, time
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -23,11 +23,19 @@ class MetricsLog:
         self.file = Path(self.path or run.out/"metrics.jsonl") if run.is_main and (self.path or run.out) else None
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            kept = [l for l in self.file.read_text().splitlines() if json.loads(l)["step"] <= run.step] if run.step and self.file.exists() else []
-            self.file.write_text("".join(l + "\n" for l in kept))
+            kept = [l for l in self.file.read_text().splitlines() if _step_of(l) <= run.step] if run.step and self.file.exists() else []
+            self._write("w", "".join(l + "\n" for l in kept))
     def on_record(self, run, values):
-        if not self.file: return
-        with self.file.open("a") as f: f.write(json.dumps({"step": run.step, "elapsed": round(run.elapsed, 4), **values}) + "\n")
+        if self.file: self._write("a", json.dumps({"step": run.step, "elapsed": round(run.elapsed, 4), **values}) + "\n")
+    def _write(self, mode, text):
+        try:
+            with self.file.open(mode) as f: f.write(text)
+        except OSError as e: raise OSError(e.errno, f"{e.strerror} while writing {self.file}: free some space or choose another folder") from e
+
+def _step_of(line):
+    "Step of a record; a line that a power cut left half written belongs to no step."
+    try: return json.loads(line)["step"]
+    except ValueError: return math.inf
 
 # %% ../nbs/24_listeners.ipynb #6981597e
 class Validate:
@@ -103,6 +111,7 @@ class Progress:
         if self.held: print(self.held, file=self.file, flush=True)
         if run.stopped_by == "wallclock": self.bar.total = run.step
         self.bar.close()
+    def on_failure(self, run): self.bar.close()
     def _line(self, run, values, of_step):
         "Write a record as a line, or hold it back."
         text = as_line(values)

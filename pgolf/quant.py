@@ -176,6 +176,11 @@ class LateQAT:
     ):
         self.threshold,self.grids,self.switched = threshold,tuple(grids),()
 
+    def on_start(self, run):
+        "Be on in the warm-up if the first step will be, so that no other graph is compiled."
+        run.lr_scale = run.schedule.lr_scale(run.step, run.agreed)
+        self.before_step(run)
+
     def before_step(self, run):
         "Switch on at the first step below the threshold."
         if not self.switched and run.lr_scale < self.threshold: self.switched = set_fake_quant(run.model, self.grids)

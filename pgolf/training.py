@@ -461,10 +461,9 @@ def why_stop(
 )->str: # "", "iterations", "wallclock" or "interrupted", the same on every rank
     "Agree over ranks whether the run is over."
     if run.schedule.max_wallclock_seconds: wait_for(run.device)
-    run.agreed,interrupted = run.ranks.max(run.elapsed, float(run.interrupted))
-    run.interrupted = bool(interrupted)
+    run.agreed,stop = run.ranks.max(run.elapsed, float(run.interrupted)) # a signal that comes after this waits for the next step
     if run.schedule.done(run.step, run.agreed): return "iterations" if run.step >= run.schedule.iterations else "wallclock"
-    return "interrupted" if run.interrupted else ""
+    return "interrupted" if stop else ""
 
 # %% ../nbs/23_training.ipynb #0f914358
 @dataclass(frozen=True)
@@ -501,6 +500,14 @@ def _close(run):
     run.call("on_end")
     return path
 
+# %% ../nbs/23_training.ipynb #9e3cb5b0
+@contextmanager
+def _telling_failure(run):
+    try: yield
+    except BaseException:
+        run.call("on_failure")
+        raise
+
 # %% ../nbs/23_training.ipynb #1a5db70b
 def train(
     model:nn.Module, # has `loss(ids, targets)`; trained in place
@@ -517,7 +524,7 @@ def train(
     run = _prepare(model, loader, optim, schedule, cfg, listeners, setup_ranks(device), out)
     if resume: load_checkpoint(run, resume)
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
-    with _ctrl_c(run):
+    with _ctrl_c(run), _telling_failure(run):
         run.call("on_start")
         run.record(note=f"{why}; {getattr(model, 'compute_dtype', torch.float32)}; {run.world} rank(s) on {run.device}")
         warm_up(run, loss_fn)

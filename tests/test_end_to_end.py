@@ -86,6 +86,46 @@ def test_two_processes_train_as_one(reference, novels, tmp_path):
     assert half_written(two) == []
 
 
+# ---- interruptions
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, novels, tmp_path, nproc):
+    out = tmp_path/"cut"
+    steps, slow = (60, ()) if nproc == 1 else (20, ("-o", "iterations=20", "-o", "train_batch_tokens=8192"))  # the signal has a longer way
+    args = tiny(novels, out, *LONG, "--nproc", nproc, *slow)
+    child = start_pgolf(*args)
+    wait_until(lambda: lines(out/"metrics.jsonl") > 6, child)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to every process of the job
+    said, err = child.communicate(timeout=90)
+    assert child.returncode == 130, said + err
+    last = err.splitlines()[-1]
+    assert last.startswith("pgolf: interrupted: stopped at step ") and "goes on" in last, err
+    report = Report.load(out/"report.json")
+    assert not report.complete and report.training["stopped_by"] == "interrupted" and 4 < report.training["steps"] < steps
+    assert (out/"checkpoint.safetensors").exists() and not (out/"weights.safetensors").exists() and half_written(out) == []
+    code, said, err = run_pgolf(*args)
+    assert code == 0, said + err
+    assert half_written(out) == [] and Report.load(out/"report.json").complete
+    assert len(losses(out)) == steps  # the whole curve, both parts
+    if nproc == 1: assert numbers(out) == numbers(reference[0]) and (losses(out) == losses(reference[0])).all()
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(reference, novels, tmp_path):
+    out = tmp_path/"killed"
+    args = tiny(novels, out, *LONG, "-o", "checkpoint_every=5")
+    child = start_pgolf(*args)
+    wait_until((out/"checkpoint.safetensors").exists, child)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate(timeout=30)
+    assert not Report.load(out/"report.json").complete
+    with (out/"metrics.jsonl").open("a") as f: f.write('{"step": 5, "ela')  # what a power cut can leave
+    code, _, err = run_pgolf(*args)
+    assert code == 0, err
+    (rows, *rest), (want, *_) = numbers(out), numbers(reference[0])
+    assert rows == want and Report.load(out/"report.json").complete
+    assert all(json.loads(line) for line in (out/"metrics.jsonl").read_text().splitlines())
+
+
 # ---- notebooks
 
 @pytest.fixture(scope="session")
@@ -113,6 +153,19 @@ def test_papermill_parameters_reach_the_run(executed):
     assert {r["targets"] for r in report.rows} == {1024}
     tags = [c.metadata.get("tags", []) for c in nb.cells]
     assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1, "papermill found no parameters cell"
+
+
+def test_executed_notebook_tells_the_run(executed):
+    out, nb = executed
+    shown = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in shown if o.output_type == "error" or o.get("name") == "stderr"]
+    text = "\n".join(o.get("data", {}).get("text/markdown", "") for o in shown)
+    report = Report.load(out/"report.json")
+    assert all(f"{r['val_bpb']:.4f}" in text for r in report.rows) and "seed 7" in text and f"{report.bytes_artifact:,}" in text
+    assert all(c.stage in text for c in cli.get_recipe("pr610").claims) and "xz" in text
+    assert sum("image/png" in o.get("data", {}) for o in shown) >= 3
+    assert {p.name for p in (out/"figures").iterdir()} >= {"loss.png", "bytes.png", "scores.png"}
+    assert half_written(out) == []
 
 
 def test_report_prints_scoreboard_and_paths(executed, main):

@@ -61,6 +61,10 @@ def test_impossible_settings(name, main, novels, tmp_path, monkeypatch):
 
 
 RUNS = {
+    "unknown device": (("--device", "toaster"), ("device='toaster'", "cpu")),
+    "ranks and spans": (("--nproc", 3), ("nproc=3", "num_spans=2")),
+    "no ranks": (("--nproc", 0), ("nproc=0",)),
+    "negative targets": (("--eval-tokens", -5), ("eval_tokens=-5",)),
     "other vocabulary": (("-o", "vocab_size=2048"), ("vocab_size=2048", "1024", "other data")),
 }
 
@@ -75,6 +79,18 @@ def test_impossible_runs(name, main, novels, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpu_that_is_not_there(main, novels, tmp_path):
     refused(main(*tiny(novels, tmp_path/"run", "--device", "cuda")), "device='cuda'", "choose device='cpu'")
+
+
+def test_folder_that_is_a_file(main, novels, tmp_path):
+    (tmp_path/"taken").write_text("mine")
+    refused(main(*tiny(novels, tmp_path/"taken")), str(tmp_path/"taken"), "another")
+    assert (tmp_path/"taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize("args", ["run", "run pr610 --nonsense", "run pr610 --steps many", "nonsense", "data build out"])
+def test_misuse_shows_usage(args, main):
+    code, _, err = main(*args.split())
+    assert code == 2 and "Traceback" not in err and "Usage: " in err and "rror" in err.splitlines()[-1]
 
 
 def test_real_process_says_it_alike(novels, tmp_path):
@@ -105,6 +121,7 @@ SPOILED = {
     "not a shard": (lambda d: d.val_shards[0].write_bytes(bytes(4096)), ("_val_000000.bin", "magic number 0")),
     "foreign tokenizer": (spoil_tokenizer, (".model has", "expected vocab_size=1024", "take the tokenizer")),
     "not a tokenizer": (lambda d: d.tokenizer_path.write_text("no model"), (".model", "not a SentencePiece model")),
+    "foreign ids": (spoil_ids, ("_train_000000.bin", "token id 1024", "vocab_size=1024", "of one dataset")),
     "broken manifest": (lambda d: (d.path/"manifest.json").write_text("{"), ("manifest.json is not JSON", "build the data again")),
 }
 
@@ -160,11 +177,37 @@ def finished(novels, tmp_path_factory):
     return out
 
 
+def test_truncated_artifact_is_named(finished, tmp_path, main):
+    data, path = (finished/"model.pgolf").read_bytes(), tmp_path/"model.pgolf"
+    for n in (0, 5, 40, len(data)//2, len(data) - 1):
+        path.write_bytes(data[:n])
+        with pytest.raises(ArtifactError, match=r"model\.pgolf: .*(truncated|not a pgolf artifact)"): read_artifact(path)
+    refused(main("plan", "pr610", "--scale", "tiny", "--run", tmp_path), str(path), "truncated", "copy it again")
+
+
 def test_one_flipped_byte_is_found_wherever_it_is(finished, tmp_path):
     data, path = (finished/"model.pgolf").read_bytes(), tmp_path/"model.pgolf"
     for at in (0, 9, 20, 50, 1000, len(data)//2, len(data) - 5):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at+1:])
         with pytest.raises(ArtifactError, match=r"model\.pgolf: .*(; copy it again|not a pgolf artifact|use the release)"): read_artifact(path)
+
+
+def test_artifact_of_something_else(tmp_path):
+    "A sound container that holds no model of ours."
+    path = tmp_path/"other.pgolf"
+    for tensors, meta in (({"x": torch.zeros(3)}, {}), ({"x": torch.zeros(3)}, {"model": {"layers": 3}}), ({"x": torch.zeros(3)}, {"model": {"num_layers": 1}})):
+        save_artifact(path, tensors, meta)
+        with pytest.raises(ValueError, match=r"other\.pgolf"): read_artifact(path)
+    with pytest.raises(ValueError, match=r"absent\.pgolf: .*give the path of an artifact"): read_artifact(tmp_path/"absent.pgolf")
+
+
+def test_run_folder_without_what_is_asked(main, tmp_path):
+    refused(main("plan", "pr610", "--scale", "tiny", "--run", tmp_path), "model.pgolf", "give the path of an artifact")
+    refused(main("report", tmp_path), "report.json", "a run writes one")
+    (tmp_path/"report.json").write_text('{"recipe": "pr610"}')
+    refused(main("report", tmp_path), "report.json", "not a report")
+    refused(main("reproduce", "--notebooks", tmp_path), "no run notebooks", "--notebooks")
+    refused(main("reproduce", "pr1", "--notebooks", ROOT/"nbs"), "unknown system 'pr1'", "pr610")
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +227,12 @@ def test_unfinished_run_of_other_settings_is_kept(unfinished, novels, main):
     for other in (("--seed", 5), ("--steps", 9), ("-o", "matrix_lr=.1")):
         refused(main(*tiny(novels, unfinished, *(() if "--steps" in other else ("--steps", 500)), *other)), str(unfinished), "unfinished run", "another folder")
     assert {p.name: p.read_bytes() for p in unfinished.iterdir()} == before
+
+
+def test_unfinished_run_on_other_text_is_kept(unfinished, novels, main, tmp_path):
+    other = build_dataset(["Other words. "*500], ["Held out. "*500], tmp_path/"other", tokenizer=novels.tokenizer_path)
+    out = shutil.copytree(unfinished, tmp_path/"run")
+    refused(main(*tiny(other, out, "--steps", 500)), str(out), "unfinished run", "another folder")
 
 
 def test_damaged_checkpoint_is_named(unfinished, novels, main, tmp_path):
@@ -219,7 +268,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("stage, limit, victim", [("write_artifact", 20_000, "model.pgolf"), ("score_all", 2_000, "report.json")])
+@pytest.mark.parametrize("stage, limit, victim", [("train_weights", 300, "metrics.jsonl"), ("write_artifact", 20_000, "model.pgolf"), ("score_all", 2_000, "report.json"), ("score_all", 15_000, "scores.npz")])
 def test_disk_that_fills_up_late(finished, novels, tmp_path, stage, limit, victim):
     "The limit falls when a stage begins; with space again, the same command ends the run."
     args, out = [str(a) for a in tiny(novels, tmp_path/"run", "--steps", 3)], tmp_path/"run"
@@ -242,3 +291,12 @@ def test_full_disk_while_building_data(tmp_path):
     result = run_pgolf("data", "build", tmp_path/"made", "--train", text, "--val", text, "--vocab-size", 300, preexec_fn=full_disk(10_000))
     refused(result, "made", "free some space")
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+# ---- numbers that run away
+
+def test_divergence_stops_with_the_state_on_disk(novels, tmp_path, main):
+    out = tmp_path/"run"
+    refused(main(*tiny(novels, out, "--steps", 20, "-o", "matrix_lr=1e30", "-o", "scalar_lr=1e30")), "loss", "diverged.safetensors", "lower learning rates")
+    assert not Report.load(out/"report.json").complete and half_written(out) == []
+    assert read_checkpoint(out/"diverged.safetensors")[1]["step"] < 20
