@@ -301,8 +301,8 @@ class Scale:
 SCALES = dict(
     pocket=Scale(num_layers=6, model_dim=192, num_heads=4, small_dim=64, bigram_vocab_size=1024, seq_len=256, batch_tokens=4096, num_spans=2, iterations=250,
         stride=64, samples=64, keep_numel=4096, eval_tokens=65_536),
-    mini=Scale(num_layers=4, model_dim=128, num_heads=4, small_dim=64, bigram_vocab_size=512, seq_len=128, batch_tokens=2048, num_spans=2, iterations=300,
-        stride=32, samples=64, keep_numel=2048, eval_tokens=32_768),
+    mini=Scale(num_layers=4, model_dim=128, num_heads=4, small_dim=64, bigram_vocab_size=512, seq_len=128, batch_tokens=2048, num_spans=2, iterations=200,
+        stride=32, samples=64, keep_numel=2048, eval_tokens=16_384),
     tiny=Scale(num_layers=3, model_dim=64, num_heads=4, small_dim=64, bigram_vocab_size=128, seq_len=64, batch_tokens=1024, num_spans=2, iterations=40,
         stride=32, samples=8, keep_numel=1024, eval_tokens=8192))
 
