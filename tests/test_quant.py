@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pgolf.gpt import GPT, ModelConfig, published_name
+from pgolf.gpt import GPT, ModelConfig
 from pgolf.gptq import GPTQConfig, collect_hessians, dequantize_state, gptq, hessian_error, quant_errors, quantize_state
 from pgolf.quant import Grid, LateQAT, QuantConfig, Quantized, fake_quantize, int_grid, pentanary, quantize, search_scale, set_fake_quant, to_codes
-from test_golden_model import batch, build
+from test_golden_model import build, check_gradients
 
 SHEETS = (.999, .9995, .9999, .99999, 1.)
 PENTANARY = Grid(-2, 2, rule="pentanary")
@@ -65,15 +65,9 @@ def test_gptq_on_the_stored_float16_step(golden):
 def test_train_mode_loss_and_gradients_of_pr1123(golden):
     "The published model quantizes while it trains; its numbers come out with our fake quantizers."
     z = golden("pr1123")
-    model, (x, y) = build(z, "pr1123").train(), batch(z)
+    model = build(z, "pr1123").train()
     set_fake_quant(model, ((r"attn\.c_[qk]\.", int_n(6)), (r"attn\.(c_v|proj)\.", int_n(5)), (r"mlp\.fc\.", PENTANARY), (r"mlp\.proj\.", int_n(4))))
-    loss = model.loss(x, y)
-    loss.backward()
-    assert loss.item() == pytest.approx(float(z["train_loss"]), rel=1e-5)
-    own = {n: p.grad for n, p in model.named_parameters()}
-    for k in z.files:
-        if k.startswith("gradnorm/"):
-            assert own[published_name(k.removeprefix("gradnorm/"))].norm().item() == pytest.approx(float(z[k]), rel=1e-4), k
+    check_gradients(model, z)
 
 
 def test_payload_of_pr598():
