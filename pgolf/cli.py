@@ -18,6 +18,7 @@ from . import pipeline
 from .artifact import by_family,read_ledger
 from .bpb import BYTE_LIMIT
 from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
+from .plan import plan_run
 from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe
 
 # %% ../nbs/59_cli.ipynb #f5f3266c
@@ -117,7 +118,7 @@ def plan(
     r = resolve(recipe, scale, parse_overrides(override))
     if settings: return _table(r.settings().items(), ["setting","value"])
     if against: return _table(diff(r, at_scale(get_recipe(against), scale)), ["setting",r.name,against])
-    p = pipeline.plan(r, pipeline.pick_device(device))
+    p = plan_run(r, pipeline.pick_device(device))
     print_plan(r, p)
     if run: _table(by_family(read_ledger(run/"model.pgolf")), ["measured","stored as","raw bytes","bytes"])
 

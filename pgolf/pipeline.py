@@ -6,9 +6,8 @@
 __all__ = ['FILES', 'write_json', 'read_json', 'Row', 'Report', 'code_bytes', 'environment', 'pick_device', 'Job', 'start',
            'fingerprint', 'make_average', 'make_listeners', 'train_here', 'launch', 'work', 'train_weights',
            'weights_of', 'model_of', 'calibrate', 'write_artifact', 'read_artifact', 'check_parameters', 'grade',
-           'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run', 'saved_bytes', 'entropy_bits',
-           'estimate_bytes', 'payload_bytes', 'memory_bytes', 'plan', 'open_corpus', 'scoreboard', 'by_system',
-           'record_test']
+           'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run', 'open_corpus', 'scoreboard',
+           'by_system', 'record_test']
 
 # %% ../nbs/51_pipeline.ipynb #b764e3b6
 import difflib,hashlib,importlib.metadata,json,lzma,math,platform,subprocess,sys,time
@@ -19,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import pgolf
-from .artifact import ArtifactError,family,load_artifact,save_artifact
+from .artifact import ArtifactError,load_artifact,save_artifact
 from .averaging import EMA,HMA,SWA
-from .bpb import BYTE_LIMIT
 from .data import Dataset,austen,open_dataset
-from .gpt import GPT,ModelConfig,count_parameters,flops_per_token,param_groups
+from .gpt import GPT,ModelConfig,count_parameters
 from .gptq import collect_hessians,dequantize_state,quant_errors,quantize_state
 from .listeners import Checkpointer,MetricsLog,Progress
-from .quant import Grid,LateQAT,fake_quantize,first_match,quantize,set_fake_quant
+from .quant import LateQAT,fake_quantize,first_match,set_fake_quant
 from .recipes import Recipe,load_recipe
 from .scoring import Scores,score
 from .training import best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
@@ -396,79 +394,6 @@ def run(
     codes,_ = write_artifact(job)
     score_all(job, codes)
     return job.report
-
-# %% ../nbs/51_pipeline.ipynb #03fa2087
-def saved_bytes(
-    model:GPT,      # on the meta device
-    seq_len:int,    # of the probe
-)->float: # bytes kept for the backward pass, per token
-    "Measure what autograd keeps of one row, parameters left out; compilation keeps less."
-    own,kept = {p.untyped_storage()._cdata for p in model.parameters()},{}
-    def pack(t):
-        if (key := t.untyped_storage()._cdata) not in own: kept[key] = t.untyped_storage().nbytes()
-        return t
-    ids = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model.train().loss(ids, ids)
-    return sum(kept.values())/seq_len
-
-# %% ../nbs/51_pipeline.ipynb #ede7ba2e
-def entropy_bits(
-    grid:Grid, # codes and steps
-    columns:int, # of the matrix
-    rows:int=64, # sampled
-)->float: # bits per weight
-    "Order-0 entropy of the codes of Gaussian rows, steps not floored."
-    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    codes = quantize(W, replace(grid, scale_floor=0.)).codes
-    p = codes.unique(return_counts=True)[1]/codes.numel()
-    return -(p*p.log2()).sum().item()
-
-def estimate_bytes(
-    recipe:Recipe, # model and grids
-)->list[tuple[str,str,int,int]]: # family, how it is stored, weights, bytes
-    "Estimated ledger of the artifact."
-    with torch.device("meta"): state = GPT(recipe.model).state_dict()
-    rows = {}
-    for name,t in state.items():
-        grid = recipe.quant.grid(name, t)
-        if isinstance(grid, Grid): kind,size = f"{grid.lo}..{grid.hi}",t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
-        else: kind,size = str(grid).removeprefix("torch."),t.numel()*grid.itemsize
-        n,b = rows.get((family(name),kind), (0,0))
-        rows[family(name),kind] = n+t.numel(),b+size
-    return sorted(((f,k,n,round(b)) for (f,k),(n,b) in rows.items()), key=lambda r: -r[3])
-
-# %% ../nbs/51_pipeline.ipynb #00ef1d8f
-def payload_bytes(
-    recipe:Recipe, # model and grids
-)->int: # bytes of codes, steps and kept tensors, one byte a code, before any coding
-    "Raw size of what the artifact holds; follows from shapes alone."
-    with torch.device("meta"): state = GPT(recipe.model).state_dict()
-    def size(name, t):
-        grid = recipe.quant.grid(name, t)
-        return t.numel()+2*(len(t) if grid.scale_per=="row" else 1) if isinstance(grid, Grid) else t.numel()*grid.itemsize
-    return sum(size(n, t) for n,t in state.items())
-
-def memory_bytes(
-    recipe:Recipe, # model, batch, average
-    device:str,    # decides the dtype of the activations
-)->dict: # part -> bytes, one process
-    "Estimate the memory of a training step."
-    with torch.device("meta"): model = GPT(recipe.model)
-    size = lambda kinds: 4*sum(p.numel() for g in recipe.optim.groups if g.kind in kinds for _,p in param_groups(model, recipe.optim.groups)[g.name])
-    n,micro = 4*sum(p.numel() for p in model.parameters()),recipe.train.train_batch_tokens//recipe.train.num_spans
-    if device=="cpu": micro = min(micro, max(recipe.train.pass_tokens or 8192, recipe.train.train_seq_len))
-    model.compute_dtype = torch.bfloat16 if torch.device(device).type=="cuda" else torch.float32
-    return dict(weights=n, gradients=n, optimizers=size(("muon",))+2*size(("adamw",)), average=n if recipe.stages.average!="none" else 0,
-        activations=round(micro*saved_bytes(model, 16)))
-
-def plan(
-    recipe:Recipe,     # at its final scale
-    device:str="cpu",  # where it would train
-)->dict: # parameters, flops_per_token, tokens_per_step, steps, memory, bytes; plain numbers
-    "What a run will cost, before any training."
-    r,T = recipe,recipe.train.train_seq_len
-    return dict(parameters=count_parameters(r.model), flops_per_token=3*flops_per_token(r.model, T), tokens_per_step=r.train.train_batch_tokens,
-        steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full" else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r), payload=payload_bytes(r), code_bytes=code_bytes()[1])
 
 # %% ../nbs/51_pipeline.ipynb #86087753
 def open_corpus(

@@ -12,7 +12,8 @@ from conftest import ROOT, half_written, run_pgolf, start_pgolf
 from pgolf import cli
 from pgolf.bpb import BYTE_LIMIT
 from pgolf.pipeline import Report, read_artifact
-from pgolf.recipes import SCALES
+from pgolf.plan import estimate_bytes
+from pgolf.recipes import SCALES, at_scale, get_recipe
 
 STAGES = ["raw", "averaged", "quantized", "artifact", "sliding", "adapted"]
 LONG = ("-o", "iterations=60")  # a second or more of training: time to interrupt it
@@ -64,6 +65,8 @@ def test_run_ends_with_a_table_and_a_complete_report(reference):
     assert report.bytes_artifact == (out/"model.pgolf").stat().st_size and f"{report.bytes_total:,} of {BYTE_LIMIT:,}" in said
     assert sum(p.numel() for p in read_artifact(out/"model.pgolf").parameters()) == report.parameters
     assert "60/60" in err and half_written(out) == []
+    planned = sum(b for *_, b in estimate_bytes(at_scale(get_recipe("pr610"), "tiny")))
+    assert abs(planned/report.bytes_artifact-1) < .15, "the plan's estimate against the bytes that came"
 
 
 def test_the_same_command_gives_the_same_bits(reference, novels):
