@@ -24,6 +24,16 @@ def golden(shared):
     return lambda name: np.load(shared / "golden" / f"{name}.npz")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "Models of tests are faster on one thread."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def novels(tmp_path_factory):
     "The embedded novels as a dataset."

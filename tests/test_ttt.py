@@ -14,7 +14,7 @@ from pgolf.gpt import GPT, ModelConfig
 from pgolf.layers import CastLinear
 from pgolf.quant import Grid, fake_quantize
 from pgolf.scoring import ScoreConfig, join, plan_windows, score
-from pgolf.ttt import Learner, TTTConfig, chunk_plan, illegal_rescore, score_and_adapt, score_with, trainable
+from pgolf.ttt import Learner, TTTConfig, adapt, chunk_plan, illegal_rescore, score_and_adapt, score_with, scored_chunks, trainable, ttt_gain
 from test_golden_model import batch, build
 
 TABLES = ByteTables(torch.ones(64, dtype=torch.int16), torch.zeros(64, dtype=torch.bool), torch.zeros(64, dtype=torch.bool))
@@ -22,15 +22,7 @@ WINDOWS = ScoreConfig(eval_seq_len=16, eval_stride=8)
 ALL = dict(ttt_lr=.05, ttt_chunk_tokens=64, ttt_freeze_blocks=0, ttt_freeze_embeddings=False)
 INT6 = Grid(-32, 31, scale_floor=1/31)             # PR #598's training pass
 PENTANARY = Grid(-2, 2, rule="pentanary")          # PR #1123's scoring pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small are faster on one thread."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small():
@@ -163,6 +155,67 @@ def test_partial_coverage_stops_scoring_and_keeps_the_rates(tokens):
     assert torch.equal(part.nll, whole.nll[:256]) and part.available == 400 and part.coverage == .64 and whole.coverage == 1
     learner = Learner(small(), TTTConfig(**ALL | dict(ttt_coverage=.01)))
     assert score_with(learner, tokens, TABLES, WINDOWS).n_targets == 64 and not learner.losses # never less than a chunk
+
+
+@pytest.mark.parametrize("kw", (dict(), dict(ttt_batch_seqs=1, ttt_epochs=2), dict(ttt_local=True), dict(ttt_chunk_tokens=72)))
+def test_every_update_is_of_graded_targets(tokens, kw):
+    "T3a of the challenge's conditions: for each update, each target in its loss had its grade before."
+    learner = Learner(small(), TTTConfig(**ALL | kw))
+    n = score_with(learner, tokens, TABLES, WINDOWS).n_targets
+    graded_at = torch.cat([torch.full((len(c.nll),), c.updates) for c in learner.graded])
+    assert len(graded_at) == n and learner.updates == len(learner.steps) > 0
+    assert [s.number for s in learner.steps] == list(range(learner.updates))
+    assert all(s.start < s.stop and graded_at[s.start:s.stop].max() <= s.number for s in learner.steps)
+    last = learner.graded[-1]
+    assert last.last and max(s.stop for s in learner.steps) <= last.start # nothing is learnt from the last chunk
+    for c in learner.graded: assert torch.equal(c.tokens, tokens[c.start:c.start+len(c.nll)+1])
+
+
+@pytest.mark.parametrize("stop", (1, 3))
+def test_an_update_does_not_reach_back(tokens, stop):
+    "T3b: without learning after some chunk, the grades up to it are the same."
+    whole, part = (score_and_adapt(small(), tokens, TABLES, WINDOWS, TTTConfig(**ALL | dict(ttt_max_chunks=m))).nll for m in (0, stop))
+    assert torch.equal(whole[:64*(stop+1)], part[:64*(stop+1)]) and not torch.equal(whole[64*(stop+1):], part[64*(stop+1):])
+
+
+def test_illegal_orders_are_errors(tokens):
+    def grades(learner): return scored_chunks(learner, tokens, TABLES, WINDOWS)
+    one, two = (Learner(small(), TTTConfig(**ALL)) for _ in range(2))
+    mine, other = grades(one), grades(two)
+    first, theirs = next(mine), next(other)
+    future = replace(first, index=1, start=64, tokens=tokens[64:129])
+    for chunk in (theirs, future, replace(first)):
+        with pytest.raises(ValueError, match="was not graded by this learner"): adapt(one, chunk, 16)
+    for thing in (tokens[:65], None, dict(vars(first))):
+        with pytest.raises(TypeError, match="only a ScoredChunk"): adapt(one, thing, 16)
+    adapt(one, first, 16)
+    with pytest.raises(ValueError, match="has been learnt from"): adapt(one, first, 16)
+    second = next(mine)
+    with pytest.raises(ValueError, match="comes too late"): adapt(one, first, 16)
+    third = next(mine) # not learning from a chunk is allowed
+    with pytest.raises(ValueError, match="comes too late"): adapt(one, second, 16)
+    adapt(one, third, 16)
+    assert one.updates == 6 and two.updates == 0 and [s.start for s in one.steps] == [0]*3+[128]*3
+    with pytest.raises(ValueError, match="take a new Learner"): next(grades(one))       # another pass
+    with pytest.raises(ValueError, match="take a new Learner"): next(grades(two))       # another text while one is graded
+    with pytest.raises(AttributeError): one.graded.append(theirs)
+
+
+def test_a_chunk_of_the_caller_is_not_the_text(tokens):
+    "Writing into a chunk does not change what is graded later."
+    learner, clean = Learner(small(), TTTConfig(**ALL)), score_and_adapt(small(), tokens, TABLES, WINDOWS, TTTConfig(**ALL))
+    for chunk in scored_chunks(learner, tokens, TABLES, WINDOWS):
+        if not chunk.last: adapt(learner, chunk, 16)
+        chunk.tokens.zero_()
+    assert torch.equal(torch.cat([c.nll for c in learner.graded]).double(), clean.nll)
+
+
+def test_a_gain_names_its_coverage(tokens):
+    plain, whole, part = score(small(), tokens, TABLES, 16, 8), *(score_and_adapt(small(), tokens, TABLES, WINDOWS, TTTConfig(**ALL | dict(ttt_coverage=c))) for c in (1., 4/7))
+    assert ttt_gain(whole, plain).bpb == pytest.approx(plain.val_bpb-whole.val_bpb) and "first" not in str(ttt_gain(whole, plain))
+    assert ttt_gain(part, plain).bpb == pytest.approx(plain.first(256).val_bpb-part.val_bpb) and "first 64.00%" in str(ttt_gain(part, plain))
+    with pytest.raises(ValueError, match="400 adapted targets, 300 plain ones"): ttt_gain(whole, plain.first(300))
+    with pytest.raises(ValueError, match="illegal"): ttt_gain(replace(whole, legal=False), plain)
 
 
 def test_settings_survive_json():
