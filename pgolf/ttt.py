@@ -289,13 +289,14 @@ class Gain(Difference):
 def ttt_gain(
     adapted:Scores, # perhaps of a part
     plain:Scores,   # of the same text without adaptation; what the other one does not cover is left out
-    block:int=512,  # targets per block of the standard error
+    block:int=512,  # targets per block of the standard error; ignored if `starts` is given
+    starts:Tensor|None=None, # first target of each document, ascending from 0
 )->Gain: # plain - adapted, on the same targets
     "Compare an adapted score with the plain score of the same targets."
     if not (adapted.legal and plain.legal): raise ValueError("an illegal score has no gain: its weights had learnt from the targets; take the scores of the first pass")
     if adapted.n_targets > plain.n_targets:
         raise ValueError(f"{adapted.n_targets} adapted targets, {plain.n_targets} plain ones: score all of them without adaptation, or take adapted.first({plain.n_targets})")
-    diff = paired_difference(plain.first(adapted.n_targets), adapted, min(block, max(1, adapted.n_targets//2)))
+    diff = paired_difference(plain.first(adapted.n_targets), adapted, min(block, max(1, adapted.n_targets//2)), starts)
     return Gain(**vars(diff), coverage=adapted.coverage)
 
 # %% ../nbs/41_ttt.ipynb #56b8330c
