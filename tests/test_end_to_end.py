@@ -144,7 +144,7 @@ def quiet():
 def executed(quiet, novels, tmp_path_factory):
     "The run notebook, executed with parameters that all differ from its own."
     out = tmp_path_factory.mktemp("notebook")/"pr610"
-    given = dict(scale="tiny", corpus=str(novels.path), out=str(out), seed=7, eval_tokens=1024, overrides=dict(iterations=12))
+    given = dict(scale="tiny", data=str(novels.path), out=str(out), seed=7, nproc=2, eval_tokens=1024, overrides=dict(iterations=12))
     return out, nbformat.read(cli.execute(ROOT/"nbs"/"60_pr610.ipynb", out, given), 4)
 
 
@@ -152,7 +152,7 @@ def test_papermill_parameters_reach_the_run(executed):
     out, nb = executed
     report = Report.load(out/"report.json")
     assert report.complete and [r["stage"] for r in report.rows] == STAGES
-    assert (report.recipe, report.scale, report.seed, report.training["steps"]) == ("pr610", "tiny", 7, 12)
+    assert (report.recipe, report.scale, report.seed, report.nproc, report.training["steps"]) == ("pr610", "tiny", 7, 2, 12)
     assert {r["targets"] for r in report.rows} == {1024}
     tags = [c.metadata.get("tags", []) for c in nb.cells]
     assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1, "papermill found no parameters cell"

@@ -14,7 +14,7 @@ import torch
 from pgolf import tokenizer, training
 from pgolf.averaging import EMA, SWA
 from pgolf.data import write_shard
-from pgolf.gpt import GPT, ModelConfig
+from pgolf.gpt import GPT, Group, ModelConfig
 from pgolf.listeners import Checkpointer, MetricsLog, Progress, TensorBoard, Validate, expected_steps
 from pgolf.muon import OptimConfig
 from pgolf.quant import Grid, LateQAT
@@ -269,3 +269,15 @@ def test_compiled_runs_of_many_models_do_not_use_up_the_recompile_limit(shard, m
             made.append(counters["stats"]["unique_graphs"] - before)
     assert made == [2, 2, 2]  # none fell back to eager
     assert other(torch.ones(1)) == 2  # what others have compiled still runs
+
+
+def test_the_gradient_of_a_parameter_in_no_optimizer_is_never_cleared(shard):
+    "As PR #598 ran: gradients are cleared through the optimizers, so that of its bigram scale goes on adding up, and counts in the norm that is clipped."
+    model = GPT(replace(TINY, bigram_vocab_size=32, bigram_dim=16))
+    left_out, seen = model.bigram.scale, []
+    left_out.register_hook(lambda g: seen.append(g.clone()))
+    optim = OptimConfig(groups=(Group("left out", r"^bigram\.scale$", "none"), *OptimConfig().groups))
+    cfg, before = replace(CFG, grad_clip_norm=0., warmup_steps=1), left_out.item()
+    train(model, make_loader([shard], cfg), optim, PLAN, cfg)
+    assert left_out.item() == before and len(seen) > PLAN.iterations
+    torch.testing.assert_close(left_out.grad, sum(seen))
