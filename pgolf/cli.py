@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'main', 'resumable',
            'parse_overrides', 'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb',
-           'data_build', 'execute', 'tidy', 'reproduce', 'report']
+           'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_']
 
 # %% ../nbs/59_cli.ipynb #b389e8f8
 import difflib,re,sys
@@ -18,6 +18,7 @@ from . import pipeline
 from .artifact import by_family,read_ledger
 from .bpb import BYTE_LIMIT
 from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
+from .formats import LIMIT,describe,fitting,import_weights,read_published
 from .plan import plan_run
 from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe
 
@@ -235,6 +236,34 @@ def report(
     for r in runs:
         print(f"\n{r}:")
         for f in sorted(p for p in r.rglob("*") if p.suffix in (".ipynb",".png",".pgolf") or p.name=="report.json"): print(f"  {f} ({f.stat().st_size:,} bytes)")
+
+# %% ../nbs/59_cli.ipynb #377ef356
+@app.command("import")
+def import_(
+    file:Annotated[Path, typer.Argument(help="model file of a published system: a torch-saved dictionary, plain or under zlib, zstd or lzma")],
+    recipe:Annotated[str, typer.Option(help="system it belongs to, for example pr610-as-run; without it, list those that fit")]=None,
+    scale:ScaleOption="full",
+    override:Overrides=[],
+    out:Annotated[Path, typer.Option(help="folder that receives weights.safetensors and recipe.json; default runs/SCALE/RECIPE-imported")]=None,
+    limit:Annotated[int, typer.Option(help="most bytes that the file may unpack to")]=LIMIT,
+):
+    "Read a published system's model into a folder from which the other commands go on."
+    state,about = read_published(file, limit)
+    print(describe(about))
+    known = {f"--recipe {n} --scale {s}":at_scale(r, s).model for s in ("full",*SCALES) for n,r in RECIPES.items()}
+    if recipe is None: return _say_fits(file, fitting(state, known), out)
+    r = resolve(recipe, scale, parse_overrides(override))
+    out = out or Path("runs")/scale/f"{r.name}-imported"
+    import_weights(state, about, r.model, out, known)
+    r.save(out/"recipe.json")
+    pipeline.write_json(out/"training.json", dict(steps=0, tokens=0, elapsed=0., stopped_by="imported", compiled=False, losses=[], seconds=[], lr_scales=[]))
+    print(f"weights and recipe in {out}; to quantize and score them: {' '.join(('pgolf run', recipe, '--scale', scale, '--out', str(out), *(f'-o {o}' for o in override)))}")
+
+def _say_fits(file, fits, out):
+    "List the recipes; writing needs one of them."
+    if not fits: raise ValueError(f"{file} fits no recipe at any scale by its names and shapes; where settings differ, say --recipe NAME -o field=value, and the error tells what is still missing")
+    if out: raise ValueError(f"--out needs a --recipe; {file} fits {', '.join(fits)}")
+    print("fits", *fits, sep="\n  ")
 
 # %% ../nbs/59_cli.ipynb #03bbfe42
 if __name__=="__main__" and globals().get("__spec__"): main()
