@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor,nn
 
-from .attention import CausalSelfAttention
+from .attention import CausalSelfAttention,last_rows
 from .embeddings import BigramHash,SmearGate,ValueEmbedding
 from .layers import ACTIVATIONS,MLP,CastLinear,rms_norm,rotary_tables
 
@@ -99,11 +99,11 @@ class Block(nn.Module):
 
     def norm(self, x:Tensor)->Tensor: return rms_norm(x, self.eps)*self.ln_scale
 
-    def forward(self, x:Tensor, x0:Tensor, rotary=None, value:Tensor|None=None, first:Tensor|None=None)->tuple[Tensor,Tensor]:
+    def forward(self, x:Tensor, x0:Tensor, rotary=None, value:Tensor|None=None, first:Tensor|None=None, last:int|None=None)->tuple[Tensor,Tensor]:
         m = self.resid_mix.to(x.dtype)
         x = m[0]*x + m[1]*x0
-        y,v = self.attn(self.norm(x), rotary, value, first)
-        x = x + self.attn_scale.to(x.dtype)*y
+        y,v = self.attn(self.norm(x), rotary, value, first, last)
+        x = last_rows(x, last) + self.attn_scale.to(x.dtype)*y
         return x + self.mlp_scale.to(x.dtype)*self.mlp(self.norm(x)),v
 
 # %% ../nbs/13_gpt.ipynb #cd9b49f0
@@ -151,14 +151,14 @@ class GPT(_Ends):
 
     def forward(self, ids:Tensor)->Tensor: return self.logits(self.hidden(ids))
 
-    def hidden(self, ids:Tensor)->Tensor:
-        "Final normalized states (B, T, C)."
+    def hidden(self, ids:Tensor, last:int|None=None)->Tensor:
+        "Final normalized states (B, T, C), or those of the `last` positions, for which alone the last block then computes queries and MLP."
         x = x0 = self.embed(ids)
         rotary,values,first,stack = _rotary(self, ids),_values(self, ids, x.dtype),None,[]
         for i,block in enumerate(self.blocks):
             j = i-len(self.blocks)//2 # decoder block, from 0
             if j >= 0 and stack: x = _take_skip(self, x, stack.pop(), j)
-            x,v = block(x, x0, rotary, values.get(i), first)
+            x,v = block(x, x0, rotary, values.get(i), first, last if i == len(self.blocks)-1 else None)
             if i == 0: first = v
             if j < 0 and self.skip_weights is not None: stack.append(x)
         return rms_norm(x, self.cfg.norm_eps)
