@@ -40,7 +40,7 @@ def main():
 def resumable():
     "Turn Ctrl-C into a line and exit code 130."
     try: yield
-    except KeyboardInterrupt as e: raise typer.Exit(_say(f"interrupted: {e}".rstrip(": "), 130)) from None
+    except KeyboardInterrupt as e: raise typer.Exit(_say(f"interrupted: {str(e) or 'finished stages are kept, the same command goes on'}", 130)) from None
 
 def _say(line, code):
     print(f"pgolf: {line}", file=sys.stderr)

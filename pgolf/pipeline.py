@@ -154,7 +154,7 @@ def start(
     if eval_tokens<0: raise ValueError(f"eval_tokens={eval_tokens}: give the number of targets to score, or 0 for all")
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another folder for the run")
     out.mkdir(parents=True, exist_ok=True)
-    kept = _unfinished(out, recipe, dataset)
+    kept = _unfinished(out, recipe, dataset, device, nproc)
     report = kept or Report(recipe.name, recipe.title, recipe.scale, dataset.name, recipe.train.seed, device, nproc, sum(count_parameters(recipe.model).values()),
         data=fingerprint(dataset), settings=recipe.settings(), environment=environment(device), claims=[asdict(c) for c in recipe.claims], bytes_code=code_bytes()[1])
     job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report)
@@ -172,14 +172,14 @@ def fingerprint(
     files = [(p.name,p.stat().st_size) for p in (*dataset.train_shards,*dataset.val_shards)]
     return hashlib.sha256(repr(files).encode()+Path(dataset.tokenizer_path).read_bytes()).hexdigest()[:12]
 
-def _unfinished(out, recipe, dataset):
+def _unfinished(out, recipe, dataset, device, nproc):
     "The report of an unfinished run of the same recipe, with its files; of a finished one the files go."
     if not (out/"report.json").exists(): return None
     old = Report.load(out/"report.json")
     same = json.loads((out/"recipe.json").read_text())==json.loads(json.dumps(asdict(recipe)))
     if not old.complete and not (same and old.data==fingerprint(dataset)):
         raise ValueError(f"{out} holds an unfinished run of other settings or data ({old.recipe}, {old.scale}, seed {old.seed}); choose another folder, or remove this one")
-    if not old.complete: return replace(old, rows=[])
+    if not old.complete: return replace(old, rows=[], device=device, nproc=nproc, environment=environment(device))
     for name in FILES: (out/name).unlink(missing_ok=True)
     return None
 
