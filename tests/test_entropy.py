@@ -38,7 +38,7 @@ def same(a, b): return a.dtype == b.dtype and a.shape == b.shape and bool((a == 
 # ---- our coder
 
 @settings(max_examples=80, deadline=None)
-@given(a=hnp.arrays(TYPES, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=90)), groups=st.sampled_from([(), (1, 2, 4, 8, 16), (3, 256)]))
+@given(a=hnp.arrays(TYPES, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=24)), groups=st.sampled_from([1, 3, 16]))
 def test_round_trip(a, groups): assert same(decode(encode(a, groups)), a)
 
 
@@ -49,6 +49,40 @@ def test_round_trip_of_bell_shaped_codes(seed, dtype, n, spread, rows):
     a = np.clip(np.round(rand.standard_normal((rows, n//rows+1))*spread*rand.random((rows, 1))), info.min, info.max).astype(dtype)
     stream = encode(a)
     assert same(decode(stream), a) and encode(a) == stream
+
+
+def test_many_small_matrices_take_little_memory():
+    "The joint histogram is one for all matrices, not one for each."
+    import tracemalloc
+    a = np.random.default_rng(0).integers(-9, 9, (4000, 5, 6)).astype(np.int8)
+    tracemalloc.start()
+    try: assert same(decode(encode(a)), a) and tracemalloc.get_traced_memory()[1] < 100e6
+    finally: tracemalloc.stop()
+
+
+def test_rows_and_columns_at_once():
+    "Where the mean of a column depends on the kind of row, as in an embedding of which many tokens never occur, both labels are needed."
+    rand = np.random.default_rng(0)
+    kind, shift = rand.random(1024) < .4, np.round(12*rand.standard_normal(192))
+    a = np.clip(np.round(6*rand.standard_normal((1024, 192)) + kind[:, None]*shift), -127, 127).astype(np.int8)
+    in_order = np.concatenate([a[kind], a[~kind]])
+    assert same(decode(encode(a)), a)
+    assert len(encode(a)) < .92*entropy(a)*a.size/8
+    assert len(encode(in_order)) == pytest.approx(len(encode(a)), rel=.01), "the order of the rows is no help"
+
+
+def test_groups_that_never_meet():
+    "Matrices of two kinds in one array: some pairs of a row group and a column group do not occur."
+    rand = np.random.default_rng(0)
+    a = np.concatenate([rand.integers(-2, 3, (2, 200, 300)), rand.choice([-90, 0, 90], (2, 200, 300))]).astype(np.int8)
+    a[:, :, ::2] //= 2; a[:, ::3] //= 2
+    stream = encode(a)
+    assert same(decode(stream), a) and len(stream) < .8*len(encode(a, 1))
+
+
+@pytest.mark.parametrize("groups", [0, 17, -1])
+def test_groups_out_of_range(groups):
+    with pytest.raises(EntropyError, match=f"groups={groups}"): encode(np.zeros((3, 3), np.int8), groups)
 
 
 def test_full_sixteen_bit_alphabet_and_its_rarest_symbols():
@@ -76,13 +110,13 @@ def test_size_and_published_rates(name):
     H = entropy(codes)
     assert H == pytest.approx(PUBLISHED[name][2], abs=.01), "bits per weight of Gaussian rows in section 8.2 of the sheet"
     assert len(encode(codes)) < 1.005*H*codes.size/8
-    assert len(encode(codes, ())) < 1.001*H*codes.size/8 + 3*130 + 200, "three bytes a lane, and the table"
+    assert len(encode(codes, 1)) < 1.001*H*codes.size/8 + 3*130 + 200, "three bytes a lane, and the table"
 
 
 def test_columns_that_differ_are_found():
     rand = np.random.default_rng(0)
     a = np.clip(np.round(rand.standard_normal((3, 256, 512))*np.exp(rand.standard_normal((3, 1, 512)))*3), -31, 31).astype(np.int8)
-    assert len(encode(a)) < .93*len(encode(a, ()))
+    assert len(encode(a)) < .93*len(encode(a, 1))
     flipped = np.ascontiguousarray(a.swapaxes(1, 2))
     assert len(encode(flipped)) == pytest.approx(len(encode(a)), rel=.001), "rows or columns, all the same"
 
@@ -104,7 +138,7 @@ def test_frequencies(counts, bits):
 
 
 def test_speed():
-    "20 million symbols a second each way is the aim; the bound leaves room for a busy machine."
+    "20 million symbols a second each way is the aim, in CPU time of one core; the bound leaves room for a busy machine."
     codes = np.tile(gaussian("int6"), (4, 1))
     def seconds(work):
         best = np.inf
@@ -130,7 +164,7 @@ def test_any_bytes_are_refused_or_decoded_within_the_limit(data):
 def streams():
     rand = np.random.default_rng(1)
     mixed = np.clip(np.round(rand.standard_normal((200, 128))*rand.choice([1, 9], (200, 1))), -31, 31).astype(np.int8)
-    return [encode(mixed), encode(mixed.T.copy()), encode(mixed.ravel(), ()), encode(rand.integers(0, 60_000, 3000).astype(np.uint16)), encode(np.zeros((4, 4), np.int8))]
+    return [encode(mixed), encode(mixed.T.copy()), encode(mixed.ravel(), 1), encode(rand.integers(0, 60_000, 3000).astype(np.uint16)), encode(np.zeros((4, 4), np.int8))]
 
 
 @settings(max_examples=400, deadline=None)
