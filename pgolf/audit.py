@@ -7,7 +7,7 @@ __all__ = ['PASSED', 'FAILED', 'ABSENT', 'LATER', 'TOL', 'UpdateLog', 'Evaluatio
            'prefix_only', 'gates_are_blind', 'calibration_apart', 'every_candidate', 'sums_to_one',
            'learns_after_scoring', 'learning_is_late', 'counted_once', 'windows_advance', 'reported_sum', 'documents',
            'documents_apart', 'all_is_scored', 'bytes_are_text', 'bos_is_blank', 'pick_places', 'audit', 'as_rows',
-           'show', 'model_evaluation', 'distributions', 'log_of']
+           'model_evaluation', 'distributions', 'log_of']
 
 # %% ../nbs/42_audit.ipynb #4e6b8716
 import hashlib, math
@@ -338,9 +338,6 @@ def as_rows(
 )->list[tuple[str,str,str,str]]: # name, property, status, detail
     "An audit as a table."
     return [(f.name, f.what, f.status.upper() if f.status == FAILED else f.status, f.detail) for f in findings]
-
-def show(findings): return Markdown(tabulate(as_rows(findings), tablefmt="pipe", headers=["", "property", "", ""]))
-show(audit(replace(plain, scorer=counting), page))
 
 # %% ../nbs/42_audit.ipynb #3b8a339f
 def model_evaluation(
