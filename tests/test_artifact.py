@@ -1,9 +1,12 @@
 "The artifact container against damage, hostile files and a full disk."
 import copy
+import hashlib
+import io
 import json
 import random
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf import artifact
-from pgolf.artifact import ArtifactError, family, ledger, load_artifact, pack, save_artifact, unpack
+from pgolf.artifact import ArtifactError, family, ledger, load_artifact, pack, peek, save_artifact, unpack
 from pgolf.entropy import encode
 from pgolf.quant import Quantized
 
@@ -22,8 +25,8 @@ def example():
     gen = torch.Generator().manual_seed(0)
     codes = [torch.randint(-31, 32, (24, 16), generator=gen).to(torch.int8) for _ in range(3)]
     tensors = {f"blocks.{i}.mlp.fc.weight": Quantized(c, torch.rand(24, 1, generator=gen).half()) for i, c in enumerate(codes)}
-    return tensors | {"tok_emb.weight": Quantized(codes[0], torch.rand(1, 1).half()), "skip_weights": torch.randn(2, 16).half(),
-                      "blocks.0.attn_scale": torch.randn(16), "bigram.scale": torch.tensor(.5), "table": torch.randn(5, 3).bfloat16(), "none": torch.zeros(0, 4)}
+    return tensors | {"tok_emb.weight": Quantized(codes[0], torch.rand(1, 1, generator=gen).half()), "skip_weights": torch.randn(2, 16, generator=gen).half(),
+                      "blocks.0.attn_scale": torch.randn(16, generator=gen), "bigram.scale": torch.tensor(.5), "table": torch.randn(5, 3, generator=gen).bfloat16(), "none": torch.zeros(0, 4)}
 
 
 DATA = pack(example(), dict(system="test", seeds=[1, 2]))
@@ -72,12 +75,12 @@ def test_special_floats_keep_their_bits():
 def parts(data=DATA):
     "Header, stored payload and unpacked size of the example."
     head, body, size = artifact._open(data, 2**30)
-    return json.loads(head), body, size
+    return json.loads(head), bytes(body), size
 
 
 def reseal(header, body, size):
     "An artifact with another header whose checksum is right: what an attacker would write."
-    return artifact._seal(header, body, size)
+    return b"".join(artifact._seal(header, [body], size))
 
 
 @BOTH
@@ -98,9 +101,11 @@ def test_a_hostile_record_is_refused(field, value):
 
 @pytest.mark.parametrize("change", [
     lambda h: h.pop("meta"), lambda h: h.update(extra=1), lambda h: h.update(frames={}), lambda h: h.update(meta=[]),
-    lambda h: h["frames"].pop(), lambda h: h["frames"].append(dict(stored=0, tensors=[])) or h["frames"][0].update(stored=1),
-    lambda h: h["frames"][0].update(stored=-5), lambda h: h["frames"][0].update(stored=2**60), lambda h: h["frames"][0]["tensors"].pop(),
-    lambda h: h["frames"].reverse(), lambda h: h["frames"].append(copy.deepcopy(h["frames"][0]))])
+    lambda h: h["frames"].pop(), lambda h: h["frames"].append(dict(streams=[["zstd", 0]], tensors=[])),
+    lambda h: h["frames"][0]["streams"][0].__setitem__(1, -5), lambda h: h["frames"][0]["streams"][0].__setitem__(1, 2**60),
+    lambda h: h["frames"][0]["streams"][0].append(1), lambda h: h["frames"][0]["streams"].append(["zstd", 0]), lambda h: h["frames"][0].update(streams=[]),
+    lambda h: h["frames"][0].update(streams={}), lambda h: h["frames"][0].update(streams=["zstd"]), lambda h: h["frames"][0]["tensors"].pop(),
+    lambda h: h["frames"][0].update(tensors=[]), lambda h: h["frames"].reverse(), lambda h: h["frames"].append(copy.deepcopy(h["frames"][0]))])
 def test_a_hostile_header_is_refused(change):
     header, body, size = parts()
     change(header)
@@ -126,10 +131,10 @@ def test_codes_without_scale_are_refused():
 def test_a_bomb_is_refused_before_it_is_unpacked():
     bomb = zstandard.compress(bytes(2**26))
     record = dict(name="x", kind="tensor", dtype="uint8", shape=[8], offset=0, length=8, crc32=0)
-    with pytest.raises(ArtifactError, match="frame"): unpack(reseal(dict(meta={}, frames=[dict(stored=len(bomb), tensors=[record])]), bomb, 8))
+    with pytest.raises(ArtifactError, match="frame"): unpack(reseal(dict(meta={}, frames=[dict(streams=[["zstd", len(bomb)]], tensors=[record])]), bomb, 8))
     with pytest.raises(ArtifactError, match="limit"): unpack(reseal(dict(meta={}, frames=[]), bomb, 2**40))
     endless = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(8))
-    with pytest.raises(ArtifactError, match="frame"): unpack(reseal(dict(meta={}, frames=[dict(stored=len(endless), tensors=[record])]), endless, 8))
+    with pytest.raises(ArtifactError, match="frame"): unpack(reseal(dict(meta={}, frames=[dict(streams=[["zstd", len(endless)]], tensors=[record])]), endless, 8))
 
 
 def test_same_weights_same_file_in_another_process(tmp_path):
@@ -168,12 +173,110 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ArtifactError, match="limit=10"): load_artifact(path, limit=10)
 
 
-def test_ledger_is_measured_by_layer_kind():
+def test_ledger_is_exact_by_layer_kind():
     rows = ledger(DATA)
     header, _, _ = parts()
-    stored = {family(f["tensors"][0]["name"])+f["tensors"][0]["kind"]: f["stored"] for f in header["frames"]}
+    stored = {family(f["tensors"][0]["name"])+f["tensors"][0]["kind"]: sum(n for _, n in f["streams"]) for f in header["frames"]}
     for key, n in stored.items(): assert sum(r.stored for r in rows if family(r.name)+r.kind == key) == n
     assert sum(r.stored for r in rows) == len(DATA) and rows[-1].name == "container"
+
+
+class Pipe(io.RawIOBase):
+    "A source that cannot seek, gives a few bytes at a time and counts them."
+    def __init__(self, data): self.data, self.at = data, 0
+    def readable(self): return True
+    def seek(self, *a): raise AssertionError("seek")
+    tell = seek
+    def read(self, n=-1):
+        assert 0 <= n <= 2**20, "reads what it needs, in pieces"
+        self.at += len(piece := self.data[self.at:self.at+min(n, 777)])
+        return piece
+
+
+@BOTH
+def test_reading_needs_no_seek_and_stops_at_the_end(data):
+    pipe = Pipe(data+data+b"rest")
+    for _ in range(2):
+        back, meta = load_artifact(pipe)
+        assert meta["system"] == "test" and all(same(t, back[n]) for n, t in example().items())
+    assert pipe.data[pipe.at:] == b"rest"
+    with pytest.raises(ArtifactError, match="truncated"): load_artifact(Pipe(data[:-1]))
+
+
+@BOTH
+def test_peek_reads_the_header_alone(data, tmp_path):
+    pipe = Pipe(data)
+    meta, rows = peek(pipe)
+    head = artifact._PREFIX.unpack_from(data)[3]
+    assert pipe.at == artifact._PREFIX.size+head and meta == dict(system="test", seeds=[1, 2]) and rows == ledger(data)
+    assert sum(r.raw for r in rows[:-1]) == artifact._PREFIX.unpack_from(data)[4]
+    (tmp_path/"a").write_bytes(data)
+    assert artifact.read_ledger(tmp_path/"a") == rows
+    quiet = artifact._PREFIX.size+head
+    for i in range(quiet):
+        bad = data[:i]+bytes([data[i]^64])+data[i+1:]
+        try: assert ledger(bad) == rows, "a bit of the compressed header that says nothing"
+        except ArtifactError: quiet -= 1
+    assert quiet < 9
+    for bad in (data[:-1], data+b"x"):
+        with pytest.raises(ArtifactError): ledger(bad)
+        (tmp_path/"a").write_bytes(bad)
+        with pytest.raises(ArtifactError, match="truncated or extended"): peek(tmp_path/"a")
+        with pytest.raises(ArtifactError): load_artifact(tmp_path/"a")
+
+
+def test_a_newer_version_and_an_older_one():
+    for version, what in ((3, "newer pgolf; update"), (2**32-1, "newer pgolf"), (0, "version 0")):
+        with pytest.raises(ArtifactError, match=what): unpack(DATA[:8]+version.to_bytes(4, "little")+DATA[12:])
+    header, body, size = parts(pack({"x.weight": torch.arange(12).to(torch.int8), "y": torch.ones(3)}))
+    for f in header["frames"]: f["stored"] = f.pop("streams")[0][1] # as version 1 wrote it
+    old = reseal(header, body, size)
+    old = old[:8]+(1).to_bytes(4, "little")+old[12:-32]
+    assert unpack(old+hashlib.sha256(old).digest())[0]["x.weight"].tolist() == list(range(12))
+    header["frames"][0]["codec"] = "rans"
+    with pytest.raises(ArtifactError, match="format version 1"): unpack(reseal(header, body, size))
+
+
+def test_sizes_that_lie_cost_no_memory(tmp_path):
+    import tracemalloc
+    path = tmp_path/"a"
+    for at, n in ((24, 8), (28, 8), (12, 4), (16, 4)):
+        for value in (2**28-9000, 2**31):
+            path.write_bytes(DATA[:at]+value.to_bytes(n, "little")+DATA[at+n:])
+            for read in (load_artifact, peek, lambda p: unpack(p.read_bytes())):
+                tracemalloc.start()
+                try:
+                    with pytest.raises(ArtifactError): read(path)
+                    assert tracemalloc.get_traced_memory()[1] < 5e6
+                finally: tracemalloc.stop()
+
+
+def test_hostile_values_deep_inside():
+    header, body, size = parts()
+    longest = next(r for f in header["frames"] for r in f["tensors"] if r["name"] == "none")
+    for shape in ([0, 2**39, 2**39], [0]*9, [0, 2**70]):
+        longest["shape"] = shape
+        with pytest.raises(ArtifactError, match="bad shape"): unpack(reseal(header, body, size))
+    longest["shape"] = [0, 4]
+    for name in ("1"*5000, "x"*1000):
+        longest["name"] = name
+        with pytest.raises(ArtifactError, match="name of"): unpack(reseal(header, body, size))
+    longest["name"] = "\ud800.1"
+    assert unpack(reseal(header, body, size))[0]["\ud800.1"].shape == (0, 4)
+    with pytest.raises(ValueError, match="characters"): pack({"x"*1000: torch.zeros(1)})
+    data = pack(dict(b=torch.tensor([True, False])))
+    header, body, size = parts(data)
+    raw = bytes([1, 7]); header["frames"][0]["tensors"][0]["crc32"] = zlib.crc32(raw)
+    stream = zstandard.compress(raw); header["frames"][0]["streams"] = [["zstd", len(stream)]]
+    with pytest.raises(ArtifactError, match="bool"): unpack(reseal(header, stream, size))
+
+
+def test_a_header_that_would_fill_memory_is_refused(monkeypatch):
+    _, body, size = parts()
+    monkeypatch.setattr(artifact, "HEADER_LIMIT", 2**30)
+    data = reseal(dict(meta=dict(x=[[] for _ in range(3*2**19)]), frames=[]), body, size)
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match="header of"): unpack(data)
 
 
 # ---- codes stored by rANS
@@ -190,26 +293,32 @@ def test_any_codes_come_back(shapes, alike, top, seed, codec):
     assert pack(back, level=1, codec=codec) == data and sum(r.stored for r in ledger(data)) == len(data)
 
 
-def test_only_codes_are_stored_by_rans_and_best_is_the_smaller():
-    header, _, _ = parts(RANS)
-    for f in header["frames"]: assert ("codec" in f) == (f["tensors"][0]["kind"] == "codes")
-    best, _, _ = parts(pack(example(), codec="best"))
-    zstd, _, _ = parts(pack(example()))
-    assert [f["stored"] for f in best["frames"]] == [min(a["stored"], b["stored"]) for a, b in zip(header["frames"], zstd["frames"])]
+def test_what_each_codec_may_use_and_best_is_the_smallest():
+    size = lambda f: sum(n for _, n in f["streams"])
+    rans, zstd, best = (parts(pack(example(), codec=c))[0]["frames"] for c in ("rans", "zstd", "best"))
+    assert all(c == "zstd" for f in zstd for c, _ in f["streams"])
+    assert all(c == "rans" for f in rans for c, _ in f["streams"] if f["tensors"][0]["kind"] == "codes")
+    assert [size(f) for f in best] == [min(size(a), size(b)) for a, b in zip(rans, zstd)]
+
+
+def test_wide_numbers_are_stored_by_planes():
+    gen = torch.Generator().manual_seed(0)
+    t = dict(emb=torch.randn(300, 64, generator=gen).half())
+    frame, = parts(pack(t, codec="best"))[0]["frames"]
+    assert [n for _, n in frame["streams"]] == sorted((n for _, n in frame["streams"]), reverse=True) and frame["streams"][1][0] == "rans" and len(frame["streams"]) == 2
+    assert len(pack(t, codec="best")) < .97*len(zstandard.compress(artifact._to_bytes(t["emb"]), 22))
 
 
 def test_an_unknown_codec_is_refused():
     with pytest.raises(ValueError, match="codec='zip'"): pack(example(), codec="zip")
-    for value in ("zstd", "zip", 3, None, ["rans"]):
+    for value in ("zip", 3, None, ["rans"], {}):
         header, body, size = parts(RANS)
-        header["frames"][0]["codec"] = value
-        with pytest.raises(ArtifactError, match="codec"): unpack(reseal(header, body, size))
-    header, body, size = parts(RANS)
-    del header["frames"][0]["codec"]
-    with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(header, body, size))
-    header, body, size = parts(DATA)
-    header["frames"][0]["codec"] = "rans"
-    with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(header, body, size))
+        header["frames"][0]["streams"][0][0] = value
+        with pytest.raises(ArtifactError, match="stream"): unpack(reseal(header, body, size))
+    for data, codec in ((RANS, "zstd"), (DATA, "rans")):
+        header, body, size = parts(data)
+        header["frames"][0]["streams"][0][0] = codec
+        with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(header, body, size))
 
 
 @settings(max_examples=400, deadline=None)
@@ -217,8 +326,7 @@ def test_an_unknown_codec_is_refused():
 def test_a_forged_stream_is_refused_or_caught_by_the_checksum_of_its_codes(data):
     "The file's checksum is right, the stream is not: what an attacker would write."
     header, body, size = parts(RANS)
-    frames = [f for f in header["frames"] if "codec" in f]
-    at = data.draw(st.integers(0, sum(f["stored"] for f in frames)-1))
+    at = data.draw(st.integers(0, len(body)-1))
     bad = body[:at]+bytes([body[at]^data.draw(st.integers(1, 255))])+body[at+1:]
     with pytest.raises(ArtifactError): unpack(reseal(header, bad, size))
 
@@ -227,4 +335,4 @@ def test_a_stream_of_another_size_or_type_is_refused():
     for symbols in (np.zeros(9, np.int8), np.zeros(8, np.uint8), np.zeros(0, np.int8), np.zeros((2**20,), np.int8)):
         stream = encode(symbols)
         record = dict(name="x", kind="tensor", dtype="int8", shape=[8], offset=0, length=8, crc32=0)
-        with pytest.raises(ArtifactError, match="frame 0"): unpack(reseal(dict(meta={}, frames=[dict(stored=len(stream), tensors=[record], codec="rans")]), stream, 8))
+        with pytest.raises(ArtifactError, match="frame 0|checksum"): unpack(reseal(dict(meta={}, frames=[dict(streams=[["rans", len(stream)]], tensors=[record])]), stream, 8))
