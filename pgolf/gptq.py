@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTQConfig', 'damped_cholesky', 'column_order', 'Factor', 'factor', 'gptq', 'hessian_error', 'refit_scale',
-           'gptq_fit', 'collect_hessians', 'quantize_state', 'dequantize_state', 'quant_errors']
+           'gptq_fit', 'collect_hessians', 'quantize_state', 'dequantize_state', 'quant_errors', 'sample_tokens']
 
 # %% ../nbs/31_gptq.ipynb #625f5adc
 from dataclasses import dataclass
@@ -333,3 +333,32 @@ def quant_errors(
         out = None if H is None else relative(lambda X: hessian_error(X, 0*X, H.cpu()))
         rows.append(dict(name=name, numel=W.numel(), codes=len(q.codes.unique()), mse=relative(lambda X: X.square().sum()), output=out))
     return rows
+
+# %% ../nbs/31_gptq.ipynb #b31e17bf
+@torch.no_grad()
+def sample_tokens(
+    model:nn.Module, # with `hidden`, `logits` and `cfg.vocab_size`
+    n:int,           # sequences
+    seq_len:int,     # tokens of each, the first included
+    seed:int,        # of the one generator
+    bos:int|None=None,    # first token of every sequence; None: drawn uniformly from the vocabulary
+    temperature:float=1., # above 0; 1 is the model's own distribution
+    batch:int=32,         # sequences written together, for memory
+)->Tensor: # (n, seq_len) int64, on the CPU
+    "Text that the model writes itself; give it to `collect_hessians(..., split=\"self\")`."
+    V = model.cfg.vocab_size
+    if n < 1 or seq_len < 1: raise ValueError(f"n={n}, seq_len={seq_len}: both must be 1 or more")
+    if not temperature > 0: raise ValueError(f"temperature={temperature} must be above 0")
+    if bos is not None and not 0 <= bos < V: raise ValueError(f"bos={bos} is no token: give 0..{V-1}, or None")
+    gen,training = torch.Generator().manual_seed(seed),model.training
+    first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
+    try: return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen) for ids in first.split(batch)])
+    finally: model.train(training)
+
+def _extend(model, ids, seq_len, temperature, gen):
+    "Draw one token after the other."
+    device = next(model.parameters()).device
+    while ids.shape[1] < seq_len:
+        z = model.logits(model.hidden(ids.to(device))[:,-1]).float()/temperature
+        ids = torch.cat([ids, torch.multinomial(z.softmax(-1).cpu(), 1, generator=gen)], 1)
+    return ids
