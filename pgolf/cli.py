@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'main', 'resumable',
            'parse_overrides', 'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb',
-           'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record']
+           'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'bench']
 
 # %% ../nbs/59_cli.ipynb #b389e8f8
 import difflib,re,sys
@@ -17,9 +17,11 @@ from typer.core import TyperCommand
 from tabulate import tabulate
 from . import pipeline
 from .artifact import by_family,read_ledger
+from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
 from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
 from .formats import LIMIT,describe,fitting,import_weights,read_published
+from .peer import peer_bench
 from .plan import plan_run
 from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe
 from .record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
@@ -309,6 +311,29 @@ def record(
     (a,size),(b,other) = read_seeds(new, stage),read_seeds(old, stage)
     if size and other and size != other: raise ValueError(f"the two systems scored different texts: {size:.6f} and {other:.6f} bytes per token")
     _table(compare_seeds(a, b, margin, alpha, size or other or bytes_per_token).rows(), ["",""])
+
+# %% ../nbs/59_cli.ipynb #4a390aa4
+@app.command()
+def bench(
+    system:Annotated[list[str], typer.Option(help="recipe; repeat for more training steps, all else is measured for the first")]=["pr610"],
+    scale:ScaleOption="pocket",
+    only:Annotated[list[str], typer.Option(help=f"measure this alone; repeat for more: {', '.join(BENCHES)}, growth, profile, peer")]=[],
+    quick:Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, no growth and profile: under a minute")]=False,
+    peer:Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, timed beside ours; it is executed; repeat for files beside it")]=[],
+    override:Overrides=[],
+    device:Device="auto",
+    compile:Annotated[bool, typer.Option("--compile", help="compile models, ours and the peer's")]=False,
+    json:Annotated[Path, typer.Option(help="file for the measurements")]=None,
+    figure:Annotated[Path, typer.Option(help="file for a figure of the ratios, .png or .svg")]=None,
+):
+    "Measure every part of a run: times, rates, shares of a step, memory."
+    device,settings = pipeline.pick_device(device),parse_overrides(override)
+    extra = peer_bench(peer, system[0], scale, device, quick, compile, settings)
+    out = run_benches(tuple(system), scale, device, tuple(only), quick, settings, compile, True, BENCHES | extra)
+    out["command"] = " ".join(["pgolf","bench",*("--quick" for _ in range(quick)),*(f"--system {s}" for s in system),*(f"--only {n}" for n in only),f"--scale {scale}"])
+    print(", ".join(f"{k} {v}" for k,v in out["machine"].items()), "", bench_table(out["rows"]), sep="\n")
+    if json: pipeline.write_json(json, out)
+    if figure: bench_figure(out["rows"], figure)
 
 # %% ../nbs/59_cli.ipynb #03bbfe42
 if __name__=="__main__" and globals().get("__spec__"): main()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pgolf import bench
-from pgolf.bench import BENCHES, Row, bench_figure, bench_peer, bench_table, call_by_name, load_peer, make_case, peak_memory, read_bench, run_benches
+from pgolf.bench import BENCHES, Row, bench_figure, bench_table, make_case, peak_memory, read_bench, run_benches
+from pgolf.peer import bench_peer, call_by_name, load_peer, peer_bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,6 +146,12 @@ def test_what_computes_something_else_is_not_timed(case, tmp_path, fault, error)
     with pytest.raises(ValueError, match=error): bench_peer(case, load_peer(script(tmp_path, **fault)))
 
 
+def test_a_peer_is_one_more_bench(tmp_path):
+    extra = peer_bench([script(tmp_path)], "pr610", "tiny", quick=True, overrides=SETTINGS)
+    found = run_benches(("pr610",), "tiny", quick=True, only=("loader", "peer"), benches=BENCHES | extra)
+    assert [r["bench"] for r in found["rows"]][:2] == ["loader", "peer"] and {r["system"] for r in found["rows"]} == {"pr610", "pr610-as-run"}
+
+
 def test_another_system_is_told_by_its_parameters(tmp_path):
     with pytest.raises(ValueError, match="missing bigram"): bench_peer(make_case("pr610-as-run", "tiny", quick=True), load_peer(script(tmp_path)))
 
@@ -200,7 +207,7 @@ def test_growth_follows_flops_and_memory_the_batch():
 
 def test_names_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="choose among step"): run_benches(only=("steps",))
-    with pytest.raises(ValueError, match="needs the path"): run_benches(only=("peer",))
+    with pytest.raises(ValueError, match="only='peer'"): run_benches(only=("peer",))
 
 
 def test_the_command_measures_and_writes(main, tmp_path):
