@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'ScoreConfig', 'plan_windows', 'window_table', 'document_starts', 'batches', 'token_nll', 'window_logits',
            'evaluating', 'check_stream', 'Piece', 'deal', 'stream', 'Scores', 'join', 'score', 'Difference',
-           'paired_difference', 'token_kinds', 'SavedScores', 'describe', 'save_scores', 'load_scores', 'compare']
+           'paired_difference', 'token_kinds', 'SavedScores', 'describe', 'text_fingerprint', 'save_scores',
+           'load_scores', 'score_into', 'compare']
 
 # %% ../nbs/40_scoring.ipynb #b1f4f380
 import hashlib, json, math, time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -387,8 +389,11 @@ def describe(
     starts = torch.zeros(1, dtype=torch.long) if documents is None else documents
     at = torch.arange(n)
     kind = torch.zeros(n, dtype=torch.uint8) if kinds is None else kinds[tokens[1:n+1]]
-    text = hashlib.sha256(tokens.numpy().astype("<i4").tobytes()).hexdigest()[:16]
-    return SavedScores(scores, tokens[1:n+1], at-starts[torch.bucketize(at, starts, right=True)-1], kind, text, about)
+    return SavedScores(scores, tokens[1:n+1], at-starts[torch.bucketize(at, starts, right=True)-1], kind, text_fingerprint(tokens), about)
+
+def text_fingerprint(tokens:Tensor)->str:
+    "Equal for equal texts, and for no others that anyone will meet."
+    return hashlib.sha256(tokens.numpy().astype("<i4").tobytes()).hexdigest()[:16]
 
 # %% ../nbs/40_scoring.ipynb #2403d1ce
 def save_scores(
@@ -413,6 +418,32 @@ def load_scores(
         return SavedScores(scores, t["target"].long(), t["position"].long(), t["kind"], more["text"], more["about"])
     except FileNotFoundError: raise
     except Exception as e: raise ValueError(f"{path} is not a file of scores ({e}); `pgolf score RUN --save FILE` writes one") from None
+
+# %% ../nbs/40_scoring.ipynb #f56f8d2e
+def score_into(
+    path,              # file of scores; None: none. A file that an interrupted call has left is completed
+    model:nn.Module,   # as for `score`
+    tokens:Tensor,     # (N+1,) ids: N targets
+    tables:ByteTables, # byte counts of the vocabulary
+    cfg:ScoreConfig,   # windows
+    kinds:Tensor|None=None, # (V,) kind of each token
+    documents:Tensor|None=None, # first token of each document
+    isolated:bool=False, # windows stay inside documents
+    about:dict={},     # names the model
+    progress:bool=False, # show a bar
+)->SavedScores: # complete
+    "Score a text into a file."
+    about = about | dict(seq_len=cfg.eval_seq_len, stride=cfg.eval_stride, temperature=cfg.eval_temperature, isolated=isolated)
+    tokens, begun = check_stream(tokens, tables)[0], load_scores(path) if path and Path(path).exists() else None
+    if begun and (begun.text, begun.about) != (text_fingerprint(tokens), about):
+        raise ValueError(f"{path} holds scores of another text, model or setting ({begun.about}); choose another file, or remove this one")
+    if begun and begun.scores.coverage == 1: return begun
+    def put(s):
+        if path: save_scores(path, describe(s, tokens, kinds, documents, about))
+    s = score(model, tokens, tables, cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch, cfg.eval_temperature, progress, cfg.eval_compile,
+              documents if isolated else None, begun and begun.scores, put)
+    put(s)
+    return describe(s, tokens, kinds, documents, about)
 
 # %% ../nbs/40_scoring.ipynb #97cfe5a5
 def compare(
