@@ -112,7 +112,11 @@ def stage_table(
 )->str: # a Markdown table
     "What each stage changes, as described and as run: mean and standard deviation over seeds."
     steps = (("raw","averaged"),("averaged","artifact"),("artifact","sliding"),("sliding","adapted"),("adapted","rescored"))
-    cols = [next(r for r in rows if r["change"]==c)["stages"] for c in ("as described","as run")]
-    whole = lambda s,x,y: x in s and y in s
-    body = [[f"{x} → {y}", *(spread(np.subtract(s[y], s[x])) if whole(s,x,y) else "-" for s in cols)] for x,y in steps if any(whole(s,x,y) for s in cols)]
+    runs = [next(r for r in rows if r["change"]==c) for c in ("as described","as run")]
+    def cell(r, x, y):
+        if not (x in r["stages"] and y in r["stages"]): return "-"
+        if y=="adapted" and min(r["coverage"])<1: return "another text (partial)"
+        return spread(np.subtract(r["stages"][y], r["stages"][x]))
+    body = [[f"{x} → {y}", *(cell(r, x, y) for r in runs)] for x,y in steps]
+    body = [row for row in body if set(row[1:])!={"-"}]
     return tabulate(body, headers=["step","as described, bpb","as run, bpb"], tablefmt="github", disable_numparse=True)
