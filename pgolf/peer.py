@@ -191,10 +191,10 @@ def _their_values(q): # (codes, steps, ...)
 def peer_quantizers(case:Case, peer:Peer, model:GPT)->list[Row]:
     "Round to nearest and GPTQ, all matrices of the blocks."
     described = make_case(case.system.removesuffix("-as-run"), case.scale).recipe # GPTQ as described: correct, see the chapter gptq
-    state = {n:torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i,(n,p) in enumerate(block_matrices(model).items())}
-    names = list(state)
-    grid = {n:first_match(n, case.recipe.quant.rules) or Grid() for n in names}
     hessians = {n:h.cpu() for n,h in collect_hessians(model, ids(case, 8*case.seq_len).view(8, -1).split(4)).items()}
+    names = [n for n in block_matrices(model) if n in hessians] # gates are not rounded by a linear layer
+    state = {n:torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i,(n,p) in enumerate(block_matrices(model).items()) if n in names}
+    grid = {n:first_match(n, case.recipe.quant.rules) or Grid() for n in names}
     errors = lambda Q: sum(float(hessian_error(state[n], Q[n], hessians[n])) for n in names)
     out,work = [],sum(t.numel() for t in state.values())
     if fn := peer.find("quantize_int6_per_row","quantize_intN_per_row","quantize_float_tensor_int6","quantize_float_tensor"):
