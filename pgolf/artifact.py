@@ -44,9 +44,8 @@ def _to_bytes(t):
     return t.view(torch.uint8).view(-1, t.element_size()).t().contiguous().numpy().tobytes()
 
 def _from_bytes(data, dtype, shape):
-    size = torch.empty(0, dtype=dtype).element_size()
-    planes = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(size, -1)
-    return planes.t().contiguous().view(-1).view(dtype).reshape(shape)
+    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
+    return torch.from_numpy(planes.T.copy()).view(-1).view(dtype).reshape(shape)
 
 # %% ../nbs/33_artifact.ipynb #9a8e6d3c
 def _parts(tensors):
@@ -262,14 +261,14 @@ def _expand_frame(f, i, body):
         start += n
     for r in f["tensors"]:
         end = at+r["length"]//k
-        yield r, b"".join(p[at:end] for p in planes)
+        yield r, planes[0][at:end] if k == 1 else b"".join(p[at:end] for p in planes)
         at = end
 
 # %% ../nbs/33_artifact.ipynb #0c1c1e67
 def _tensor(r, raw):
     "Make the tensor of a record from its bytes."
     if zlib.crc32(raw) != r["crc32"]: raise ArtifactError(f"tensor {r['name'][:80]!r}: its checksum differs")
-    if r["dtype"] == "bool" and raw.strip(b"\0\1"): raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
+    if r["dtype"] == "bool" and bytes(raw).strip(b"\0\1"): raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
     return _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
 
 #| export
