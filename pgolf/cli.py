@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'main', 'resumable',
            'parse_overrides', 'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb',
-           'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'bench']
+           'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'score',
+           'bench']
 
-# %% ../nbs/59_cli.ipynb #b389e8f8
-import difflib,re,sys
+# %% ../nbs/59_cli.ipynb #d9571582
+import difflib,hashlib,re,sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 import typer
 from typer.core import TyperCommand
 from tabulate import tabulate
-from . import pipeline
+from . import pipeline,scoring
 from .artifact import by_family,read_ledger
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
@@ -23,7 +25,7 @@ from .data import austen,build_dataset,download_fineweb,read_documents,read_shar
 from .formats import LIMIT,describe,fitting,import_weights,read_published
 from .peer import peer_bench
 from .plan import plan_run
-from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe
+from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe,load_recipe
 from .record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
 from .verdict import audit_run,verdict_line,verdict_rows
 
@@ -313,6 +315,47 @@ def record(
     _table(compare_seeds(a, b, margin, alpha, size or other or bytes_per_token).rows(), ["",""])
 
 # %% ../nbs/59_cli.ipynb #4a390aa4
+@app.command()
+def score(
+    a:Annotated[Path, typer.Argument(help="folder of a run, whose artifact is scored; or a file of scores, .npz")],
+    against:Annotated[Path, typer.Option(help="another run or file of scores: say how the two differ, and where")]=None,
+    save:Annotated[Path, typer.Option(help="file for the scores of A, .npz; one that was interrupted is completed")]=None,
+    corpus:Corpus="austen",
+    stride:Annotated[int, typer.Option(help="targets newly scored per window; default the recipe's")]=None,
+    seq_len:Annotated[int, typer.Option(help="longest window, tokens; default the recipe's")]=None,
+    tokens:Annotated[int, typer.Option(help="targets scored; 0: all")]=0,
+    documents:Annotated[bool, typer.Option("--documents", help="windows stay inside documents")]=False,
+    temperature:Annotated[float, typer.Option(help="divides the logits; default the recipe's")]=None,
+    device:Device="auto",
+    compile:Annotated[bool, typer.Option("--compile", help="compile the forward pass: faster, after a minute's work")]=False,
+    quiet:Annotated[bool, typer.Option("--quiet", help="no progress, only the result")]=False,
+):
+    "Score an artifact token by token, and compare it with another."
+    given = dict(eval_stride=stride, eval_seq_len=seq_len, eval_temperature=temperature, eval_compile=compile or None)
+    how = (corpus, tokens, documents, {k:v for k,v in given.items() if v is not None}, pipeline.pick_device(device), not quiet)
+    with resumable(): first,second = (_scores(p, to, *how) if p else None for p,to in ((a,save),(against,None)))
+    print(f"{a}: {first.scores}")
+    if second: print(f"{against}: {second.scores}"); _say_where(scoring.compare(first, second))
+
+# %% ../nbs/59_cli.ipynb #0801942e
+def _scores(source, save, corpus, tokens, documents, given, device, progress):
+    "Scores of a file, or of the artifact of a run."
+    if source.suffix==".npz": return scoring.load_scores(source)
+    if tokens<0: raise ValueError(f"tokens={tokens}: give the number of targets to score, or 0 for all")
+    recipe,data,artifact = load_recipe(source/"recipe.json"),pipeline.open_corpus(corpus),source/"model.pgolf"
+    model = pipeline.read_artifact(artifact, device, recipe.stages.eval_rules)
+    if model.cfg.vocab_size!=data.vocab_size: raise ValueError(f"{source} has a vocabulary of {model.cfg.vocab_size}, {data.path} of {data.vocab_size}: name the run's own data with --corpus")
+    sp,text = data.tokenizer(),data.val_tokens(tokens+1 if tokens else None)
+    about = dict(recipe=recipe.name, scale=recipe.scale, seed=recipe.train.seed, artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()[:16])
+    starts,kinds = scoring.document_starts(text, sp.bos_id()),scoring.token_kinds(sp, data.vocab_size)
+    return scoring.score_into(save, model, text, data.byte_tables(), replace(recipe.score, **given), kinds, starts, documents, about, progress)
+
+def _say_where(found):
+    d = found.pop("all")
+    print(f"a - b: {d.bpb:+.4f} bpb, 95 % interval {d.low:+.4f} to {d.high:+.4f}, from {d.blocks} documents or blocks; below zero a is better\n")
+    for name,rows in found.items(): _table([[*r.values()] for r in rows], [name,*list(rows[0])[1:]]); print()
+
+# %% ../nbs/59_cli.ipynb #64bdcb79
 @app.command()
 def bench(
     system:Annotated[list[str], typer.Option(help="recipe; repeat for more training steps, all else is measured for the first")]=["pr610"],
