@@ -503,7 +503,9 @@ def profile_figure(
         ax.barh(list(phases), part, left=left, label=kind, color=f"C{i}")
         left += part
     ax.invert_yaxis()
+    both = by_kind(phases["forward and backward"])
     ax.set(xlabel="milliseconds of operators' own time")
+    ax.set_title(f"matrix products are {both['matrix products']/sum(both.values()):.0%} of the passes", fontsize=9)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
     return fig
 
@@ -595,7 +597,8 @@ def bench_figure(
     ax.plot([r["ratio_cpu"] for r in found], y, "x", ms=4, label="processor time")
     ax.axvline(1, color=".7", lw=.8)
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="time over the other's, log scale", title=f"{sum(r['ratio_cpu'] < 1 for r in found)} of {len(found)} take less processor time than what they are held against", yticks=y, yticklabels=[f"{r['system']}: {r['name']} / {r['against']}" for r in found])
+    ax.set(xscale="log", xlabel="time over the other's, log scale", yticks=y, yticklabels=[f"{r['system']}: {r['name']} / {r['against']}" for r in found])
+    ax.set_title(f"{sum(r['ratio_cpu'] < 1 for r in found)} of {len(found)} take less processor time than what they are held against", fontsize=9, loc="right")
     ax.tick_params(axis="y", labelsize=7)
     ax.legend(fontsize=7)
     if path: fig.savefig(path, dpi=120)
