@@ -363,6 +363,7 @@ def _no_docstring(body):
     "Statements without a docstring; never none."
     return (body[1:] if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) else body) or [ast.Pass()]
 
+@lru_cache(maxsize=64)
 def minify(
     text:str, # source
 )->str: # source that runs alike, for machines

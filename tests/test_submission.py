@@ -1,0 +1,204 @@
+"A submission's script runs where there is no pgolf, and gives the package's bytes and scores; faults in a folder are found."
+import ast
+import builtins
+import json
+import re
+import shutil
+import site
+import subprocess
+import venv
+
+import pytest
+from pgolf import flatten, pipeline, submission
+from pgolf.bpb import BYTE_LIMIT
+from pgolf.recipes import RECIPES, at_scale, get_recipe
+
+SYSTEMS = ["pr610", "pr576", "pr598", "pr1123", "pr601"]
+TARGETS = 1024
+
+DRIVER = """
+import runpy, sys
+for folder, data in zip(sys.argv[2:], [sys.argv[1]]*len(sys.argv)):
+    print("==", flush=True)
+    sys.argv = [folder, data, "--eval", folder+"/model.pgolf", "--eval-tokens", "%d", "--device", "cpu"]
+    runpy.run_path(folder+"/train_gpt.py", run_name="__main__")
+""" % TARGETS
+
+
+def tiny(name): return at_scale(get_recipe(name), "tiny").but(iterations=12, warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def finished(novels, tmp_path_factory):
+    "Runs of the package: `finished('pr610')` gives the folder of a tiny one."
+    root, made = tmp_path_factory.mktemp("finished"), {}
+
+    def get(name, seed=1337):
+        if (name, seed) not in made:
+            made[name, seed] = root/f"{name}-{seed}"
+            pipeline.run(pipeline.start(tiny(name).but(seed=seed), novels, made[name, seed], "cpu", TARGETS, progress=False))
+        return made[name, seed]
+    return get
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    "Python of a new environment that finds the installed packages, but neither this checkout nor what is installed from it in place."
+    path = tmp_path_factory.mktemp("clean")
+    venv.create(path, symlinks=True)  # installing torch anew would take minutes, so its packages are found where they are
+    home = next(path.glob("lib/python*/site-packages"))
+    (home/"packages.pth").write_text("\n".join(site.getsitepackages()))  # a .pth in there is not followed: an editable pgolf stays out
+    python = path/"bin"/"python"
+    if subprocess.run([python, "-I", "-c", "import pgolf"], capture_output=True, cwd=path).returncode == 0: pytest.skip("pgolf is installed, not in place: no environment without it")
+    return python
+
+
+def run_clean(python, *args, cwd):
+    done = subprocess.run([python, "-I", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=dict(OMP_NUM_THREADS="1"), timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def without_time(rows): return [{k: v for k, v in r.items() if k not in ("seconds", "what")} for r in rows]
+
+
+# ---- the script
+
+def test_script_trains_without_pgolf_to_the_same_bytes(finished, clean, novels, tmp_path):
+    run, code = finished("pr610"), submission.make_code(tiny("pr610"))
+    (tmp_path/"train_gpt.py").write_text(code.packed)
+    log = submission.read_log(run_clean(clean, "train_gpt.py", novels.path, "--eval-tokens", TARGETS, "--device", "cpu", cwd=tmp_path))
+    report = pipeline.Report.load(run/"report.json")
+    assert (tmp_path/"model.pgolf").read_bytes() == (run/"model.pgolf").read_bytes()
+    assert without_time(log["score"]) == without_time(report.rows[-2:])
+    assert log["squeezed"][0]["bytes_total"] == report.bytes_artifact + len(code.packed.encode())
+    assert log["trained"][0]["steps"] == 12 and [s["loss"] for s in log["step"] if "loss" in s]
+
+
+def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finished, clean, novels, tmp_path):
+    for name in SYSTEMS:
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"train_gpt.py").write_text(submission.make_code(tiny(name)).packed)
+        shutil.copy(finished(name)/"model.pgolf", tmp_path/name)
+    (tmp_path/"driver.py").write_text(DRIVER)
+    said = run_clean(clean, "driver.py", novels.path, *SYSTEMS, cwd=tmp_path).split("==\n")[1:]
+    for name, text in zip(SYSTEMS, said, strict=True):
+        report, result = pipeline.Report.load(finished(name)/"report.json"), submission.result_of(submission.read_log(text))
+        assert result["stage"] == report.result["stage"] and abs(result["val_bpb"] - report.result["val_bpb"]) < 1e-6, name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_script_of_every_recipe_is_whole_and_under_1500_lines(name):
+    code = submission.make_code(at_scale(get_recipe(name), "full"))
+    assert code.sizes()["lines"] < 1500 and len(code.packed) < len(code.minified) < len(code.readable)
+    defined = flatten.bound_names(ast.parse(code.readable).body)
+    used = {n.id for s in ast.parse(code.readable).body for n in flatten.global_names(s) if isinstance(n.ctx, ast.Load)}
+    assert used <= defined | set(dir(builtins)) | {"__file__"}, used - defined - set(dir(builtins))
+    assert set(submission.outside_imports(code.minified)) <= {"numpy", "sentencepiece", "safetensors", "torch", "zstandard"}
+
+
+def test_what_is_left_out_still_exists():
+    known = {n for m in flatten.read_package().values() for n in m.defs}
+    assert set(submission.UNUSED) <= known, "submission.UNUSED names definitions that are gone: rename or remove them there"
+    stand_ins = flatten.Module("stand_ins", submission.STAND_INS, "pgolf")
+    assert set(stand_ins.defs) <= known, "submission.STAND_INS stands in for definitions that are gone"
+
+
+def test_packing_is_deterministic():
+    a, b = (submission.make_code(tiny("pr610")) for _ in range(2))
+    assert a == b
+
+
+# ---- the folder
+
+@pytest.fixture(scope="module")
+def folder(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed")/"folder"
+    return submission.pack_submission([finished("pr610"), finished("pr610", 7)], out, "A. Author", "author", date="2026-04-30")
+
+
+def test_folder_of_two_seeds(folder, finished):
+    facts = json.loads((folder/"submission.json").read_text())
+    reports = [pipeline.Report.load(finished("pr610", s)/"report.json").result for s in (7, 1337)]
+    assert facts["seeds"] == [7, 1337] and set(facts["seed_results"]) == {"7", "1337"}
+    assert abs(facts["val_bpb"] - sum(r["val_bpb"] for r in reports)/2) < 1e-12 and facts["val_bpb_std"] > 0
+    assert facts["bytes_total"] == (folder/"train_gpt.py").stat().st_size + max((folder/f"model_seed{s}.pgolf").stat().st_size for s in (7, 1337))
+    assert facts["track"] == "non_record_16mb" and not facts["compliance"]["three_seeds"]
+    assert submission.verdict(submission.doctor(folder)) == "warn"
+    text = (folder/"README.md").read_text()
+    assert f"{facts['val_bpb']:.4f}" in text and f"{facts['bytes_total']:,}" in text and "2 seeds" in text
+    assert not [p for p in folder.parent.iterdir() if p != folder]
+
+
+def test_command_packs_and_examines(finished, main, tmp_path):
+    out = tmp_path/"folder"
+    code, said, err = main("pack", finished("pr610"), "--out", out, "--author", "A", "--github-id", "a")
+    assert code == 0 and str(out) in said, err
+    code, said, _ = main("doctor", out)
+    assert code == 0 and "warn" in said
+    (out/"README.md").unlink()
+    code, said, _ = main("doctor", out)
+    assert code == 1 and "README.md" in said
+    assert main("doctor", tmp_path/"none")[0] == 1
+    code, _, err = main("pack", finished("pr610"), "--out", out, "--author", "A", "--github-id", "a")
+    assert code == 1 and "exists" in err
+
+
+def edit(**kw): return lambda text: json.dumps(json.loads(text) | kw)
+def swap(a, b): return lambda text: re.sub(a, b, text)
+
+
+FAULTS = [  # file, change (None: remove it), finding that must fail
+    ("README.md", None, "files"), ("requirements.txt", None, "requirements"), ("train_seed7.log", None, "seed 7"),
+    ("submission.json", lambda t: "{", "files"), ("submission.json", lambda t: "[]", "files"),
+    ("submission.json", edit(val_bpb=1.0), "val_bpb"), ("submission.json", edit(val_loss=None), "fields"), ("submission.json", edit(val_bpb=float("nan")), "val_bpb"),
+    ("submission.json", edit(val_bpb_std=.5), "val_bpb_std"), ("submission.json", edit(bytes_total=1), "claimed bytes"), ("submission.json", edit(github_id=""), "fields"),
+    ("submission.json", edit(date="yesterday"), "date"), ("submission.json", edit(seeds=[7]), "seed list"), ("submission.json", edit(seeds=[7, 8, 1337]), "seed list"),
+    ("submission.json", edit(track="10min_16mb"), "seeds"), ("submission.json", edit(track="10min_16mb"), "hardware"), ("submission.json", edit(track="10min_16mb"), "split of seed 7"),
+    ("train_gpt.py", lambda t: "from pgolf import gpt\n"+flatten.unpack_code(t), "imports"), ("train_gpt.py", lambda t: "import scipy\n"+flatten.unpack_code(t), "requirements"),
+    ("train_gpt.py", lambda t: "def f(:", "files"), ("train_gpt.py", lambda t: t.replace("b85decode('", "b85decode('zzzz"), "files"),
+    ("train_gpt.py", lambda t: t+"#"*BYTE_LIMIT, "bytes"), ("train_gpt_readable.py", swap("Muon", "Moon"), "readable form"),
+    ("train_seed7.log", swap('"coverage": 1.0', '"coverage": 0.5'), "coverage of seed 7"), ("train_seed7.log", swap('"legal": true', '"legal": false'), "val_bpb"),
+    ("train_seed7.log", swap('(?m)^score.*$', ''), "val_loss"), ("train_seed7.log", swap('"text_bytes": ', '"text_bytes": 9'), "arithmetic of seed 7"),
+    ("train_seed7.log", swap(r'(trained .*"seconds": )[\d.]+', r"\g<1>1e4"), "training time of seed 7"), ("train_seed7.log", swap(r'(?m)^trained.*$', ""), "training time of seed 7"),
+    ("train_seed7.log", swap('("stage": "adapted".*"seconds": )[0-9.]+', r"\g<1>601"), "evaluation time of seed 7"),
+    ("train_seed7.log", swap('"bytes_artifact": ', '"bytes_artifact": 1'), "logged bytes"),
+]
+
+
+@pytest.mark.parametrize("name,change,check", FAULTS, ids=[f"{n}-{c}-{i}" for i, (n, _, c) in enumerate(FAULTS)])
+def test_planted_faults_are_found(folder, tmp_path, name, change, check):
+    copy = tmp_path/"copy"
+    shutil.copytree(folder, copy)
+    if change is None: (copy/name).unlink()
+    else: (copy/name).write_text(change((copy/name).read_text()))
+    found = submission.doctor(copy)
+    assert check in {c.check for c in found if c.status == "fail"}, [c for c in found if c.status != "ok"]
+    assert all(c.remedy for c in found if c.status != "ok")
+
+
+def test_damaged_artifact_and_helper_sources_are_found(folder, tmp_path):
+    copy = tmp_path/"copy"
+    shutil.copytree(folder, copy)
+    data = bytearray((copy/"model_seed7.pgolf").read_bytes())
+    data[len(data)//2] ^= 1
+    (copy/"model_seed7.pgolf").write_bytes(data)
+    (copy/"helper.py").write_text("x = 1\n")
+    status = {(c.check, c.status) for c in submission.doctor(copy)}
+    assert ("artifact", "fail") in status and ("helpers", "warn") in status
+
+
+def test_empty_and_strange_folders_get_findings_not_tracebacks(tmp_path):
+    assert submission.verdict(submission.doctor(tmp_path)) == "fail"
+    for name, text in {"submission.json": '{"seed_results": {"1": {"val_bpb": "x"}}, "val_bpb": "1", "seeds": [1], "compliance": {"three_seeds": false}}', "a.log": 'run {"seed": 1}\nscore {"legal": true}\nscore {oops}',
+                       "train_gpt.py": "print(1)", "model.bin": "x"}.items(): (tmp_path/name).write_text(text)
+    assert submission.verdict(submission.doctor(tmp_path)) == "fail"
+
+
+def test_packing_refuses_what_does_not_belong_together(finished, novels, tmp_path):
+    with pytest.raises(ValueError, match="other settings"): submission.read_runs([finished("pr610"), finished("pr598")])
+    with pytest.raises(ValueError, match="not a report"): submission.read_runs([tmp_path])
+    shutil.copytree(finished("pr610"), tmp_path/"run")
+    (tmp_path/"run"/"model.pgolf").write_bytes(b"")
+    with pytest.raises(ValueError, match="is not the file"): submission.pack_submission(tmp_path/"run", tmp_path/"out", "A", "a")
+    assert not (tmp_path/"out").exists()
