@@ -453,7 +453,7 @@ def compare(
     "Say how two scores differ and where."
     if a.text != b.text: raise ValueError(f"fingerprints {a.text} and {b.text}: the scores are of different texts; score both on one corpus with equal --tokens")
     if len(a.target) != len(b.target): raise ValueError(f"{len(a.target)} and {len(b.target)} targets: one of the two was interrupted; let it finish")
-    starts = a.documents if len(a.documents) > 1 else torch.arange(0, len(a.target), 512)
+    starts = a.documents if len(a.documents) >= 10 else torch.arange(0, len(a.target), 512) # few documents say little of their scatter
     place = (a.position+1).double().log2().long()                              # 0, 1-2, 3-6, ...
     often = a.target.bincount()[a.target].double().log10().long()              # 1-9, 10-99, ...
     places = [f"{2**k-1}..{2**(k+1)-2}" for k in range(int(place.max())+1)]
