@@ -7,7 +7,7 @@ __all__ = ['FILES', 'write_json', 'read_json', 'Row', 'Report', 'code_bytes', 'e
            'fingerprint', 'make_average', 'make_listeners', 'train_here', 'launch', 'work', 'train_weights',
            'weights_of', 'model_of', 'calibrate', 'write_artifact', 'read_artifact', 'check_parameters', 'grade',
            'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run', 'open_corpus', 'scoreboard',
-           'by_system', 'record_test']
+           'by_system']
 
 # %% ../nbs/51_pipeline.ipynb #b764e3b6
 import difflib,hashlib,importlib.metadata,json,lzma,math,platform,subprocess,sys,time
@@ -75,6 +75,7 @@ class Report:
     bytes_artifact:int=0                # of the file on disk
     bytes_code:int=0                    # of the package's source, packed
     complete:bool=False                 # whether every stage was reached
+    audit:dict=field(default_factory=dict) # verdict on a stage: passed, stage, val_bpb, findings
     @property
     def bytes_total(self)->int: return self.bytes_artifact+self.bytes_code
     def bpb(self, stage:str)->float|None: # bits per byte, None if the stage was not reached
@@ -83,6 +84,12 @@ class Report:
     @property
     def result(self)->dict|None: # the last legal row
         return next((x for x in reversed(self.rows) if x["legal"]), None)
+    @property
+    def mark(self)->str: # "" if the audit of the result has passed, else what is wrong
+        "What a scoreboard has to say about the run."
+        a,last = self.audit,self.result or {}
+        if not a or (a["stage"],a["val_bpb"])!=(last.get("stage"),last.get("val_bpb")): return "not audited"
+        return "" if a["passed"] else "FAILED: "+" ".join(f["name"] for f in a["findings"] if f["status"]=="failed")
     def save(self, path): write_json(path, asdict(self))
     @classmethod
     def load(cls, path):
@@ -162,8 +169,8 @@ def start(
     report.save(out/"report.json")
     return job
 
-# %% ../nbs/51_pipeline.ipynb #e5c10499
-FILES = ("report.json","recipe.json","weights.safetensors","checkpoint.safetensors","model.pgolf","training.json","errors.json","scores.npz","metrics.jsonl")
+# %% ../nbs/51_pipeline.ipynb #9a6580dc
+FILES = ("report.json","audit.json","recipe.json","weights.safetensors","checkpoint.safetensors","model.pgolf","training.json","errors.json","scores.npz","metrics.jsonl")
 
 def fingerprint(
     dataset:Dataset, # shards and tokenizer
@@ -410,7 +417,7 @@ def scoreboard(
     def row(r):
         last = r.result or {}
         return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **{k:r.bpb(k) for k in ("raw","averaged","artifact","sliding","adapted","rescored") if k!="rescored" or r.bpb(k)},
-            coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact, bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"), complete=r.complete)
+            coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact, bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"), complete=r.complete, audit=r.mark)
     return sorted(map(row, reports), key=lambda r: min((r[k] for k in ("adapted","sliding") if r[k]), default=math.inf))
 
 # %% ../nbs/51_pipeline.ipynb #f7807e8c
@@ -428,13 +435,3 @@ def by_system(
         loss,bpb = [x["val_loss"] for x in rows],[x["val_bpb"] for x in rows]
         return dict(zip(("system","scale","corpus","stage"), key), seeds=len(rows), bpb=float(np.mean(bpb)), bpb_std=std(bpb), val_loss=float(np.mean(loss)), loss_std=std(loss))
     return sorted((fold(k, v) for k,v in groups.items()), key=lambda d: d["bpb"])
-
-def record_test(
-    new:list[float],    # val_loss per seed, nats per token
-    old:list[float],    # the same of the system to beat
-    margin:float=.005,  # nats per token
-)->float: # p: chance of such a lead, or a larger one, if the true lead were just the margin
-    "One-sided Welch test of the challenge's record rule."
-    if min(len(new),len(old))<2: raise ValueError(f"{len(new)} and {len(old)} seeds: the test needs at least 2 of each")
-    from scipy.stats import ttest_ind # half a second, so only where it is needed
-    return float(ttest_ind(new, np.asarray(old)-margin, equal_var=False, alternative="less").pvalue)

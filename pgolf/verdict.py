@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAIN_TOKENS', 'STAGES', 'open_subject', 'audit_numbers', 'audit_data', 'stretch', 'evaluation_of', 'audit_run',
-           'verdict_rows', 'verdict_line', 'audit_mark']
+           'verdict_rows', 'verdict_line']
 
 # %% ../nbs/56_verdict.ipynb #40ec5033
 from dataclasses import asdict, replace
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 
 from .artifact import load_artifact
-from .audit import ABSENT, LATER, Finding, all_is_scored, audit, bytes_are_text, calibration_apart, documents_apart, model_evaluation, passes, reported_sum
+from .audit import ABSENT, Finding, all_is_scored, audit, bytes_are_text, calibration_apart, documents_apart, model_evaluation, passes, reported_sum
 from .data import Dataset
 from .pipeline import Report, fingerprint, read_artifact, write_json
 from .quant import set_fake_quant
@@ -113,7 +113,7 @@ def audit_run(
     device:str="cpu", # where the model goes
     places:int=3,   # targets that are changed
     seed:int=0,     # of the choice
-)->dict: # passed, system, scale, stage, val_bpb, about, findings; also written to audit.json in the run's folder
+)->dict: # passed, system, scale, stage, val_bpb, about, findings; also written to audit.json and report.json in the run's folder
     "Audit a run or an artifact."
     recipe,artifact,report = open_subject(path, system)
     if report and report.data != fingerprint(dataset): raise ValueError(f"{path} was not run on the data in {dataset.path} (fingerprint {fingerprint(dataset)}, the run's is {report.data}): name its data")
@@ -127,7 +127,9 @@ def audit_run(
     found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1), tokens, places, seed)
     about = f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,} targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed"
     out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage, val_bpb=row and row["val_bpb"], about=about, findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))])
-    if report: write_json(Path(path)/"audit.json", out)
+    if report:
+        write_json(Path(path)/"audit.json", out)
+        replace(report, audit=out).save(Path(path)/"report.json")
     return out
 
 # %% ../nbs/56_verdict.ipynb #f7c7fec7
@@ -145,13 +147,3 @@ def verdict_line(
     what = f"{verdict['system']} ({verdict['scale']}), {verdict['stage']}"
     if not verdict["passed"]: return f"{what}: audit FAILED: {', '.join(failed)}"
     return f"{what}: audit passed"+(f"; fails {', '.join(failed)}, a later ruling that does not decide" if failed else "")
-
-# %% ../nbs/56_verdict.ipynb #98b0e885
-def audit_mark(
-    report:Report, # of a run
-    verdict:dict,  # read from its audit.json; empty if there is none
-)->str: # "" if the audit of its result has passed, else what is wrong
-    "Say what a scoreboard has to say about a run."
-    result = report.result or {}
-    if not verdict or (verdict["stage"],verdict["val_bpb"]) != (result.get("stage"),result.get("val_bpb")): return "not audited"
-    return "" if verdict["passed"] else "FAILED: "+" ".join(f["name"] for f in verdict["findings"] if f["status"] == "failed" and f["name"] not in LATER)
