@@ -6,7 +6,7 @@
 __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'main', 'resumable',
            'parse_overrides', 'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb',
            'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'score',
-           'bench']
+           'pack', 'doctor', 'bench']
 
 # %% ../nbs/59_cli.ipynb #d9571582
 import difflib,hashlib,re,sys
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 from tabulate import tabulate
-from . import pipeline,scoring
+from . import pipeline,scoring,submission
 from .artifact import by_family,read_ledger
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
@@ -356,6 +356,32 @@ def _say_where(found):
     for name,rows in found.items(): _table([[*r.values()] for r in rows], [name,*list(rows[0])[1:]]); print()
 
 # %% ../nbs/59_cli.ipynb #64bdcb79
+@app.command()
+def pack(
+    runs:Annotated[list[Path], typer.Argument(help="folders of finished runs of one recipe, one per seed")],
+    out:Annotated[Path, typer.Option(help="folder to make")],
+    author:Annotated[str, typer.Option(help="who is credited")],
+    github_id:Annotated[str, typer.Option(help="account that submits")],
+    name:Annotated[str, typer.Option(help="of the submission; default: the recipe's title")]="",
+    blurb:Annotated[str, typer.Option(help="one paragraph; default: the recipe's title")]="",
+):
+    "Write a submission folder: one script, metadata, README, logs, artifacts."
+    folder = submission.pack_submission(runs, out, author, github_id, name, blurb)
+    _table([[p.name, p.stat().st_size] for p in sorted(folder.iterdir())], ["file","bytes"])
+    print(f"\nfiles in {folder}; check them with `pgolf doctor {folder}`")
+
+# %% ../nbs/59_cli.ipynb #3f611dab
+@app.command()
+def doctor(
+    folder:Annotated[Path, typer.Argument(help="folder of a submission; nothing in it is executed")],
+):
+    "Check a submission folder against the rules of the challenge."
+    found = submission.doctor(folder)
+    _table(found, submission.Check._fields)
+    print(f"\n{submission.verdict(found)}: {', '.join(f'{sum(c.status==s for c in found)} {s}' for s in ('ok','warn','fail'))}")
+    if submission.verdict(found)=="fail": raise typer.Exit(1)
+
+# %% ../nbs/59_cli.ipynb #d8d1e8ba
 @app.command()
 def bench(
     system:Annotated[list[str], typer.Option(help="recipe; repeat for more training steps, all else is measured for the first")]=["pr610"],
