@@ -110,6 +110,7 @@ LIMIT, HEADER_LIMIT = 2**28, 2**22       # bytes unpacked; a header of 4 MB beco
 _PREFIX = struct.Struct("<8sIIIQQ") # magic, version, header bytes (unpacked, stored), payload bytes (unpacked, stored)
 _DIGEST = hashlib.sha256().digest_size
 
+# %% ../nbs/33_artifact.ipynb #2f5d0997
 def pack(
     tensors:dict,        # name -> Tensor or Quantized
     meta:dict|None=None, # anything JSON can say
@@ -153,7 +154,7 @@ def _prefix(data, limit):
     if len(data) < _PREFIX.size: raise ArtifactError(f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}: truncated; copy it again")
     magic, version, head_size, head, size, body = _PREFIX.unpack_from(data)
     if magic != MAGIC: raise ArtifactError(f"starts with {bytes(magic)!r}, not {MAGIC!r}: not a pgolf artifact")
-    if version > VERSION: raise ArtifactError(f"format version {version}, this package reads up to {VERSION}: written by a newer pgolf; update the package")
+    if version > VERSION: raise ArtifactError(f"format version {version}, this package reads up to {VERSION}: written by a newer pgolf; update the package, or use the release that wrote it")
     if version < 1: raise ArtifactError("format version 0: there is none; the file is damaged")
     if max(head_size, head) > HEADER_LIMIT: raise ArtifactError(f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}: damaged or hostile")
     if head_size+size > limit: raise ArtifactError(f"unpacks to {head_size+size} bytes, more than limit={limit}; raise the limit if you trust the file")

@@ -248,6 +248,11 @@ def _pack_labels(labels, k):
     bits = np.unpackbits(labels.astype(np.uint8)[:, None], axis=1)[:, 8-(k-1).bit_length():]
     return np.packbits(bits).tobytes()
 
+def _places(rows, columns, k, m):
+    "Table of each symbol of `m` matrices, from the groups of their rows and columns."
+    return (rows*k).astype(np.uint8).reshape(m, -1, 1) + columns.astype(np.uint8).reshape(m, 1, -1)
+
+# %% ../nbs/32_entropy.ipynb #10d695b2
 def _choose(matrices, size, groups):
     "Groups of rows and of columns that make `matrices` (m, r, c) shortest."
     m, r, c = matrices.shape
@@ -281,10 +286,6 @@ def _plan(matrices, size, groups):
     tables = np.stack([normalise(n, bits) for n in counts])
     head = _varint(bits, k, l) + _pack_labels(rows, k) + _pack_labels(columns, l) + b"".join(map(_write_table, tables))
     return head, _places(rows, columns, l, len(matrices)) if k*l > 1 else None, tables
-
-def _places(rows, columns, k, m):
-    "Table of each symbol of `m` matrices, from the groups of their rows and columns."
-    return (rows*k).astype(np.uint8).reshape(m, -1, 1) + columns.astype(np.uint8).reshape(m, 1, -1)
 
 # %% ../nbs/32_entropy.ipynb #d260f13e
 DTYPES = ("int8", "uint8", "int16", "uint16")
