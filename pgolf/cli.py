@@ -6,7 +6,7 @@
 __all__ = ['app', 'data_app', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'main', 'resumable',
            'parse_overrides', 'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb',
            'data_build', 'execute', 'tidy', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'score',
-           'pack', 'doctor', 'bench']
+           'pack', 'doctor', 'squeeze', 'bench']
 
 # %% ../nbs/59_cli.ipynb #d9571582
 import difflib,hashlib,re,sys
@@ -26,6 +26,8 @@ from .formats import LIMIT,describe,fitting,import_weights,read_published
 from .peer import peer_bench
 from .plan import plan_run
 from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe,load_recipe
+from .squeeze import SqueezeConfig,bits_table,calibration_windows,open_checkpoint,squeeze_model
+from .tokenizer import atomic_write
 from .record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
 from .verdict import audit_run,verdict_line,verdict_rows
 
@@ -382,6 +384,33 @@ def doctor(
     if submission.verdict(found)=="fail": raise typer.Exit(1)
 
 # %% ../nbs/59_cli.ipynb #d8d1e8ba
+@app.command()
+def squeeze(
+    checkpoint:Annotated[Path, typer.Argument(help="folder of a run, or a safetensors file")],
+    budget:Annotated[int, typer.Option(help="bytes of artifact and code together")]=BYTE_LIMIT,
+    code_bytes:Annotated[int, typer.Option(help="bytes of the code; default: this package, packed")]=None,
+    recipe:Annotated[str, typer.Option(help="recipe whose model a safetensors file holds")]=None,
+    scale:Annotated[str, typer.Option(help=f"size of that model: full, {', '.join(SCALES)}")]="full",
+    corpus:Annotated[str, typer.Option(help="training text to calibrate on: austen (embedded), the folder of a dataset, or none")]="austen",
+    samples:Annotated[int, typer.Option(help="windows to calibrate on")]=64,
+    min_numel:Annotated[int, typer.Option(help="smaller matrices stay float16")]=4096,
+    device:Device="auto",
+    out:Annotated[Path, typer.Option(help="file to write; default: squeezed.pgolf beside the weights")]=None,
+):
+    "Fit a checkpoint to a number of bytes, each matrix with the bits that buy the most."
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    r = at_scale(get_recipe(recipe), scale) if recipe else load_recipe(folder/"recipe.json") if (checkpoint/"recipe.json").is_file() else None
+    model,code = open_checkpoint(checkpoint, r and r.model),pipeline.code_bytes()[1] if code_bytes is None else code_bytes
+    data = None if corpus=="none" else pipeline.open_corpus(corpus)
+    ids = data and calibration_windows(data, r.model.vocab_size, samples, r.train.train_seq_len)
+    meta = dict(recipe=r.name, scale=r.scale, code_bytes=code) | (dict(tokenizer=data.name) if data else {})
+    s = squeeze_model(model.to(pipeline.pick_device(device)), budget-code, ids, SqueezeConfig(min_numel=min_numel), meta, progress=True)
+    with atomic_write(out := out or folder/"squeezed.pgolf") as f: f.write(s.data)
+    _table(bits_table(s.data), ["family","weights","bits per weight","bytes"])
+    total = len(s.data)+code
+    print(f"\n{out}: {len(s.data):,} bytes + code {code:,} = {total:,} of {budget:,} ({budget-total:,} left)")
+
+# %% ../nbs/59_cli.ipynb #90c1c396
 @app.command()
 def bench(
     system:Annotated[list[str], typer.Option(help="recipe; repeat for more training steps, all else is measured for the first")]=["pr610"],
