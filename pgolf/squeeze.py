@@ -280,7 +280,7 @@ def _close_in(build, budget, weights, cfg, meta):
             s = _packed(s, cfg, meta)
             gain,size = gain+size-len(s.data),len(s.data)
         if len(s.data) <= budget and (best is None or len(s.data) > len(best.data)): best = s
-        if low >= cfg.coarsest or best and (len(best.data) >= (1-cfg.slack)*budget or high <= cfg.finest): break
+        if size > budget and low >= cfg.coarsest or best and (len(best.data) >= (1-cfg.slack)*budget or high <= cfg.finest): break
         seen.append((size, shift))
         above,below = [p for p in seen if p[0] > goal],[p for p in seen if p[0] <= goal]
         if above and below: shift = np.interp(goal, *zip(max(below), min(above))).item()
