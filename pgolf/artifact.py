@@ -272,7 +272,6 @@ def _tensor(r, raw):
     if r["dtype"] == "bool" and bytes(raw).strip(b"\0\1"): raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
     return _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
 
-#| export
 def _join(name, parts):
     "Make a tensor, or a `Quantized` of codes and scale."
     if set(parts) == {"tensor"}: return parts["tensor"]
