@@ -27,13 +27,7 @@ TABLES = ByteTables(torch.arange(64).remainder(4).to(torch.int16), torch.arange(
 WINDOWS = ScoreConfig(eval_seq_len=32, eval_stride=8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small are faster on one thread, by far so on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from pgolf import flatten, pipeline, submission
 from pgolf.bpb import BYTE_LIMIT
 from pgolf.recipes import RECIPES, at_scale, get_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the script runs on one: another number gives other last bits
+
 SYSTEMS = ["pr610", "pr576", "pr598", "pr1123", "pr601"]
 TARGETS = 1024
 
