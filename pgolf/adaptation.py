@@ -122,7 +122,7 @@ def gain(
     upto=None,# chunks; None: all
 )->float: # bits per byte, above 0: learning helps
     "Plain less adapted, over the same chunks."
-    return float(np.sum(np.subtract(row["plain"], row["adapted"])[:upto])/np.log(2)/np.sum(row["bytes"][:upto]))
+    return bpb(row, "plain", upto)-bpb(row, "adapted", upto)
 
 def bpb(
     row:dict, # from `measure_case`

@@ -13,7 +13,6 @@ __all__ = ['BENCHES', 'AXES', 'KINDS', 'FIVE', 'Timing', 'alternate', 'measure',
 # %% ../nbs/57_bench.ipynb #9e7f8ad7
 import contextlib,io,json,os,tempfile,time,types
 from dataclasses import asdict,dataclass,replace
-from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from .gptq import collect_hessians,dequantize_state,quantize_state
 from .listeners import MetricsLog,Progress
 from .muon import Muon,make_optimizers,orthogonal_update
 from .pipeline import environment,make_average,write_json
-from .quant import fake_quantize,first_match,set_fake_quant
+from .quant import first_match,set_eval_quant,set_fake_quant
 from .recipes import Recipe,at_scale,get_recipe
 from .scoring import score
 from .training import Ranks,Run,best_dtype,choose_loss,forward_backward,make_loader,set_rates,train_step,wait_for
@@ -207,8 +206,7 @@ def new_model(case:Case)->GPT:
     model,s = stir(GPT(case.recipe.model, 1)).to(case.device),case.recipe.stages
     model.compute_dtype = best_dtype(case.device)
     if s.late_qat_threshold > 1: set_fake_quant(model, s.qat_rules)
-    for name,m in model.named_modules():
-        if hasattr(m, "eval_quant") and (grid := first_match(f"{name}.weight", s.eval_rules)): m.eval_quant = partial(fake_quantize, grid=grid)
+    set_eval_quant(model, s.eval_rules)
     return model
 
 def toy_tables(vocab_size:int)->ByteTables:
@@ -361,7 +359,7 @@ def bench_entropy(case:Case)->list[Row]:
     data = encode(codes)
     if not np.array_equal(decode(data), codes): raise RuntimeError("the entropy coder does not give back what it was given")
     s = case.time(3, encode=lambda: encode(codes), decode=lambda: decode(data))
-    bits,bound = 8*len(data)/n, entropy(np.bincount(codes.astype(np.int64).ravel()+128))
+    bits,bound = 8*len(data)/n, entropy(codes)
     return [case.row("entropy", k, v, f"{bits:.4f} bits per symbol, entropy {bound:.4f}", work=n, unit="symbols") for k,v in s.items()]
 
 def bench_scoring(case:Case)->list[Row]:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Grid', 'int_grid', 'Quantized', 'to_codes', 'high_quantiles', 'candidate_scales', 'search_scale', 'pentanary', 'fit',
-           'quantize', 'store', 'fake_quantize', 'first_match', 'set_fake_quant', 'LateQAT', 'prune', 'QuantConfig']
+           'quantize', 'store', 'fake_quantize', 'first_match', 'set_fake_quant', 'set_eval_quant', 'LateQAT', 'prune',
+           'QuantConfig']
 
 # %% ../nbs/30_quant.ipynb #452f898c
 import re
@@ -183,6 +184,14 @@ def set_fake_quant(
         done.append(f"{name}.weight")
     if not done: raise ValueError(f"grids={[p for p,_ in grids]}: no linear layer's weight matches; print the names with model.named_parameters()")
     return tuple(done)
+
+def set_eval_quant(
+    model:nn.Module, # holds modules with an attribute `eval_quant` (see `CastLinear`)
+    grids:tuple,     # (pattern on the weight's name, Grid or None), first match wins; (): none
+):
+    "Give each matching linear layer the quantizer that it is evaluated through."
+    for name,m in model.named_modules():
+        if hasattr(m, "eval_quant") and (grid := first_match(f"{name}.weight", grids)): m.eval_quant = partial(fake_quantize, grid=grid)
 
 # %% ../nbs/30_quant.ipynb #2d5fb47e
 class LateQAT:

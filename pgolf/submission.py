@@ -107,7 +107,7 @@ def evaluate(path, data, limit, device):
     "Bytes to scores."
     model = read_artifact(path, device, {eval_rules})
     text = data.val_tokens(limit+1 if limit else None),data.byte_tables()
-    grade("sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride, SCORE.eval_batch, SCORE.eval_temperature), *text)
+    grade("sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride, SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile), *text)
 {adapt}
 '''
 
@@ -147,8 +147,8 @@ def _average(s):
 def _squeeze(s):
     "Lines that turn weights into codes."
     lines,source = [],"state"
-    if s.use_gptq: lines += [f"model,T = _ready(MODEL, state, device, {literal(s.eval_rules)}),TRAIN.train_seq_len", "tokens = data.train_tokens(GPTQ.samples*T)",
-        "hessians = collect_hessians(model, tokens[:len(tokens)//T*T].view(-1, T).split(16))"]
+    if s.use_gptq: lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
+        "hessians = collect_hessians(model, calibration_windows(data, MODEL.vocab_size, GPTQ.samples, TRAIN.train_seq_len).split(16))"]
     if s.first_rules: lines,source = [*lines, f"first = dequantize_state(quantize_state(state, replace(QUANT, rules={literal(s.first_rules)})))"],"first"
     lines.append(f"codes = quantize_state({source}, QUANT{', GPTQ, hessians' if s.use_gptq else ''})")
     return dict(squeeze="\n    ".join(lines), codec=f"{s.zstd_level or None}, {s.zstd_long}, {s.codec!r}", eval_rules=literal(s.eval_rules))

@@ -1,5 +1,6 @@
 "`pgolf bench`: rows that can be read again, and a published script beside ours, here a stand-in of our own."
 import json
+import re
 from textwrap import dedent
 
 import pytest
@@ -130,6 +131,13 @@ def script(folder, imports="", square="square", update='p.grad + g["momentum"]*b
 
 @pytest.fixture(scope="module")
 def case(): return make_case("pr610-as-run", "tiny", quick=True, overrides=SETTINGS)
+
+
+def test_the_coder_stands_beside_the_entropy_of_what_it_codes():
+    row = bench.bench_entropy(make_case("pr610", "tiny", quick=True))[0]
+    bits, bound = map(float, re.findall(r"\d+\.\d+", row.what))
+    assert bound <= bits < 1.02*bound and 4.5 < bound < 4.8  # 4.63: log2 of 6 sqrt(2 pi e)
+
 
 
 def test_a_published_script_is_timed_beside_ours(case, tmp_path):

@@ -118,9 +118,10 @@ def test_calibration_never_sees_validation_tokens():
     m, asked = model(), []
     with pytest.raises(ValueError, match="must not see validation"): collect_hessians(m, texts(), split="val")
     class Data:
+        vocab_size = 64
         def train_tokens(self, n): asked.append(n); return torch.arange(n) % 64
         def __getattr__(self, name): raise AssertionError(f"calibration asked the dataset for {name}")
-    job = SimpleNamespace(dataset=Data(), recipe=SimpleNamespace(gptq=GPTQConfig(samples=4), train=SimpleNamespace(train_seq_len=16)))
+    job = SimpleNamespace(dataset=Data(), recipe=SimpleNamespace(model=m.cfg, gptq=GPTQConfig(samples=4), train=SimpleNamespace(train_seq_len=16)))
     assert set(calibrate(job, m)) and asked == [64]
 
 
