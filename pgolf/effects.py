@@ -16,8 +16,8 @@ from .data import Dataset
 from .pipeline import Report,run,start,write_json
 from .recipes import Recipe,SCALES,at_scale,diff,get_recipe
 
-# %% ../nbs/54_effects.ipynb #6e836db9
-TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.zstd",)), ("late QAT", ("stages.late_qat", "stages.qat_rules")),
+# %% ../nbs/54_effects.ipynb #9ead6654
+TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")), ("late QAT", ("stages.late_qat", "stages.qat_rules")),
     ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")), ("adapting through another grid", ("stages.eval_rules", "stages.ttt_rules", "ttt.ttt_train_mode")), ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
 
 def changes(
@@ -47,10 +47,12 @@ def run_shared(
     dataset:Dataset, # training and held-out text
     out:Path,        # folder of this run; a finished report in it is reused
     weights:Path,    # folder of weights that runs share
+    eval_tokens:int=0, # targets to score; 0: as many as the scale says
 )->Report:
     "Run a system, taking its weights from an equal training if there was one."
     if (out/"report.json").exists() and (old := Report.load(out/"report.json")).complete: return old
-    job = start(recipe, dataset, out, "cpu", SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0, progress=False)
+    scored = eval_tokens or (SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0)
+    job = start(recipe, dataset, out, "cpu", scored, progress=False)
     kept = weights/training_key(recipe)
     for name in ("weights.safetensors","training.json"):
         if (kept/name).exists(): shutil.copy(kept/name, out/name)
@@ -67,13 +69,14 @@ def measure(
     dataset:Dataset, # training and held-out text
     out:Path,        # folder for all runs
     only:dict=None,  # name -> settings: measure these changes of the description instead of the differences
+    eval_tokens:int=0, # targets to score; 0: as many as the scale says
 )->list[dict]: # one row per change: its settings, and bpb per stage and bytes of each seed
     "Run the description, the run, and the description with each single change."
     a,b = get_recipe(system),get_recipe(system+"-as-run")
     changed = only or {**changes(a, b), "as run":{k:y for k,_,y in diff(a, b)}}
     rows = []
     for name,settings in {"as described":{}, **changed}.items():
-        reports = [run_shared(at_scale(a.but(**settings), scale).but(seed=s), dataset, out/system/name.replace(" ","_")/str(s), out/"weights") for s in seeds]
+        reports = [run_shared(at_scale(a.but(**settings), scale).but(seed=s), dataset, out/system/name.replace(" ","_")/str(s), out/"weights", eval_tokens) for s in seeds]
         stages = {x["stage"]:[r.bpb(x["stage"]) for r in reports] for x in reports[0].rows}
         rows.append(dict(system=system, scale=scale, change=name, settings=list(settings), stages=stages,
             bytes=[r.bytes_artifact for r in reports], coverage=[r.result["coverage"] for r in reports]))
@@ -112,11 +115,11 @@ def stage_table(
 )->str: # a Markdown table
     "What each stage changes, as described and as run: mean and standard deviation over seeds."
     steps = (("raw","averaged"),("averaged","artifact"),("artifact","sliding"),("sliding","adapted"),("adapted","rescored"))
-    runs = [next(r for r in rows if r["change"]==c) for c in ("as described","as run")]
+    runs = [r for r in rows if r["change"] in ("as described","as run")]
     def cell(r, x, y):
         if not (x in r["stages"] and y in r["stages"]): return "-"
         if y=="adapted" and min(r["coverage"])<1: return "another text (partial)"
         return spread(np.subtract(r["stages"][y], r["stages"][x]))
     body = [[f"{x} → {y}", *(cell(r, x, y) for r in runs)] for x,y in steps]
     body = [row for row in body if set(row[1:])!={"-"}]
-    return tabulate(body, headers=["step","as described, bpb","as run, bpb"], tablefmt="github", disable_numparse=True)
+    return tabulate(body, headers=["step",*(f"{r['change']}, bpb" for r in runs)], tablefmt="github", disable_numparse=True)

@@ -18,7 +18,9 @@ from .quant import Grid, QuantConfig, Quantized, candidate_scales, pentanary, pr
 @dataclass(frozen=True)
 class GPTQConfig:
     "How a matrix is rounded against its Hessian."
-    samples:int=256          # calibration windows (read by whoever collects the Hessians)
+    samples:int=256          # calibration windows; this and the next two are read by whoever collects the Hessians
+    windows:str="train"      # "train"ing text, or the model's own writing: "self"
+    tables:bool=False        # Hessians of the embedding tables too
     block:int=1              # columns at which halving stops and they are corrected one by one
     damping:float=.01        # added to the diagonal, share of its mean; times ten until the factor exists
     order:str="descending"   # columns by diagonal: "descending", "ascending" or "natural"
@@ -27,7 +29,7 @@ class GPTQConfig:
     refit:str=""             # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
     def __post_init__(self):
         for name,known in (("order",("descending","ascending","natural")), ("rule",("cholesky","plain_inverse")),
-                           ("search",("plain","hessian")), ("refit",("","hessian","plain"))):
+                           ("search",("plain","hessian")), ("refit",("","hessian","plain")), ("windows",("train","self"))):
             if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
         for name in ("samples","block"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")

@@ -175,7 +175,7 @@ def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
         base_bytes_lut=tables.base_bytes.to(case.device), has_leading_space_lut=tables.has_leading_space.to(case.device), is_boundary_token_lut=tables.is_boundary.to(case.device))
     found = []
     def their(): found.append(call_by_name(evaluate, offers))
-    def our(): found.append(score(model, text, tables, L, stride, size))
+    def our(): found.append(score(model, text, tables, L, stride, size, compile=case.compile))
     rows = _pair(case, "sliding", our, their, work=len(text)-1, unit="targets")
     a = next(f.val_loss for f in found if hasattr(f, "val_loss"))
     b = next(f["val_loss"] if isinstance(f, dict) else f[0] for f in found if not hasattr(f, "val_loss"))
@@ -204,7 +204,7 @@ def peer_quantizers(case:Case, peer:Peer, model:GPT)->list[Row]:
         out += _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs", work=work, unit="weights")
     if fn := peer.find("gptq_quantize_weight","_gptq_quantize_matrix"):
         theirs = lambda: {n:_their_values(call_by_name(fn, dict(W=w, H=hessians[n], clip_range=grid[n].hi))) for n,w in state.items()}
-        quant = replace(described.quant, keep_numel=0)
+        quant = replace(described.quant, keep_numel=0, prune=0.) # theirs prunes before, or not at all
         ours = lambda: quantize_state(state, quant, described.gptq, hessians)
         off = errors(dequantize_state(ours()))/errors(theirs())
         out += _pair(case, "GPTQ", ours, theirs, f"Hessian error {off:.3f} of theirs", work=work, unit="weights")

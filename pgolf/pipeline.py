@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'write_json', 'read_json', 'Row', 'Report', 'code_bytes', 'environment', 'pick_device', 'Job', 'start',
            'fingerprint', 'make_average', 'make_listeners', 'train_here', 'launch', 'work', 'train_weights',
-           'weights_of', 'model_of', 'calibrate', 'write_artifact', 'read_artifact', 'check_parameters', 'grade',
-           'score_blocks', 'score_windows', 'score_adapting', 'score_all', 'run', 'open_corpus', 'scoreboard',
-           'by_system']
+           'weights_of', 'model_of', 'write_artifact', 'read_artifact', 'check_parameters', 'grade', 'score_blocks',
+           'score_windows', 'score_adapting', 'score_all', 'run', 'open_corpus', 'scoreboard', 'by_system']
 
 # %% ../nbs/51_pipeline.ipynb #b764e3b6
 import difflib,hashlib,importlib.metadata,json,lzma,math,platform,subprocess,sys,time
@@ -22,12 +21,12 @@ from .audit import LATER
 from .averaging import EMA,HMA,SWA
 from .data import Dataset,austen,open_dataset
 from .gpt import GPT,ModelConfig,count_parameters
-from .gptq import collect_hessians,dequantize_state,quant_errors,quantize_state
+from .gptq import dequantize_state,quant_errors,quantize_state
 from .listeners import Checkpointer,MetricsLog,Progress
 from .quant import LateQAT,set_eval_quant,set_fake_quant
 from .recipes import Recipe,load_recipe
 from .scoring import Scores,score
-from .squeeze import calibration_windows
+from .squeeze import calibrate
 from .training import best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
 from .tokenizer import atomic_write
 from .ttt import Learner,illegal_rescore,score_with
@@ -291,14 +290,6 @@ def _ready(cfg, state, device, eval_rules):
     set_eval_quant(model, eval_rules)
     return model
 
-def calibrate(
-    job:Job,   # training data and number of windows
-    model:GPT, # unquantized
-)->dict: # weight name -> Hessian
-    "Hessians on the first windows of the training data."
-    r = job.recipe
-    return collect_hessians(model, calibration_windows(job.dataset, r.model.vocab_size, r.gptq.samples, r.train.train_seq_len).split(16))
-
 # %% ../nbs/51_pipeline.ipynb #4002844e
 def write_artifact(
     job:Job, # after `train_weights`
@@ -306,7 +297,7 @@ def write_artifact(
     "Averaged weights to a file on disk."
     r,began = job.recipe,time.perf_counter()
     state = weights_of(job, "averaged")
-    hessians = calibrate(job, model_of(job, state)) if r.stages.use_gptq else None
+    hessians = calibrate(model_of(job, state), job.dataset, r.gptq, r.train.train_seq_len) if r.stages.use_gptq else None
     source = dequantize_state(quantize_state(state, replace(r.quant, rules=r.stages.first_rules))) if r.stages.first_rules else state
     codes = quantize_state(source, r.quant, r.gptq if r.stages.use_gptq else None, hessians)
     meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name)

@@ -40,7 +40,7 @@ class StageConfig:
     use_ttt:bool=True               # adapt to the text after scoring it
     ttt_rules:tuple=()              # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
     rescore_temperature:float=0.    # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
-    codec:str="zstd"                # of the integer codes: "zstd", "rans" or the "best" of both
+    codec:str="best"                # of the integer codes: "zstd", "rans", or the "best" of both, layer by layer
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
     def __post_init__(self):
@@ -202,7 +202,7 @@ PR610 = Recipe(
 
 # %% ../nbs/50_recipes.ipynb #fff391df
 PR610_AS_RUN = replace(PR610, name="pr610-as-run", title="#610 as its code ran").but(
-    late_qat_threshold=0., zstd_level=21, zstd_long=True,
+    late_qat_threshold=0., codec="zstd", zstd_level=21, zstd_long=True,
     rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False))),
     order="natural", rule="plain_inverse", refit="plain", ttt_coverage=900/1893)
 
@@ -219,7 +219,7 @@ PR576 = replace(PR610, name="pr576", title="33.6 M parameters, int5 GPTQ, AdamW 
     ttt_temperatures=tuple(round(.9+i/100, 2) for i in range(21)))
 PR576_AS_RUN = replace(PR576, name="pr576-as-run", title="#576 as its code ran").but(
     activation="relu2", late_qat_threshold=0., rules=((r"\.(attn|mlp)\.", per_row(15, scale_floor=1/15)), (".*", INT8_FLOOR)),
-    order="ascending", rule="plain_inverse", ttt_temperatures=(), rescore_temperature=.98046875)
+    order="ascending", rule="plain_inverse", codec="zstd", zstd_level=22, ttt_temperatures=(), rescore_temperature=.98046875)
 
 # %% ../nbs/50_recipes.ipynb #2112b6d9
 _BLOCK = r"^blocks\.{}\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight$"
@@ -237,7 +237,7 @@ PR598 = replace(PR610, name="pr598", title="mixed int6/int8, ten-epoch TTT", ful
     qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), rules=((r"\.(attn|mlp)\.", per_row(31, -32)), (".*", Grid(-127, 127, scale_per="tensor"))),
     keep_float32=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_", ttt_epochs=10, ttt_freeze_embeddings=False)
 PR598_AS_RUN = replace(PR598, name="pr598-as-run", title="#598 as its code ran").but(
-    decay="linear", late_qat_threshold=0., groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True, ttt_rules=((".", Grid(-32, 31, scale_floor=1/31)),),
+    decay="linear", late_qat_threshold=0., codec="zstd", zstd_level=22, groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True, ttt_rules=((".", Grid(-32, 31, scale_floor=1/31)),),
     rules=((r"\.(attn|mlp)\.", per_row(31, -32, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, scale_per="tensor"))))
 
 # %% ../nbs/50_recipes.ipynb #6b431880
@@ -250,8 +250,8 @@ PR1123 = replace(PR610, name="pr1123", title="int6/5/4/pentanary from step 0, rA
     matrix_lr=.01, tied_embed_lr=.0125, scalar_lr=.01, muon_weight_decay=0., adam_weight_decay=0.,
     iterations=10_000, max_wallclock_seconds=0., warmdown_iters=1750, lr_warmup_iters=200, muon_momentum=.95, muon_momentum_warmup_start=.85, muon_momentum_warmup_steps=500,
     train_batch_tokens=524_288, train_seq_len=1024, num_spans=32, warmup_steps=0, grad_clip_norm=1., eval_seq_len=1024,
-    average="swa", swa_every=50, late_qat_threshold=2., qat_rules=GRIDS_1123, use_gptq=False, rules=(*GRIDS_1123, (".*", None)), codec="rans", ttt_freeze_embeddings=False)
-PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run", title="#1123 as its code ran").but(bigram_zero_init=True, eval_rules=GRIDS_1123[2:3], ttt_train_mode=True,
+    average="swa", swa_every=50, late_qat_threshold=2., qat_rules=GRIDS_1123, use_gptq=False, rules=(*GRIDS_1123, (".*", None)), ttt_freeze_embeddings=False)
+PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run", title="#1123 as its code ran").but(bigram_zero_init=True, codec="rans", eval_rules=GRIDS_1123[2:3], ttt_train_mode=True,
     groups=(Group("token table", r"^tok_emb", "adamw", "tied_embed_lr"), Group("all other matrices", r"\.weight$|skip_weights|resid_mix", "muon", "matrix_lr"), Group("scalars", "", "adamw", "scalar_lr")))
 
 # %% ../nbs/50_recipes.ipynb #57c77227
@@ -267,7 +267,7 @@ PR601 = replace(PR610, name="pr601", title="value residual, gated attention, int
     rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15)), (r"\.attn\.", Grid(-32, 31)), (".*", Grid(-127, 127))),
     ttt_epochs=2, ttt_batch_seqs=1, ttt_decay="steps", ttt_freeze_blocks=0, ttt_lr_mult=((r"mlp\.proj", 3.), (r"mlp\.fc", .5)))
 PR601_AS_RUN = replace(PR601, name="pr601-as-run", title="#601 as its code ran").but(
-    rope_bf16=True, qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), use_gptq=False, first_rules=(*_601_REST, (r"\.(mlp|attn)\.", Grid(-32, 31)), (".*", INT8_FLOOR)),
+    rope_bf16=True, codec="zstd", zstd_level=22, qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), use_gptq=False, first_rules=(*_601_REST, (r"\.(mlp|attn)\.", Grid(-32, 31)), (".*", INT8_FLOOR)),
     rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15)), (r"\.attn\.", Grid(-32, 31)), (".*", INT8_FLOOR)),
     ttt_local=True, ttt_freeze_embeddings=False, ttt_only=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|smear\.gate|bigram\.scale")
 RECIPES = {r.name:r for r in (PR610,PR610_AS_RUN,PR576,PR576_AS_RUN,PR598,PR598_AS_RUN,PR1123,PR1123_AS_RUN,PR601,PR601_AS_RUN)}

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDE', 'STEPS', 'base_step', 'sigma_scale', 'row_errors', 'importance', 'Metric', 'metrics', 'SqueezeConfig',
            'scale_of', 'round_to', 'Rung', 'ladder', 'hull', 'allot', 'quantize_to', 'cost', 'Squeezed',
-           'squeeze_state', 'bits_table', 'read_weights', 'open_checkpoint', 'calibration_windows', 'squeeze_model']
+           'squeeze_state', 'bits_table', 'read_weights', 'open_checkpoint', 'calibration_windows', 'calibrate',
+           'squeeze_model']
 
 # %% ../nbs/34_squeeze.ipynb #69994b29
 import json, math
@@ -23,7 +24,7 @@ from .artifact import family, ledger, pack
 from .bpb import BYTE_LIMIT
 from .entropy import entropy
 from .gpt import GPT, ModelConfig, load_published
-from .gptq import GPTQConfig, collect_hessians, gptq, refit_scale
+from .gptq import GPTQConfig, collect_hessians, gptq, refit_scale, sample_tokens
 from .quant import Grid, Quantized, store, to_codes
 
 # %% ../nbs/34_squeeze.ipynb #bbf13462
@@ -338,6 +339,17 @@ def calibration_windows(
     tokens = dataset.train_tokens(samples*seq_len)
     if len(tokens) < seq_len: raise ValueError(f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len}; give more data, or --corpus none to do without")
     return tokens[:len(tokens)//seq_len*seq_len].view(-1, seq_len)
+
+def calibrate(
+    model:GPT,      # unquantized
+    dataset,        # `Dataset`; only its training split is read
+    cfg:GPTQConfig, # windows, how many, and whether tables count
+    seq_len:int,    # tokens in each
+)->dict: # as `collect_hessians`
+    "Hessians on training text, or on what the model writes itself."
+    own = cfg.windows=="self"
+    ids = sample_tokens(model, cfg.samples, seq_len, seed=0) if own else calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
+    return collect_hessians(model, ids.split(16), cfg.windows, cfg.tables)
 
 # %% ../nbs/34_squeeze.ipynb #47f84abc
 def squeeze_model(

@@ -148,7 +148,7 @@ def _squeeze(s):
     "Lines that turn weights into codes."
     lines,source = [],"state"
     if s.use_gptq: lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
-        "hessians = collect_hessians(model, calibration_windows(data, MODEL.vocab_size, GPTQ.samples, TRAIN.train_seq_len).split(16))"]
+        "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len)"]
     if s.first_rules: lines,source = [*lines, f"first = dequantize_state(quantize_state(state, replace(QUANT, rules={literal(s.first_rules)})))"],"first"
     lines.append(f"codes = quantize_state({source}, QUANT{', GPTQ, hessians' if s.use_gptq else ''})")
     return dict(squeeze="\n    ".join(lines), codec=f"{s.zstd_level or None}, {s.zstd_long}, {s.codec!r}", eval_rules=literal(s.eval_rules))
@@ -209,6 +209,8 @@ UNUSED = {name:unused for names,unused in { # definition -> whether a script of 
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
     "refit_scale": lambda r: not r.gptq.refit,
+    "sample_tokens": lambda r: r.gptq.windows=="train",
+    "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),
     "encode decode": lambda r: r.stages.codec=="zstd",
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,

@@ -7,7 +7,7 @@ import torch
 import pgolf.gptq as gptq_module
 from pgolf.gpt import GPT, ModelConfig
 from pgolf.gptq import GPTQConfig, collect_hessians, damped_cholesky, dequantize_state, factor, gptq, gptq_fit, hessian_error, quantize_state, sample_tokens
-from pgolf.pipeline import calibrate
+from pgolf.squeeze import calibrate
 from pgolf.quant import QuantConfig, int_grid, quantize, search_scale, to_codes
 
 CLIPS = (.9, .95, .98, .995, 1.)
@@ -121,8 +121,9 @@ def test_calibration_never_sees_validation_tokens():
         vocab_size = 64
         def train_tokens(self, n): asked.append(n); return torch.arange(n) % 64
         def __getattr__(self, name): raise AssertionError(f"calibration asked the dataset for {name}")
-    job = SimpleNamespace(dataset=Data(), recipe=SimpleNamespace(model=m.cfg, gptq=GPTQConfig(samples=4), train=SimpleNamespace(train_seq_len=16)))
-    assert set(calibrate(job, m)) and asked == [64]
+    assert set(calibrate(m, Data(), GPTQConfig(samples=4), 16)) and asked == [64]
+    assert set(calibrate(m, Data(), GPTQConfig(samples=4, windows="self"), 16)) and asked == [64]
+    with pytest.raises(ValueError, match="windows='val'"): GPTQConfig(windows="val")
 
 
 def test_tables_are_collected_only_when_asked():
