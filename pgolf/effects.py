@@ -78,7 +78,7 @@ def measure(
     for name,settings in {"as described":{}, **changed}.items():
         reports = [run_shared(at_scale(a.but(**settings), scale).but(seed=s), dataset, out/system/name.replace(" ","_")/str(s), out/"weights", eval_tokens) for s in seeds]
         stages = {x["stage"]:[r.bpb(x["stage"]) for r in reports] for x in reports[0].rows}
-        rows.append(dict(system=system, scale=scale, change=name, settings=list(settings), stages=stages,
+        rows.append(dict(system=system, scale=scale, change=name, settings=list(settings), targets=reports[0].rows[0]["targets"], stages=stages,
             bytes=[r.bytes_artifact for r in reports], coverage=[r.result["coverage"] for r in reports]))
     return rows
 
