@@ -328,6 +328,7 @@ def open_checkpoint(
     try: return load_published(GPT(cfg), state).eval()
     except (ValueError, RuntimeError) as e: raise ValueError(f"{path}: {e}; is it this recipe and scale?") from None
 
+# %% ../nbs/34_squeeze.ipynb #edca7465
 def calibration_windows(
     dataset,        # `Dataset`; only its training split is read
     vocab_size:int, # of the model
