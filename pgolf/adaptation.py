@@ -22,7 +22,7 @@ from .lora import LoRAConfig,score_documents
 from .pipeline import read_artifact,write_json
 from .quant import Grid,QuantConfig,set_fake_quant
 from .recipes import Recipe,at_scale,get_recipe
-from .training import read_checkpoint
+from .squeeze import read_weights
 from .ttt import Learner,illegal_rescore,score_with,scored_chunks
 
 # %% ../nbs/55_adaptation.ipynb #f0e4a169
@@ -59,8 +59,7 @@ def weights_of_run(
     folder = out/f"{recipe.name}-{recipe.train.seed}"
     run_shared(recipe.but(use_ttt=False), dataset, folder, out/"weights")
     if which=="artifact": return read_artifact(folder/"model.pgolf", "cpu", eval_rules)
-    kept,_ = read_checkpoint(out/"weights"/training_key(recipe)/"weights.safetensors")
-    state = {k.removeprefix("averaged/"):t for k,t in kept.items() if k.startswith("averaged/")}
+    state = read_weights(out/"weights"/training_key(recipe)/"weights.safetensors")
     if which!="averaged":
         top = 2**(int(which.removeprefix("int"))-1)-1
         state = dequantize_state(quantize_state(state, QuantConfig(((r"\.(attn|mlp)\.",Grid(-top, top)),(".*",None)), recipe.quant.keep_numel)))
