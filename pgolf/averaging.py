@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMA', 'SWA', 'HMA']
 
-# %% ../nbs/22_averaging.ipynb #cb3b4cf7
-import math
+# %% ../nbs/22_averaging.ipynb #8d42b9f0
+import math,warnings
 import torch
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class _Average:
     def __init__(self): self._copies,self._dtypes = {},{}
     def on_start(self, run):
         "Start from the model's weights, or move what a checkpoint gave to the model's device."
-        live = _floats(run.model)
+        self._live = live = _floats(run.model)
         self._dtypes = {n: p.dtype for n,p in live.items()}
         device = next(iter(live.values())).device
         if not self._copies: self._copies = self._fresh(live)
@@ -74,9 +74,10 @@ class SWA(_Average):
             n = self._copies["swa/count"].add_(1).item()
             torch._foreach_lerp_([self._copies[k] for k in live], [p.float() for p in live.values()], 1/n)
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
-        "Averaged weights, ready for `load_state_dict`."
-        if not self.count: raise ValueError(f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier below start_scale={self.start_scale}")
-        return self._cast({n: self._copies[n] for n in self._dtypes})
+        "Averaged weights, ready for `load_state_dict`; without a snapshot the last weights, and a warning."
+        if self.count: return self._cast({n: self._copies[n] for n in self._dtypes})
+        warnings.warn(f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier below start_scale={self.start_scale}; the last weights are kept")
+        return self._cast(self._live)
 
 # %% ../nbs/22_averaging.ipynb #afff1360
 class HMA(_Average):

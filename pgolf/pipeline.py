@@ -224,8 +224,9 @@ def train_here(
         before,begin = read_json(job.out/"training.json"),done.steps-len(done.losses)
         for k in ("losses","seconds","lr_scales"): curve[k] = before.get(k, [])[:begin]+curve[k]
         write_json(job.out/"training.json", curve)
+        if done.stopped_by=="interrupted": return
         states = {"raw":model.state_dict(), "averaged":average.weights() if average else {n:t.clone() for n,t in model.state_dict().items()}}
-        if done.stopped_by!="interrupted": write_checkpoint(job.weights, {f"{k}/{n}":t for k,s in states.items() for n,t in s.items()}, dict(steps=done.steps))
+        write_checkpoint(job.weights, {f"{k}/{n}":t for k,s in states.items() for n,t in s.items()}, dict(steps=done.steps))
 
 # %% ../nbs/51_pipeline.ipynb #f529afa8
 def launch(

@@ -6,7 +6,7 @@
 __all__ = ['CLIPS', 'PR610', 'PR610_AS_RUN', 'INT8_FLOOR', 'PR576', 'PR576_AS_RUN', 'GROUPS_598', 'PR598', 'PR598_AS_RUN',
            'GRIDS_1123', 'PR1123', 'PR1123_AS_RUN', 'GROUPS_601', 'PR601', 'PR601_AS_RUN', 'RECIPES', 'SCALES',
            'StageConfig', 'Claim', 'Recipe', 'load_recipe', 'find_setting', 'coerce', 'diff', 'brief', 'diff_table',
-           'expand', 'per_row', 'get_recipe', 'Scale', 'at_scale']
+           'expand', 'per_row', 'get_recipe', 'Scale', 'in_steps', 'at_scale']
 
 # %% ../nbs/50_recipes.ipynb #31feb3d9
 import ast,difflib,json
@@ -315,13 +315,16 @@ def _shrink_model(s, m):
         bigram_vocab_size=m.bigram_vocab_size and s.bigram_vocab_size*m.bigram_vocab_size//2048, bigram_dim=s.small_dim,
         ve_dim=m.ve_dim and s.small_dim, ve_layers=tuple(range(s.num_layers-len(m.ve_layers), s.num_layers)))
 
-def _shrink_time(s, r):
-    "Schedule and averaging at scale `s`: every time constant keeps its share of the run."
-    part,c,a = s.iterations/r.full_steps,r.schedule,r.stages
+def in_steps(
+    recipe:Recipe,  # at any scale
+    iterations:int, # steps that it shall take
+)->Recipe: # without a limit on time
+    "The same run in fewer or more steps: warmup, warmdown, momentum ramp and averaging keep their shares of it."
+    c,a = recipe.schedule,recipe.stages
+    part = iterations/(recipe.full_steps if c.max_wallclock_seconds else c.iterations)
     steps = lambda n: max(1, round(n*part)) if n else 0
-    return dict(iterations=s.iterations, max_wallclock_seconds=0., warmdown_iters=steps(c.warmdown_iters), lr_warmup_iters=steps(c.lr_warmup_iters),
-        muon_momentum_warmup_steps=steps(c.muon_momentum_warmup_steps), warmup_steps=min(2, r.train.warmup_steps), log_every=max(1, s.iterations//12), checkpoint_every=s.iterations//3,
-        ema_decay=1-min(1-a.ema_decay, 1)/part if (1-a.ema_decay)<part else 0., swa_every=steps(a.swa_every))
+    return recipe.but(iterations=iterations, max_wallclock_seconds=0., warmdown_iters=steps(c.warmdown_iters), lr_warmup_iters=steps(c.lr_warmup_iters),
+        muon_momentum_warmup_steps=steps(c.muon_momentum_warmup_steps), ema_decay=1-(1-a.ema_decay)/part if (1-a.ema_decay)<part else 0., swa_every=steps(a.swa_every))
 
 # %% ../nbs/50_recipes.ipynb #178fcb13
 def at_scale(
@@ -331,12 +334,12 @@ def at_scale(
     "The same system at another size, in proportion."
     if scale=="full": return _expanded(recipe)
     if scale not in SCALES: raise ValueError(f"scale={scale!r}: choose one of full, {', '.join(SCALES)}")
-    s,r = SCALES[scale],recipe
+    s,r = SCALES[scale],in_steps(recipe, SCALES[scale].iterations)
     stretch = s.seq_len/r.train.train_seq_len
-    return _expanded(replace(r, scale=scale).but(**_shrink_model(s, r.model), **_shrink_time(s, r), rope_train_seq_len=round(r.model.rope_train_seq_len*stretch),
+    return _expanded(replace(r, scale=scale).but(**_shrink_model(s, r.model), rope_train_seq_len=round(r.model.rope_train_seq_len*stretch),
         train_seq_len=s.seq_len, train_batch_tokens=s.batch_tokens, num_spans=s.num_spans, eval_seq_len=s.seq_len, eval_stride=s.stride,
         ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch), ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
-        samples=s.samples, keep_numel=s.keep_numel))
+        warmup_steps=min(2, r.train.warmup_steps), log_every=max(1, s.iterations//12), checkpoint_every=s.iterations//3, samples=s.samples, keep_numel=s.keep_numel))
 
 def _expanded(recipe):
     "Fill in block numbers in every pattern."
