@@ -22,10 +22,11 @@ from .artifact import by_family,read_ledger
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
 from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
+from .growth import SECTIONS
 from .formats import LIMIT,describe,fitting,import_weights,read_published
 from .peer import peer_bench
 from .plan import plan_run
-from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe,load_recipe
+from .recipes import RECIPES,SCALES,at_scale,diff,get_recipe,in_steps,load_recipe
 from .squeeze import SqueezeConfig,bits_table,calibration_windows,open_checkpoint,squeeze_model
 from .tokenizer import atomic_write
 from .record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
@@ -69,12 +70,12 @@ def resolve(
     scale:str,             # "full", "pocket" or "tiny"
     overrides:dict,        # setting -> value
     seed:int|None=None,    # replaces the recipe's
-    steps:int|None=None,   # optimizer steps, in place of every other limit
+    steps:int|None=None,   # optimizer steps, in place of every other limit; the schedule shrinks with them
 ):# the recipe that will run
-    "A recipe at its scale, with its overrides."
-    r = at_scale(get_recipe(recipe), scale).but(**overrides)
-    if seed is not None: r = r.but(seed=seed)
-    return r if steps is None else r.but(iterations=steps, max_wallclock_seconds=0., warmup_steps=0)
+    "A recipe at its scale and length, with its overrides."
+    r = at_scale(get_recipe(recipe), scale)
+    if steps is not None: r = in_steps(r, steps).but(warmup_steps=0)
+    return r.but(**overrides, **({} if seed is None else dict(seed=seed)))
 
 # %% ../nbs/59_cli.ipynb #8a526e53
 Name = Annotated[str, typer.Argument(help="recipe, for example pr610 or pr610-as-run")]
@@ -93,7 +94,7 @@ def run(
     corpus:Corpus="austen",
     override:Overrides=[],
     seed:Annotated[int, typer.Option(help="initial weights")]=None,
-    steps:Annotated[int, typer.Option(help="optimizer steps, in place of the recipe's limits")]=None,
+    steps:Annotated[int, typer.Option(help="optimizer steps, in place of the recipe's limits; warmup, warmdown and averages shrink in proportion")]=None,
     device:Device="auto",
     nproc:Annotated[int, typer.Option(help="processes that train")]=1,
     eval_tokens:Annotated[int, typer.Option(help="targets scored; 0: all; default by scale")]=None,
@@ -415,8 +416,8 @@ def squeeze(
 def bench(
     system:Annotated[list[str], typer.Option(help="recipe; repeat for more training steps, all else is measured for the first")]=["pr610"],
     scale:ScaleOption="pocket",
-    only:Annotated[list[str], typer.Option(help=f"measure this alone; repeat for more: {', '.join(BENCHES)}, growth, profile, peer")]=[],
-    quick:Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, no growth and profile: under a minute")]=False,
+    only:Annotated[list[str], typer.Option(help=f"measure this alone; repeat for more: {', '.join(BENCHES|SECTIONS)}, peer, peer_profile")]=[],
+    quick:Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, growth, ranks and profile only if named: under a minute")]=False,
     peer:Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, timed beside ours; it is executed; repeat for files beside it")]=[],
     override:Overrides=[],
     device:Device="auto",
@@ -427,7 +428,8 @@ def bench(
     "Measure every part of a run: times, rates, shares of a step, memory."
     device,settings = pipeline.pick_device(device),parse_overrides(override)
     extra = peer_bench(peer, system[0], scale, device, quick, compile, settings)
-    out = run_benches(tuple(system), scale, device, tuple(only), quick, settings, compile, True, BENCHES | extra)
+    benches = BENCHES | extra | (SECTIONS if only or not quick else {})
+    out = run_benches(tuple(system), scale, device, tuple(only), quick, settings, compile, True, benches)
     out["command"] = " ".join(["pgolf","bench",*("--quick" for _ in range(quick)),*(f"--system {s}" for s in system),*(f"--only {n}" for n in only),f"--scale {scale}"])
     print(", ".join(f"{k} {v}" for k,v in out["machine"].items()), "", bench_table(out["rows"]), sep="\n")
     if json: pipeline.write_json(json, out)

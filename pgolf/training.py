@@ -64,11 +64,11 @@ class Ranks:
 
 # %% ../nbs/23_training.ipynb #63a42830
 def keep_memory(
-    kept:int=2**29, # bytes that may lie idle
+    kept:int=2**31-1, # bytes that may lie idle
 )->bool: # whether this C library can
     "Let freed memory wait for the next tensor instead of going back to the system."
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None # glibc's; other libraries do without
-    return bool(tune and tune(-3, 2**25) and tune(-1, kept)) # M_MMAP_THRESHOLD, at the most that all versions allow, and M_TRIM_THRESHOLD
+    return bool(tune and tune(-4, 0) and tune(-1, kept)) # M_MMAP_MAX: large tensors, too, come from the heap; M_TRIM_THRESHOLD: which gives back only above this
 
 # %% ../nbs/23_training.ipynb #be0c4afe
 def setup_ranks(

@@ -1,14 +1,15 @@
 "`pgolf bench`: rows that can be read again, and a published script beside ours, here a stand-in of our own."
 import json
+import os
 import re
 from textwrap import dedent
 
 import pytest
 import torch
 
-from pgolf import bench
+from pgolf import bench, growth
 from pgolf.bench import BENCHES, Row, bench_figure, bench_table, make_case, peak_memory, read_bench, run_benches
-from pgolf.peer import bench_peer, call_by_name, load_peer, peer_bench
+from pgolf.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +158,7 @@ def test_what_computes_something_else_is_not_timed(case, tmp_path, fault, error)
 def test_a_peer_is_one_more_bench(tmp_path):
     extra = peer_bench([script(tmp_path)], "pr610", "tiny", quick=True, overrides=SETTINGS)
     found = run_benches(("pr610",), "tiny", quick=True, only=("loader", "peer"), benches=BENCHES | extra)
-    assert [r["bench"] for r in found["rows"]][:2] == ["loader", "peer"] and {r["system"] for r in found["rows"]} == {"pr610", "pr610-as-run"}
+    assert list(extra) == ["peer", "peer_profile"] and [r["bench"] for r in found["rows"]][:2] == ["loader", "peer"] and {r["system"] for r in found["rows"]} == {"pr610", "pr610-as-run"}
 
 
 def test_another_system_is_told_by_its_parameters(tmp_path):
@@ -181,7 +182,7 @@ def test_functions_are_called_with_what_they_name():
 
 def test_every_bench_gives_rows_that_json_keeps(tmp_path):
     found = run_benches(("pr610", "pr1123"), "tiny", quick=True)
-    assert {r["bench"] for r in found["rows"]} == set(BENCHES) and not found["growth"]
+    assert {r["bench"] for r in found["rows"]} == set(BENCHES) and "growth" not in found
     assert {r["system"] for r in found["rows"] if r["bench"] == "step"} == {"pr610", "pr1123"}
     (tmp_path/"b.json").write_text(json.dumps(found))
     again = read_bench(tmp_path/"b.json")
@@ -206,11 +207,25 @@ def test_memory_counts_what_is_alive_at_once():
 
 
 def test_growth_follows_flops_and_memory_the_batch():
-    points = bench.bench_growth(make_case("pr610", "tiny", quick=True))
-    for axis in bench.AXES:
+    points = growth.bench_growth(make_case("pr610", "tiny", quick=True))
+    for axis in growth.AXES:
         mine = [p for p in points if p["axis"] == axis]
         assert len(mine) == 3 and all(a["flops"] < b["flops"] and a["memory"] < b["memory"] for a, b in zip(mine, mine[1:]))
-    bench.growth_figure(points)
+    growth.growth_figure(points)
+
+
+def test_the_profile_of_a_script_stands_beside_ours(case, tmp_path):
+    phases = profile_peer(case, load_peer(script(tmp_path)))
+    assert list(phases) == ["passes: theirs", "passes: ours", "Muon: theirs", "Muon: ours"]
+    for ops in phases.values(): assert ops and all(o["seconds"] > 0 and o["calls"] >= 1 for o in ops) and ops[0]["seconds"] >= ops[-1]["seconds"]
+    shares = [growth.by_kind(ops)["matrix products"] for ops in phases.values()]
+    assert all(s > 0 for s in shares), "every phase multiplies matrices"
+
+
+def test_ranks_share_a_step():
+    points = growth.bench_ranks(make_case("pr610", "tiny", quick=True))
+    assert [p["value"] for p in points] == [1, 2][:os.cpu_count()] and all(p["seconds"] > 0 and p["memory"] > 100_000 for p in points)
+    assert [p["flops"]*p["value"] for p in points] == [points[0]["flops"]]*len(points)
 
 
 def test_names_that_are_not_there_are_refused():

@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pgolf.muon import OptimConfig
 from pgolf.quant import Grid, LateQAT
 from pgolf.schedule import ScheduleConfig
 from pgolf.training import CheckpointError, Run, TrainConfig, TrainingDiverged, can_compile, make_loader, read_checkpoint, settle, train
+from conftest import ROOT
 from test_golden_train import model_config
 
 TINY = ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2., rope_dims=4, skip_init=1.)
@@ -281,3 +283,27 @@ def test_the_gradient_of_a_parameter_in_no_optimizer_is_never_cleared(shard):
     train(model, make_loader([shard], cfg), optim, PLAN, cfg)
     assert left_out.item() == before and len(seen) > PLAN.iterations
     torch.testing.assert_close(left_out.grad, sum(seen))
+
+
+def test_a_run_on_a_cpu_keeps_the_memory_it_has_freed():
+    "In a fresh process, since the choice is the process's: fewer pages are fetched once ranks are set up."
+    code = """if 1:
+        import resource, torch
+        from pgolf.training import setup_ranks
+        def fetched():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5): [torch.ones(10_000_000) for _ in range(3)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(fetched(), setup_ranks().world, fetched())"""
+    before, world, after = map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    if not training.keep_memory(): pytest.skip("this C library cannot be told")
+    assert world == 1 and after < before/2
+
+
+def test_a_run_too_short_for_a_snapshot_keeps_its_last_weights(novels, tmp_path):
+    "SWA begins late; the weights of a short run are not lost."
+    from pgolf.pipeline import start, train_weights
+    from pgolf.recipes import at_scale, get_recipe, in_steps
+    recipe = in_steps(at_scale(get_recipe("pr1123"), "tiny"), 2)
+    with pytest.warns(UserWarning, match="SWA took no snapshot"): curve = train_weights(start(recipe, novels, tmp_path/"run", "cpu", 256, progress=False))
+    assert curve["steps"] == 2 and (tmp_path/"run"/"weights.safetensors").exists()
