@@ -106,7 +106,8 @@ def run(
     out = out or Path("runs")/scale/f"{r.name}-{r.train.seed}"
     with resumable(): report = pipeline.run(pipeline.start(r, pipeline.open_corpus(corpus), out, device, limit, nproc, progress=not quiet))
     _table([[x["stage"],x["what"],x["val_loss"],x["val_bpb"],x["targets"],x["seconds"]] for x in report.rows], ["stage","what","val_loss","val_bpb","targets","seconds"])
-    print(f"artifact {report.bytes_artifact:,} bytes + code {report.bytes_code:,} bytes = {report.bytes_total:,} of {BYTE_LIMIT:,}\nfiles in {out}")
+    code = submission.script_bytes(r)
+    print(f"artifact {report.bytes_artifact:,} bytes + script {code:,} bytes (`pgolf pack`) = {report.bytes_artifact+code:,} of {BYTE_LIMIT:,}\nfiles in {out}")
 
 # %% ../nbs/59_cli.ipynb #ea608ca9
 @app.command(hidden=True)
@@ -141,11 +142,11 @@ def print_plan(r, p):
     steps,tokens,flops = p["steps"],p["tokens_per_step"],p["flops_per_token"]
     print(f"\n{flops:,} FLOPs per training token, {tokens:,} tokens per step, about {steps:,} steps: {steps*tokens:,} tokens, {steps*tokens*flops:.3g} FLOPs\n")
     _table([*p["memory"].items(), ("total",sum(p["memory"].values()))], ["memory of one process","bytes"])
-    total = sum(b for *_,b in p["bytes"])
+    total,code = sum(b for *_,b in p["bytes"]),submission.script_bytes(r)
     print()
     _table([*p["bytes"], ("total","","",total)], ["estimated","stored as","weights","bytes"])
     print(f"\n{p['payload']:,} bytes of codes, steps and kept tensors before coding")
-    print(f"estimated artifact {total:,} + code {p['code_bytes']:,} = {total+p['code_bytes']:,} of {BYTE_LIMIT:,} bytes ({BYTE_LIMIT-total-p['code_bytes']:+,} left)")
+    print(f"estimated artifact {total:,} + script {code:,} = {total+code:,} of {BYTE_LIMIT:,} bytes ({BYTE_LIMIT-total-code:+,} left)")
 
 # %% ../nbs/59_cli.ipynb #0d025fe8
 @data_app.command("austen")
@@ -389,7 +390,7 @@ def doctor(
 def squeeze(
     checkpoint:Annotated[Path, typer.Argument(help="folder of a run, or a safetensors file")],
     budget:Annotated[int, typer.Option(help="bytes of artifact and code together")]=BYTE_LIMIT,
-    code_bytes:Annotated[int, typer.Option(help="bytes of the code; default: this package, packed")]=None,
+    code_bytes:Annotated[int, typer.Option(help="bytes of the code; default: the recipe's script, as `pgolf pack` writes it")]=None,
     recipe:Annotated[str, typer.Option(help="recipe whose model a safetensors file holds")]=None,
     scale:Annotated[str, typer.Option(help=f"size of that model: full, {', '.join(SCALES)}")]="full",
     corpus:Annotated[str, typer.Option(help="training text to calibrate on: austen (embedded), the folder of a dataset, or none")]="austen",
@@ -401,7 +402,8 @@ def squeeze(
     "Fit a checkpoint to a number of bytes, each matrix with the bits that buy the most."
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     r = at_scale(get_recipe(recipe), scale) if recipe else load_recipe(folder/"recipe.json") if (checkpoint/"recipe.json").is_file() else None
-    model,code = open_checkpoint(checkpoint, r and r.model),pipeline.code_bytes()[1] if code_bytes is None else code_bytes
+    model = open_checkpoint(checkpoint, r and r.model)
+    code = submission.script_bytes(r) if code_bytes is None else code_bytes
     data = None if corpus=="none" else pipeline.open_corpus(corpus)
     ids = data and calibration_windows(data, r.model.vocab_size, samples, r.train.train_seq_len)
     meta = dict(recipe=r.name, scale=r.scale, code_bytes=code) | (dict(tokenizer=data.name) if data else {})

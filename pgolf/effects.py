@@ -45,13 +45,13 @@ def training_key(
 def run_shared(
     recipe:Recipe,   # at its scale
     dataset:Dataset, # training and held-out text
-    out:Path,        # folder of this run; a finished report in it is reused
+    out:Path,        # folder of this run; a finished report in it, of as many targets, is reused
     weights:Path,    # folder of weights that runs share
     eval_tokens:int=0, # targets to score; 0: as many as the scale says
 )->Report:
     "Run a system, taking its weights from an equal training if there was one."
-    if (out/"report.json").exists() and (old := Report.load(out/"report.json")).complete: return old
     scored = eval_tokens or (SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0)
+    if (out/"report.json").exists() and (old := Report.load(out/"report.json")).complete and old.rows[0]["targets"]==(scored or old.rows[0]["targets"]): return old
     job = start(recipe, dataset, out, "cpu", scored, progress=False)
     kept = weights/training_key(recipe)
     for name in ("weights.safetensors","training.json"):

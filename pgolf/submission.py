@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LINE_LIMIT', 'SECONDS', 'OVERSHOOT', 'SEEDS', 'VAL_BYTES', 'HEAD', 'TRAIN', 'SCORE', 'MAIN', 'STAND_INS', 'UNUSED',
-           'README', 'literal', 'parts_of', 'entry_script', 'script', 'Code', 'make_code', 'log_line', 'log_text',
-           'read_log', 'result_of', 'Finished', 'read_runs', 'describe', 'open_questions', 'readme_text',
+           'README', 'literal', 'parts_of', 'entry_script', 'script', 'Code', 'make_code', 'script_bytes', 'log_line',
+           'log_text', 'read_log', 'result_of', 'Finished', 'read_runs', 'describe', 'open_questions', 'readme_text',
            'artifact_name', 'outside_imports', 'pack_submission', 'Check', 'judge', 'Folder', 'check_files',
            'check_fields', 'check_bytes', 'check_claims', 'check_rules', 'doctor', 'verdict']
 
@@ -243,8 +243,18 @@ def make_code(
     for block in (1, 2, 4, 8): # the more statements stand on a line, the fewer lines: no more than it takes
         if (n := (readable := script(recipe, block)).count("\n"))<LINE_LIMIT: break
     else: raise ValueError(f"the script of {recipe.name} has {n} lines, the challenge's own may have {LINE_LIMIT}: leave more definitions out (UNUSED)")
+    return Code(readable, *_counted(readable))
+
+def _counted(readable):
+    "The minified form, and the smaller of it and the self-extracting one."
     minified = minify(readable)
-    return Code(readable, minified, min(minified, pack_code(minified), key=len))
+    return minified,min(minified, pack_code(minified), key=len)
+
+def script_bytes(
+    recipe:Recipe, # at its final scale
+)->int: # of what would be submitted beside the artifact
+    "What the code of a recipe counts."
+    return len(_counted(script(recipe, 8))[1].encode())
 
 # %% ../nbs/55_submission.ipynb #c6adfc27
 def log_line(
