@@ -120,12 +120,16 @@ def _round_columns(W, feed, scale, grid, cfg):
 
 # %% ../nbs/31_gptq.ipynb #ec9758d0
 def _sorted(W, factors):
-    "Matrices (N, r, n) as (N, n, r), their columns in the order of the factors."
-    return torch.stack([w.mT.contiguous().index_select(0, f.order) for w,f in zip(W.float(), factors)])
+    "Matrices (N, r, n) as (N, n, r) float32, their columns in the order of the factors."
+    out = W.new_empty((len(W), *W.shape[:0:-1]), dtype=torch.float32)
+    for w,f,o in zip(W.float(), factors, out): torch.index_select(w.mT.contiguous(), 0, f.order, out=o)
+    return out
 
 def _restored(codes, factors):
     "The way back, (N, n, r) to (N, r, n)."
-    return torch.stack([c[f.order.argsort()].mT for c,f in zip(codes, factors)])
+    out = codes.new_empty((len(codes), *codes.shape[:0:-1]))
+    for c,f,o in zip(codes, factors, out): o.copy_(c.index_select(0, f.order.argsort()).mT)
+    return out
 
 def _factors(W, H, cfg):
     "One factor for each matrix, made from Hessians (N, n, n) or given."
@@ -144,10 +148,13 @@ def gptq(
 )->Tensor: # codes, shape of W, float32 whole numbers
     "Round column by column; the columns still free absorb each error."
     if W.dim() == 2: return gptq(W[None], H[None] if isinstance(H, Tensor) else H, scale[None], grid, cfg)[0]
-    factors = _factors(W, H, cfg)
+    return _rounded(W, _factors(W, H, cfg), scale, grid, cfg).float()
+
+def _rounded(W, factors, scale, grid, cfg):
+    "The pass, (N, r, n) to codes of the same shape, int8."
     feed = torch.stack([f.feed for f in factors])
     codes,_ = _round_columns(_sorted(W, factors), feed, scale.float().mT.expand(-1, -1, W.shape[1]), grid, cfg)
-    return _restored(codes, factors).float()
+    return _restored(codes, factors)
 
 # %% ../nbs/31_gptq.ipynb #98e0aae4
 def hessian_error(
@@ -189,7 +196,7 @@ def _search_rows(W, factors, grid, cfg):
         else:
             better = err < least
             best,least,chosen = torch.where(better, codes, best), torch.minimum(err, least), torch.where(better, scale, chosen)
-    return _restored(best, factors).float(), chosen.mT
+    return _restored(best, factors), chosen.mT
 
 # %% ../nbs/31_gptq.ipynb #7df3baa2
 def gptq_fit(
@@ -197,15 +204,15 @@ def gptq_fit(
     H:Tensor|list,  # (N, n, n) float32, or N factors
     grid:Grid,      # codes and step rule
     cfg:GPTQConfig, # order, search, refit
-)->tuple[Tensor,Tensor]: # codes (N, r, n) and steps (N, r or 1, 1), float32
+)->tuple[Tensor,Tensor]: # codes (N, r, n) int8, and steps (N, r or 1, 1) float32
     "Choose the steps, round, and refit the steps where asked."
     factors = _factors(W, H, cfg)
     if cfg.search == "hessian" and grid.rule == "uniform" and grid.scale_per == "row": codes,scale = _search_rows(W, factors, grid, cfg)
     else:
         scale = torch.stack([pentanary(w)[1] if grid.rule == "pentanary" else search_scale(w, grid) for w in W])
-        codes = gptq(W, factors, scale, grid, cfg)
+        codes = _rounded(W, factors, scale, grid, cfg)
     if not cfg.refit: return codes, scale
-    return codes, refit_scale(W, codes, scale, torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None, grid)
+    return codes, refit_scale(W, codes.float(), scale, torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None, grid)
 
 # %% ../nbs/31_gptq.ipynb #22319c90
 class _Moments:
