@@ -183,13 +183,17 @@ def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
     for k,v in dict(train_seq_len=L, eval_seq_len=L, eval_stride=stride, eval_batch_seqs=size, sw_stride=stride).items(): setattr(args, k, v)
     offers = dict(args=args, base_model=theirs, model=theirs, rank=0, world_size=1, device=torch.device(case.device), val_tokens=text, stride=stride, batch_seqs=size, eval_seq_len=L, seq_len=L,
         base_bytes_lut=tables.base_bytes.to(case.device), has_leading_space_lut=tables.has_leading_space.to(case.device), is_boundary_token_lut=tables.is_boundary.to(case.device))
-    found = []
+    found,ran,mine = [],[],1+(len(text)-1-L)//stride # windows: theirs as counted in one call, ours
     def their(): found.append(call_by_name(evaluate, offers))
     def our(): found.append(score(model, text, tables, L, stride, size, compile=case.compile))
+    hook = theirs.blocks[0].register_forward_pre_hook(lambda m,args: ran.append(len(args[0])))
+    with _quiet(), torch.compiler.set_stance("force_eager"): their()
+    hook.remove()
     rows = _pair(case, "sliding", our, their, work=len(text)-1, unit="targets")
+    for k in ("ratio","ratio_low","ratio_high","ratio_cpu"): setattr(rows[0], k, getattr(rows[0], k)*sum(ran)/mine) # a long text has no tail to speak of
     a = next(f.val_loss for f in found if hasattr(f, "val_loss"))
     b = next(f["val_loss"] if isinstance(f, dict) else f[0] for f in found if not hasattr(f, "val_loss"))
-    for row in rows: row.what = f"stride {stride}, mean losses {a-b:+.1e} apart"
+    for row in rows: row.what = f"stride {stride}, {mine} windows here, {sum(ran)} there, ratio per window; mean losses {a-b:+.1e} apart"
     if not abs(a-b) < .05: raise ValueError(f"{peer.path}: sliding scores differ, theirs {b:.4f}, ours {a:.4f} nats per token")
     return rows
 
