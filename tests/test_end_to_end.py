@@ -13,7 +13,8 @@ from pgolf import cli
 from pgolf.bpb import BYTE_LIMIT
 from pgolf.pipeline import Report, read_artifact
 from pgolf.plan import estimate_bytes
-from pgolf.recipes import SCALES, at_scale, get_recipe
+from pgolf.recipes import SCALES, at_scale, get_recipe, load_recipe
+from pgolf.submission import script_bytes
 
 STAGES = ["raw", "averaged", "quantized", "artifact", "sliding", "adapted"]
 LONG = ("-o", "iterations=60")  # a second or more of training: time to interrupt it
@@ -62,7 +63,8 @@ def test_run_ends_with_a_table_and_a_complete_report(reference):
     assert [line.split()[0] for line in said.splitlines()[2:8]] == STAGES
     for r in report.rows:
         assert 0 < r["val_bpb"] < 8 and r["targets"] == SCALES["tiny"].eval_tokens and r["coverage"] == 1 and f"{r['val_bpb']:.4f}" in said
-    assert report.bytes_artifact == (out/"model.pgolf").stat().st_size and f"{report.bytes_total:,} of {BYTE_LIMIT:,}" in said
+    assert report.bytes_artifact == (out/"model.pgolf").stat().st_size and 1000 < (script := script_bytes(load_recipe(out/"recipe.json"))) < report.bytes_code
+    assert f"{report.bytes_artifact+script:,} of {BYTE_LIMIT:,}" in said
     assert sum(p.numel() for p in read_artifact(out/"model.pgolf").parameters()) == report.parameters
     assert "60/60" in err and half_written(out) == []
     planned = sum(b for *_, b in estimate_bytes(at_scale(get_recipe("pr610"), "tiny")))
