@@ -21,7 +21,7 @@ class GPTQConfig:
     samples:int=256          # calibration windows; this and the next two are read by whoever collects the Hessians
     windows:str="train"      # "train"ing text, or the model's own writing: "self"
     tables:bool=False        # Hessians of the embedding tables too
-    block:int=1              # columns at which halving stops and they are corrected one by one
+    block:int=8              # columns of which each corrects the others at once; behind them, 1, 2, 1, 4, ... blocks correct as many
     damping:float=.01        # added to the diagonal, share of its mean; times ten until the factor exists
     order:str="descending"   # columns by diagonal: "descending", "ascending" or "natural"
     rule:str="cholesky"      # "plain_inverse" is the faulty rule that PR #576 and PR #610 ran: exhibits only
@@ -39,7 +39,7 @@ class GPTQConfig:
 # %% ../nbs/31_gptq.ipynb #a48a08cc
 def _cholesky(A, panel=192):
     "Lower factor of A (n, n), and whether it failed. On a CPU panels of columns, all else matrix products: faster than LAPACK for large n."
-    if A.is_cuda or len(A) <= 2*panel: return torch.linalg.cholesky_ex(A)
+    if A.is_cuda or len(A) <= 4*panel: return torch.linalg.cholesky_ex(A)
     L,info = torch.zeros_like(A).mT, 0
     for a in range(0, len(A), panel):
         b = a + panel
@@ -99,24 +99,19 @@ def factor(
 
 # %% ../nbs/31_gptq.ipynb #904d9fae
 def _round_columns(W, feed, scale, grid, cfg):
-    "Codes (int8) and targets of W (N, n, r), columns of the layer first and in order; feed (N, n, n), scale (N, 1, r)."
-    X,D,codes = W.clone(),torch.empty_like(W),torch.empty_like(W, dtype=torch.int8)
-    step = torch.where(scale > 0, scale, torch.inf)
-    truth = W if cfg.rule == "cholesky" else X             # the faulty rule passes on x - q, not w - q
-    def descend(a, b):
-        if b-a > cfg.block:
-            m = (a+b)//2
-            descend(m, b)
-            X[:,a:m].baddbmm_(feed[:,a:m,m:b], D[:,m:b])
-            return descend(a, m)
+    "Codes (int8) and targets in steps of W (N, n, r), columns of the layer first and in order; feed (N, n, n), scale (N, 1, r)."
+    W = W/torch.where(scale > 0, scale, torch.inf)
+    X,D,codes = W.clone(),torch.empty_like(W),torch.empty_like(W)
+    x,q,d = (A.split(1, 1) for A in (X, codes, D))         # by columns, each (N, 1, r)
+    truth = W.split(1, 1) if cfg.rule == "cholesky" else x # the faulty rule passes on x - q, not w - q
+    for i,b in enumerate(range(W.shape[1], 0, -cfg.block), 1):
+        a,w = max(0, b-cfg.block),(i & -i)*cfg.block
         for j in range(b-1, a-1, -1):
-            x = X[:,j:j+1]
-            if j+1 < b: x.baddbmm_(feed[:,j:j+1,j+1:b], D[:,j+1:b])
-            q = (x/step).round_().clamp_(grid.lo, grid.hi)
-            codes[:,j:j+1] = q
-            torch.addcmul(truth[:,j:j+1], q, scale, value=-1, out=D[:,j:j+1])
-    descend(0, W.shape[1])
-    return codes, X
+            torch.round(x[j], out=q[j]).clamp_(grid.lo, grid.hi)
+            torch.sub(truth[j], q[j], out=d[j])
+            if a < j: X[:,a:j].addcmul_(feed[:,a:j,j:j+1], d[j])
+        if a: X[:,max(0, a-w):a].baddbmm_(feed[:,max(0, a-w):a,a:a+w], D[:,a:a+w])
+    return codes.to(torch.int8), X
 
 # %% ../nbs/31_gptq.ipynb #ec9758d0
 def _sorted(W, factors):
@@ -130,6 +125,10 @@ def _restored(codes, factors):
     out = codes.new_empty((len(codes), *codes.shape[:0:-1]))
     for c,f,o in zip(codes, factors, out): o.copy_(c.index_select(0, f.order.argsort()).mT)
     return out
+
+def _feeds(factors):
+    "The feeds of all factors (N, n, n), which lie transposed, as `factor` makes them."
+    return torch.stack([f.feed.mT for f in factors]).mT
 
 def _factors(W, H, cfg):
     "One factor for each matrix, made from Hessians (N, n, n) or given."
@@ -152,8 +151,7 @@ def gptq(
 
 def _rounded(W, factors, scale, grid, cfg):
     "The pass, (N, r, n) to codes of the same shape, int8."
-    feed = torch.stack([f.feed for f in factors])
-    codes,_ = _round_columns(_sorted(W, factors), feed, scale.float().mT.expand(-1, -1, W.shape[1]), grid, cfg)
+    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors), scale.float().mT.expand(-1, -1, W.shape[1]), grid, cfg)
     return _restored(codes, factors)
 
 # %% ../nbs/31_gptq.ipynb #98e0aae4
@@ -187,11 +185,11 @@ def refit_scale(
 # %% ../nbs/31_gptq.ipynb #b46053fd
 def _search_rows(W, factors, grid, cfg):
     "A pass with each candidate step; each row keeps the one with the smallest Hessian error."
-    V,feed,cost = _sorted(W, factors),torch.stack([f.feed for f in factors]),torch.stack([f.cost for f in factors])
+    V,feed,cost = _sorted(W, factors),_feeds(factors),torch.stack([f.cost for f in factors])
     best = least = None
     for scale in candidate_scales(W, grid).mT:                              # (N, 1, r)
         codes,X = _round_columns(V, feed, scale, grid, cfg)
-        err = cost[:,None] @ X.sub_(codes*scale).square_()                  # (N, 1, r)
+        err = torch.where(scale > 0, cost[:,None] @ X.sub_(codes).square_() * scale.square(), torch.inf) # (N, 1, r)
         if least is None: best,least,chosen = codes,err,scale
         else:
             better = err < least
@@ -209,7 +207,7 @@ def gptq_fit(
     factors = _factors(W, H, cfg)
     if cfg.search == "hessian" and grid.rule == "uniform" and grid.scale_per == "row": codes,scale = _search_rows(W, factors, grid, cfg)
     else:
-        scale = torch.stack([pentanary(w)[1] if grid.rule == "pentanary" else search_scale(w, grid) for w in W])
+        scale = pentanary(W)[1] if grid.rule == "pentanary" else search_scale(W, grid)
         codes = _rounded(W, factors, scale, grid, cfg)
     if not cfg.refit: return codes, scale
     return codes, refit_scale(W, codes.float(), scale, torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None, grid)

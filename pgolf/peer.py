@@ -217,7 +217,7 @@ def peer_quantizers(case:Case, peer:Peer, model:GPT)->list[Row]:
         off = sum(float((ours()[n]-state[n]).square().sum()) for n in names[:1])/sum(float((theirs()[n]-state[n]).square().sum()) for n in names[:1])
         out += _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs", work=work, unit="weights")
     if fn := peer.find("gptq_quantize_weight","_gptq_quantize_matrix"):
-        theirs = lambda: {n:_their_values(call_by_name(fn, dict(W=w, H=hessians[n], clip_range=grid[n].hi))) for n,w in state.items()}
+        theirs = lambda: {n:_their_values(call_by_name(fn, dict(W=w, H=hessians[n].clone(), clip_range=grid[n].hi))) for n,w in state.items()} # some add their damping in place
         quant = replace(described.quant, keep_numel=0, prune=0.) # theirs prunes before, or not at all
         ours = lambda: quantize_state(state, quant, described.gptq, hessians)
         off = errors(dequantize_state(ours()))/errors(theirs())
