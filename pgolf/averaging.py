@@ -62,20 +62,21 @@ class SWA(_Average):
         if every < 1: raise ValueError(f"every={every} must be at least 1")
         if not 0 < start_scale <= 1: raise ValueError(f"start_scale={start_scale} must be in (0, 1]")
         self.every,self.start_scale = every,start_scale
-    def _fresh(self, live):
-        return {n: torch.zeros_like(p, dtype=torch.float32) for n,p in live.items()} | {"swa/count": torch.zeros(()), "swa/risen": torch.zeros(())}
-    @property
-    def count(self)->int: return int(self._copies.get("swa/count", 0)) # snapshots so far
+        self.count,self.risen = 0,False # snapshots so far; whether the rate has been above; plain numbers, so that no step waits for a device
+    def _fresh(self, live): return {n: torch.zeros_like(p, dtype=torch.float32) for n,p in live.items()}
     def after_step(self, run):
         "Take a snapshot if it is time."
-        if run.lr_scale >= self.start_scale: self._copies["swa/risen"].fill_(1)
-        elif run.step % self.every == 0 and self._copies["swa/risen"]:
-            live = _floats(run.model)
-            n = self._copies["swa/count"].add_(1).item()
-            torch._foreach_lerp_([self._copies[k] for k in live], [p.float() for p in live.values()], 1/n)
+        if run.lr_scale >= self.start_scale: self.risen = True
+        elif run.step % self.every == 0 and self.risen:
+            live,self.count = _floats(run.model),self.count+1
+            torch._foreach_lerp_([self._copies[k] for k in live], [p.float() for p in live.values()], 1/self.count)
+    def state_dict(self)->dict[str,Tensor]: return self._copies | {"swa/count": torch.tensor(self.count), "swa/risen": torch.tensor(self.risen)}
+    def load_state_dict(self, state:dict[str,Tensor]):
+        super().load_state_dict(state)
+        self.count,self.risen = int(self._copies.pop("swa/count")),bool(self._copies.pop("swa/risen"))
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
         "Averaged weights, ready for `load_state_dict`; without a snapshot the last weights, and a warning."
-        if self.count: return self._cast({n: self._copies[n] for n in self._dtypes})
+        if self.count: return self._cast(self._copies)
         warnings.warn(f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier below start_scale={self.start_scale}; the last weights are kept")
         return self._cast(self._live)
 

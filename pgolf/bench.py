@@ -328,7 +328,7 @@ def bench_averaging(case:Case)->list[Row]:
     run = types.SimpleNamespace(model=model, step=1, lr_scale=0.)
     made = dict(EMA=EMA(.997), SWA=SWA(1, 1.), HMA=HMA(.997))
     for a in made.values(): a.on_start(run)
-    made["SWA"]._copies["swa/risen"].fill_(1)
+    made["SWA"].risen = True
     mean = {n:p.detach().float().clone() for n,p in model.state_dict().items()}
     def loop():
         for n,p in model.state_dict().items(): mean[n].mul_(.997).add_(p.detach().float(), alpha=.003)

@@ -181,12 +181,12 @@ def scored_chunks(
 
 def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
     "Write the losses of some windows into `nll`; return their sums under the candidate temperatures."
-    trials = torch.zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
+    trials = nll.new_zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
     with evaluating(learner.model):
         for group in batches(windows, batch):
             at, logits = window_logits(learner.model, stream, group, hidden)
             nll[at] = token_nll(logits, stream[at+1], temperature)
-            for i, t in enumerate(learner.cfg.ttt_temperatures): trials[i] += token_nll(logits, stream[at+1], t).sum().cpu()
+            for i, t in enumerate(learner.cfg.ttt_temperatures): trials[i] += token_nll(logits, stream[at+1], t).sum()
             tick(nll, group[-1][1])
     return trials
 

@@ -1,13 +1,16 @@
-"What only a GPU can show: every recipe at full size, for twenty steps."
+"What a GPU shows: every recipe at full size, for twenty steps. And what it would object to, found without one."
 import numpy as np
 import pytest
 import torch
 
+from pgolf import training
+from pgolf.bench import ids, make_case, toy_tables
 from pgolf.data import write_shard
 from pgolf.gpt import GPT
 from pgolf.pipeline import Job, make_average, make_listeners
-from pgolf.recipes import RECIPES
-from pgolf.training import make_loader, train
+from pgolf.recipes import RECIPES, at_scale
+from pgolf.scoring import stream
+from pgolf.training import Ranks, make_loader, train, train_step
 
 BIG = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 70e9
 
@@ -50,3 +53,50 @@ def test_full_size_on_a_gpu(name, shard, tmp_path):
     assert model.compute_dtype == hidden.dtype == torch.bfloat16 and all(p.isfinite().all() for p in model.parameters())
     late = 0 < recipe.stages.late_qat_threshold <= 1
     assert graphs[:10] == [1]*10 and graphs[-1] == 1 + late, "one compilation in the warm-up, one more when late QAT switches on"
+
+
+# Tensors on torch's "meta" device have shapes but no values. To read one on the host, where a GPU would have to be waited for, is an
+# error, and so is an operator whose inputs lie on two devices.
+
+def on_meta(recipe, shard, out):
+    "A run of a recipe at its smallest scale, its model on the device without values, in bfloat16 as on a GPU."
+    r = at_scale(recipe, "tiny").but(max_wallclock_seconds=0., log_every=10**6, checkpoint_every=0, val_every=0)
+    with torch.device("meta"): model = GPT(r.model)
+    listeners = make_listeners(Job(r, None, out, "cpu", progress=False), make_average(r))
+    run = training._prepare(model, make_loader([shard], r.train), r.optim, r.schedule, r.train, listeners, Ranks(device="meta"), out)
+    model.compute_dtype = torch.bfloat16
+    run.call("on_start")
+    run.clock.start()
+    return r, run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_step_waits_for_the_device(name, shard, tmp_path):
+    "Two steps at the full rate, two near the end with fake quantization and averages; the first ten and the last are logged, and wait."
+    r, run = on_meta(RECIPES[name], shard, tmp_path)
+    average, = [l for l in run.listeners if hasattr(l, "weights")]
+    for run.step in (10, 11, r.schedule.iterations-3, r.schedule.iterations-2):
+        train_step(run, run.model.loss)
+        average.risen = True # SWA counts from a high rate on, which these steps leave out
+    assert len(run.pending) == 4 and all(t.is_meta for t in (run.loss, *run.model.parameters(), *average.weights().values()))
+    assert any(getattr(m, "fake_quant", None) for m in run.model.modules()) == (r.stages.late_qat_threshold > 0)
+    run.call("on_failure")
+
+
+def test_a_step_that_is_logged_waits(shard, tmp_path):
+    "The control: reading the loss is what the device without values refuses."
+    _, run = on_meta(RECIPES["pr610"], shard, tmp_path)
+    with pytest.raises(NotImplementedError, match="no data"): train_step(run, run.model.loss)
+    run.call("on_failure")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_scoring_does_not_wait_either(name):
+    "All pieces of a text, windows of both kinds, with and without the whole distribution."
+    case = make_case(name, "tiny")
+    with torch.device("meta"): model = GPT(case.recipe.model)
+    model.compute_dtype = torch.bfloat16
+    text, tables = ids(case, 400), toy_tables(case.recipe.model.vocab_size)
+    for distribution in (False, True):
+        pieces = list(stream(model, text, tables, case.recipe.score, distribution=distribution))
+        assert sum(len(p.nll) for p in pieces) == 399 and all(p.nll.is_meta and (p.logprobs is not None) == distribution for p in pieces)
