@@ -331,11 +331,11 @@ def score(
     documents:Annotated[bool, typer.Option("--documents", help="windows stay inside documents")]=False,
     temperature:Annotated[float, typer.Option(help="divides the logits; default the recipe's")]=None,
     device:Device="auto",
-    compile:Annotated[bool, typer.Option("--compile", help="compile the forward pass: faster, after a minute's work")]=False,
+    compile:Annotated[bool, typer.Option("--compile/--no-compile", help="compile the forward pass: faster, after a minute's work; default on a GPU alone")]=None,
     quiet:Annotated[bool, typer.Option("--quiet", help="no progress, only the result")]=False,
 ):
     "Score an artifact token by token, and compare it with another."
-    given = dict(eval_stride=stride, eval_seq_len=seq_len, eval_temperature=temperature, eval_compile=compile or None)
+    given = dict(eval_stride=stride, eval_seq_len=seq_len, eval_temperature=temperature, eval_compile=compile)
     how = (corpus, tokens, documents, {k:v for k,v in given.items() if v is not None}, pipeline.pick_device(device), not quiet)
     with resumable(): first,second = (_scores(p, to, *how) if p else None for p,to in ((a,save),(against,None)))
     print(f"{a}: {first.scores}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .bpb import ByteTables, bits_per_byte
 from .tokenizer import atomic_write
-from .training import Ranks
+from .training import Ranks, maybe_compile
 
 # %% ../nbs/40_scoring.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ class ScoreConfig:
     eval_stride:int=64        # targets newly scored per window; eval_seq_len: disjoint blocks
     eval_temperature:float=1. # logits are divided by it; fixed before scoring
     eval_batch:int=32         # windows per forward pass; changes speed and memory, not the score
-    eval_compile:bool=False   # compile the forward pass of full batches
+    eval_compile:bool|str="auto" # compile the forward pass of full batches; "auto" is on for CUDA and off for CPU
     def __post_init__(self):
         for name in ("eval_seq_len", "eval_batch"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_compile not in ("auto", True, False): raise ValueError(f"eval_compile={self.eval_compile!r} is none of 'auto', True, False")
         if not 1 <= self.eval_stride <= self.eval_seq_len:
             raise ValueError(f"eval_stride={self.eval_stride} not in 1..eval_seq_len={self.eval_seq_len}")
         if not 0 < self.eval_temperature < math.inf:
@@ -211,8 +212,8 @@ def stream(
     tokens, n_bytes = check_stream(tokens, tables)
     x = tokens.to(next(model.parameters()).device)
     table = window_table(len(n_bytes), cfg.eval_seq_len, cfg.eval_stride, documents)
-    hidden = torch.compile(model.hidden, dynamic=False) if cfg.eval_compile else model.hidden
-    for span in deal(table, cfg.eval_batch*(8 if cfg.eval_compile and not distribution else 1), *part): # long pieces, so that most batches are full
+    hidden, compiled, _ = maybe_compile(model.hidden, cfg.eval_compile, x.device)
+    for span in deal(table, cfg.eval_batch*(8 if compiled and not distribution else 1), *part): # long pieces, so that most batches are full
         first, stop = int(span[0, 2]), int(span[-1, 1])
         if stop <= start: continue
         with evaluating(model): nll, full = _grade(model, x, span, cfg, hidden, distribution)
@@ -280,7 +281,7 @@ def score(
     batch:int=32,         # windows per forward pass, at most
     temperature:float=1., # divides the logits
     progress:bool=False,  # show a bar with time left and running bpb
-    compile:bool=False,   # compile the forward pass of full batches
+    compile:bool|str="auto", # compile the forward pass of full batches; "auto": on CUDA
     documents:Tensor|None=None, # first token of each document: windows stay inside; None: they do not mind documents
     begun:Scores|None=None, # the first scores of this text, from an interrupted call
     keep:Callable|None=None, # is given what there is when the call is interrupted, and once a minute

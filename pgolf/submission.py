@@ -191,9 +191,10 @@ def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints
-def choose_loss(model, wish, device):
+def maybe_compile(fn, wish, device):
     on = torch.device(device).type=="cuda" if wish=="auto" else wish
-    return torch.compile(model.loss, dynamic=False) if on else model.loss, on, f"compile: {on}"
+    return torch.compile(fn, dynamic=False) if on else fn, on, f"compile: {on}"
+def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, device)
 '''
 
 # %% ../nbs/55_submission.ipynb #64f65a36

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'Ranks', 'keep_memory', 'setup_ranks', 'close_ranks', 'make_loader', 'average_gradients',
-           'best_dtype', 'can_compile', 'choose_loss', 'wait_for', 'Clock', 'Run', 'TrainingDiverged', 'settle',
-           'pieces', 'forward_backward', 'set_rates', 'update', 'train_step', 'warm_up', 'CheckpointError',
+           'best_dtype', 'can_compile', 'maybe_compile', 'choose_loss', 'wait_for', 'Clock', 'Run', 'TrainingDiverged',
+           'settle', 'pieces', 'forward_backward', 'set_rates', 'update', 'train_step', 'warm_up', 'CheckpointError',
            'write_checkpoint', 'read_checkpoint', 'optimizer_tensors', 'load_optimizer', 'save_checkpoint',
            'check_config', 'load_checkpoint', 'why_stop', 'TrainResult', 'train']
 
@@ -136,19 +136,28 @@ def can_compile(
     return True, "compiler found"
 
 # %% ../nbs/23_training.ipynb #c83cd02d
+def maybe_compile(
+    fn,               # of tensors
+    wish:bool|str,    # True, False, or "auto": on for CUDA, off for a CPU
+    device:str,       # e.g. "cpu", "cuda:1"
+)->tuple: # (function, whether it is compiled, one line that says why)
+    "Compile a function if that is wanted and can work."
+    if wish == "auto": wish,why = torch.device(device).type == "cuda", "auto"
+    else: why = "as configured"
+    if not wish: return fn, False, f"compile: off ({why})"
+    able,reason = can_compile(device)
+    if not able: return fn, False, f"compile: off, {reason}"
+    return torch.compile(fn, dynamic=False), True, f"compile: on ({why})"
+
 def choose_loss(
     model:nn.Module,  # has `loss(ids, targets)`
     wish:bool|str,    # TrainConfig.compile
     device:str,       # e.g. "cpu", "cuda:1"
 )->tuple: # (loss function, whether it is compiled, one line that says why)
-    "Compile the model's loss if that is wanted and can work."
-    if wish == "auto": wish,why = torch.device(device).type == "cuda", "auto"
-    else: why = "as configured"
-    if not wish: return model.loss, False, f"compile: off ({why})"
-    able,reason = can_compile(device)
-    if not able: return model.loss, False, f"compile: off, {reason}"
-    importlib.import_module("torch._dynamo").reset() # its limit of 8 compilations counts all models of a process; past it they run eagerly
-    return torch.compile(model.loss, dynamic=False), True, f"compile: on ({why})"
+    "The model's loss, compiled if that is wanted and can work."
+    out = maybe_compile(model.loss, wish, device)
+    if out[1]: importlib.import_module("torch._dynamo").reset() # its limit of 8 compilations counts all models of a process; past it they run eagerly
+    return out
 
 # %% ../nbs/23_training.ipynb #be550a7c
 def wait_for(device:str):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .bpb import ByteTables
 from .quant import first_match
 from .scoring import Difference, ScoreConfig, Scores, _bar, batches, check_stream, evaluating, paired_difference, plan_windows, score, token_nll, window_logits
+from .training import maybe_compile
 
 # %% ../nbs/41_ttt.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def scored_chunks(
     t, n, device = learner.cfg, len(n_bytes), learner.params[0].device
     plan, stream, nll = chunk_plan(n, cfg, t.ttt_chunk_tokens, t.ttt_local), tokens.to(device), torch.full((n,), math.nan, device=device)
     graded = max(1, round(len(plan)*t.ttt_coverage))
-    hidden = torch.compile(learner.model.hidden, dynamic=False) if cfg.eval_compile else None
+    hidden = maybe_compile(learner.model.hidden, cfg.eval_compile, device)[0]
     with _bar(n_bytes[:graded*t.ttt_chunk_tokens], progress) as tick:
         for c, windows in enumerate(plan[:graded]):
             at = choose_temperature(t.ttt_temperatures, learner.graded) if t.ttt_temperatures else cfg.eval_temperature
@@ -184,7 +185,7 @@ def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
     trials = nll.new_zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
     with evaluating(learner.model):
         for group in batches(windows, batch):
-            at, logits = window_logits(learner.model, stream, group, hidden)
+            at, logits = window_logits(learner.model, stream, group, hidden if len(group) == batch else None)
             nll[at] = token_nll(logits, stream[at+1], temperature)
             for i, t in enumerate(learner.cfg.ttt_temperatures): trials[i] += token_nll(logits, stream[at+1], t).sum()
             tick(nll, group[-1][1])

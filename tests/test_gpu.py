@@ -70,6 +70,7 @@ def on_meta(recipe, shard, out):
     return r, run
 
 
+@pytest.mark.filterwarnings("ignore:SWA took no snapshot")
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_step_waits_for_the_device(name, shard, tmp_path):
     "Two steps at the full rate, two near the end with fake quantization and averages; the first ten and the last are logged, and wait."

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -244,6 +245,21 @@ def test_compiled_and_plain_give_one_score(tokens):
     torch.nn.init.normal_(m.tok_emb.weight, std=.1, generator=torch.Generator().manual_seed(0))
     fast = score(m, tokens, TABLES, 32, 8, batch=16, compile=True)
     torch.testing.assert_close(fast.nll, score(m, tokens, TABLES, 32, 8).nll, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not can_compile("cpu")[0], reason="no compiler")
+def test_one_compilation_for_each_shape_however_many_models(tokens, monkeypatch):
+    "Blocks and windows of two models of one run are two graphs; left to itself a CPU compiles nothing."
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    models, seen = [GPT(ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=8), s) for s in (0, 1)], []
+    for stride, compile in ((32, "auto"), (32, True), (8, True)):
+        for m in models: score(m, tokens, TABLES, 32, stride, batch=16, compile=compile)
+        seen.append(counters["stats"]["unique_graphs"])
+    assert seen == [0, 1, 2]
+    with pytest.raises(ValueError, match="eval_compile='yes'"): ScoreConfig(eval_compile="yes")
 
 
 class Stops:
