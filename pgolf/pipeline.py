@@ -20,6 +20,7 @@ from .artifact import ArtifactError,load_artifact,save_artifact
 from .audit import LATER
 from .averaging import EMA,HMA,SWA
 from .data import Dataset,austen,open_dataset
+from .device import best_dtype,close_ranks,setup_ranks
 from .gpt import GPT,ModelConfig,count_parameters
 from .gptq import dequantize_state,quant_errors,quantize_state
 from .listeners import Checkpointer,MetricsLog,Progress
@@ -27,7 +28,7 @@ from .quant import LateQAT,set_eval_quant,set_fake_quant
 from .recipes import Recipe,load_recipe
 from .scoring import Scores,score
 from .squeeze import calibrate
-from .training import best_dtype,close_ranks,make_loader,read_checkpoint,setup_ranks,train,write_checkpoint
+from .training import make_loader,read_checkpoint,train,write_checkpoint
 from .tokenizer import atomic_write
 from .ttt import Learner,illegal_rescore,score_with
 

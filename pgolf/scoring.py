@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .bpb import ByteTables, bits_per_byte
+from .device import Ranks, maybe_compile
 from .tokenizer import atomic_write
-from .training import Ranks, maybe_compile
 
 # %% ../nbs/40_scoring.ipynb #e332ea56
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .bpb import ByteTables
+from .device import maybe_compile
 from .quant import first_match
 from .scoring import Difference, ScoreConfig, Scores, _bar, batches, check_stream, evaluating, paired_difference, plan_windows, score, token_nll, window_logits
-from .training import maybe_compile
 
 # %% ../nbs/41_ttt.ipynb #e332ea56
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pgolf.bpb import BYTE_LIMIT
 from pgolf.pipeline import Report, read_artifact
 from pgolf.plan import estimate_bytes
 from pgolf.recipes import SCALES, at_scale, get_recipe, load_recipe
-from pgolf.submission import script_bytes
+from pgolf.script import script_bytes
 
 STAGES = ["raw", "averaged", "quantized", "artifact", "sliding", "adapted"]
 LONG = ("-o", "iterations=60")  # a second or more of training: time to interrupt it

@@ -10,7 +10,8 @@ from pgolf.gpt import GPT
 from pgolf.pipeline import Job, make_average, make_listeners
 from pgolf.recipes import RECIPES, at_scale
 from pgolf.scoring import stream
-from pgolf.training import Ranks, make_loader, train, train_step
+from pgolf.device import Ranks
+from pgolf.training import make_loader, train, train_step
 
 BIG = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 70e9
 

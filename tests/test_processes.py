@@ -19,7 +19,8 @@ from pgolf.gpt import GPT, ModelConfig
 from pgolf.listeners import Checkpointer, MetricsLog, Validate
 from pgolf.muon import OptimConfig
 from pgolf.schedule import ScheduleConfig
-from pgolf.training import TrainConfig, close_ranks, make_loader, setup_ranks, train
+from pgolf.device import close_ranks, setup_ranks
+from pgolf.training import TrainConfig, make_loader, train
 
 shard, out, args = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 ranks = setup_ranks("cpu")

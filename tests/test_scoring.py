@@ -19,7 +19,7 @@ from pgolf.bpb import ByteTables
 from pgolf.gpt import GPT, ModelConfig, load_published
 from pgolf.scoring import (KINDS, ScoreConfig, batches, compare, deal, describe, document_starts, join, load_scores, plan_windows, save_scores, score, score_into,
                            Scores, stream, token_kinds, window_table)
-from pgolf.training import can_compile
+from pgolf.device import can_compile
 from pgolf.ttt import Learner, TTTConfig, adapt, chunk_plan, score_and_adapt, scored_chunks
 
 CFG = ModelConfig(vocab_size=64, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8, skip_init=1., smear=True, bigram_vocab_size=64,
@@ -170,7 +170,7 @@ RANKS = """if 1:
     from pgolf.bpb import ByteTables
     from pgolf.gpt import GPT, ModelConfig
     from pgolf.scoring import save_scores, describe, score
-    from pgolf.training import Ranks, close_ranks, setup_ranks
+    from pgolf.device import Ranks, close_ranks, setup_ranks
     ranks, n = setup_ranks("cpu"), 64
     model = GPT(ModelConfig(vocab_size=n, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=2, rope_dims=8), 3)
     torch.nn.init.normal_(model.tok_emb.weight, generator=torch.Generator().manual_seed(0))

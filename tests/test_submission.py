@@ -10,7 +10,7 @@ import subprocess
 import venv
 
 import pytest
-from pgolf import flatten, pipeline, submission
+from pgolf import flatten, pipeline, script, submission
 from pgolf.bpb import BYTE_LIMIT
 from pgolf.recipes import RECIPES, at_scale, get_recipe
 
@@ -32,7 +32,7 @@ def tiny(name): return at_scale(get_recipe(name), "tiny").but(iterations=12, war
 
 
 @functools.cache
-def code_of(name): return submission.make_code(tiny(name))
+def code_of(name): return script.make_code(tiny(name))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finishe
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_script_of_every_recipe_is_whole(name):
-    tree = ast.parse(submission.script(at_scale(get_recipe(name), "full"), 4))
+    tree = ast.parse(script.script(at_scale(get_recipe(name), "full"), 4))
     used = {n.id for s in tree.body for n in flatten.global_names(s) if isinstance(n.ctx, ast.Load)}
     unknown = used - flatten.bound_names(tree.body) - set(dir(builtins)) - {"__file__"}
     assert not unknown, unknown
@@ -111,13 +111,13 @@ def test_readable_script_has_fewer_than_1500_lines(name):
 
 def test_what_is_left_out_still_exists():
     known = {n for m in flatten.read_package().values() for n in m.defs}
-    assert set(submission.UNUSED) <= known, "submission.UNUSED names definitions that are gone: rename or remove them there"
-    stand_ins = flatten.Module("stand_ins", submission.STAND_INS, "pgolf")
-    assert set(stand_ins.defs) <= known, "submission.STAND_INS stands in for definitions that are gone"
+    assert set(script.UNUSED) <= known, "script.UNUSED names definitions that are gone: rename or remove them there"
+    stand_ins = flatten.Module("stand_ins", script.STAND_INS, "pgolf")
+    assert set(stand_ins.defs) <= known, "script.STAND_INS stands in for definitions that are gone"
 
 
 def test_packing_is_deterministic():
-    assert submission.make_code(tiny("pr610")) == code_of("pr610")
+    assert script.make_code(tiny("pr610")) == code_of("pr610")
 
 
 # ---- the folder
