@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pgolf import bench, growth
+from pgolf import peer as peer_module
 from pgolf.bench import BENCHES, Row, bench_figure, bench_table, make_case, peak_memory, read_bench, run_benches
 from pgolf.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
 
@@ -107,7 +108,7 @@ BASELINE = dedent('''
         length, n, total, count = eval_seq_len or args.train_seq_len, len(val_tokens) - 1, 0., 0
         logits = torch.compile(base_model.forward_logits, dynamic=False)
         with torch.inference_mode():
-            for stop in [length, *range(length + stride, n + 1, stride)]:
+            for stop in [length, *range(length + stride, n + 1, stride), *{tail}]:
                 x, y, first = val_tokens[stop-length:stop], val_tokens[stop-length+1:stop+1], 0 if stop == length else length - stride
                 nll = F.cross_entropy(logits(x[None])[0], y, reduction="none")[first:]
                 total, count = total + nll.double().sum().item(), count + len(nll)
@@ -123,10 +124,10 @@ BASELINE = dedent('''
 SETTINGS = dict(num_layers=4, activation="relu2", mlp_mult=2., rope_dims=16, rope_train_seq_len=0, xsa_last_n=0, ln_scale=False, skip_init=1., smear=False, bigram_vocab_size=0, ve_dim=0, ve_layers=())
 
 
-def script(folder, imports="", square="square", update='p.grad + g["momentum"]*buf'):
+def script(folder, imports="", square="square", update='p.grad + g["momentum"]*buf', tail="[]"):
     "The stand-in on disk; the parameters are where tests put in faults."
     path = folder/"train_gpt.py"
-    path.write_text(BASELINE.format(imports=imports, square=square, update=update))
+    path.write_text(BASELINE.format(imports=imports, square=square, update=update, tail=tail))
     return path
 
 
@@ -147,6 +148,21 @@ def test_a_published_script_is_timed_beside_ours(case, tmp_path):
         ours, theirs = rows[f"{what}: ours"], rows[f"{what}: theirs"]
         assert ours.ratio > 0 and ours.against == "theirs" and ours.work == theirs.work > 0 and theirs.ratio is None
     assert rows["forward and backward: theirs"].memory > 0 and "GPTQ: ours" not in rows
+
+
+def test_sliding_windows_are_compared_one_by_one(case, tmp_path, monkeypatch):
+    "A script that runs as many windows again takes twice our time, and per window as long: what is compared."
+    def sliding(**changes):
+        peer = load_peer(script(tmp_path, **changes))
+        at, model, theirs, _ = peer_module._both_models(case, peer)
+        return peer_module.peer_sliding(at, peer, model.eval(), theirs)[0]
+    def half_the_time(case, name, ours, theirs, **kw):
+        ours(), theirs()
+        return [bench.Row("peer", name, case.system, case.scale, ratio=.5, ratio_low=.5, ratio_high=.5, ratio_cpu=.5) for _ in range(2)]
+    monkeypatch.setattr(peer_module, "_pair", half_the_time)
+    once, twice = sliding(), sliding(tail="[length, *range(length + stride, n + 1, stride)]")
+    assert "33 windows here, 33 there" in once.what and "33 windows here, 66 there" in twice.what
+    assert (once.ratio, twice.ratio) == (.5, 1.)
 
 
 @pytest.mark.parametrize("fault,error", [(dict(square="abs"), "difference of"), (dict(update="buf"), "moves the weights elsewhere"),

@@ -4,6 +4,7 @@ import numpy as np, pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from pgolf import muon
 from pgolf.muon import Muon, newton_schulz
 
 SHAPES = [(64, 64), (192, 64), (64, 192), (64, 64), (32, 64), (64, 64), (192, 64)]
@@ -32,6 +33,19 @@ def test_newton_schulz_meets_published_bits(golden):
     for i in range(4):
         out = newton_schulz(torch.from_numpy(g[f"ns/{i}/in"])).float().numpy()
         np.testing.assert_array_equal(out, g[f"ns/{i}/out_bf16"])
+
+
+def test_both_ways_of_a_bfloat16_product_give_one_step(golden, monkeypatch):
+    "With instructions for bfloat16 and by way of float32: the published bits, and for larger matrices a step that last bits alone tell apart."
+    G, out = torch.randn(2, 160, 96, generator=torch.Generator().manual_seed(3)), {}
+    for native in (False, True):
+        monkeypatch.setattr(muon, "_multiplies_bf16", lambda: native)
+        test_newton_schulz_meets_published_bits(golden)
+        A = muon.product(G.bfloat16(), G.bfloat16().mT)
+        assert A.dtype == torch.bfloat16 and (native or torch.equal(A, (G.bfloat16().float() @ G.bfloat16().float().mT).bfloat16()))
+        out[native] = newton_schulz(G).float()
+    assert (out[True]-out[False]).norm() < .03*out[True].norm()
+    assert torch.equal(muon.product(G, G.mT), G @ G.mT), "float32 goes its own way"
 
 
 # name -> (matrices, optimizer settings, relative tolerance); in "one matrix" the second rank owns nothing
