@@ -415,7 +415,7 @@ def machine(
 )->dict:
     "What was measured on, and how busy it was."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return environment(device) | dict(cores=os.cpu_count(), load=load, shared=load is not None and load > os.cpu_count()+.5)
+    return environment(device) | dict(cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), load=load, shared=load is not None and load > os.cpu_count()+.5)
 
 def run_benches(
     systems=FIVE[:1],  # recipes; the training step is measured for each, everything else for the first
