@@ -130,20 +130,20 @@ def test_module_keeps_the_house_rules(path):
     assert len(text.splitlines()) <= 700
 
 
-def test_importing_everything_is_quick_and_touches_neither_network_nor_cuda():
+def test_importing_everything_touches_neither_network_nor_cuda_nor_what_is_slow_to_load():
     code = """if 1:
-        import socket, sys, time, torch
+        import socket, sys, torch
         def refuse(*a, **k): raise AssertionError('network at import')
         socket.socket.connect = socket.getaddrinfo = refuse
         torch.cuda._lazy_init = refuse
         import importlib
-        start = time.perf_counter()
+        before = set(sys.modules)
         for m in sys.argv[1:]: importlib.import_module(f'pgolf.{m}')
         assert not torch.cuda.is_initialized()
-        print(time.perf_counter() - start)"""
+        slow = {'torch._dynamo', 'torch._inductor', 'matplotlib', 'scipy.stats', 'papermill', 'IPython'}
+        assert not (found := slow & set(sys.modules) - before), found"""
     out = subprocess.run([sys.executable, "-c", code, *(p.stem for p in MODULES)], cwd=ROOT, capture_output=True, text=True)
     assert not out.returncode, out.stderr
-    assert float(out.stdout) < 20, "seconds, after torch itself"
 
 
 # ---- the files

@@ -11,7 +11,7 @@ from html import unescape
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
-from conftest import ROOT
+from conftest import HANG, ROOT
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.support.ui import WebDriverWait
@@ -116,7 +116,7 @@ def test_search_finds_a_definition(site, browser):
     box = browser.find_element("css selector", ".smalldocs-search input, #quarto-search input")
     box.send_keys("frozen")
     results = ".smalldocs-search-results a, .aa-Item a"
-    WebDriverWait(browser, 10).until(lambda b: b.find_elements("css selector", results))
+    WebDriverWait(browser, HANG).until(lambda b: b.find_elements("css selector", results))
     assert not console(browser)
 
 
@@ -128,7 +128,7 @@ def test_dark_mode_changes_the_page(site, browser, tmp_path):
     before, colour = dark(), background()
     browser.save_screenshot(str(tmp_path / "before.png"))
     browser.find_element("css selector", ".quarto-color-scheme-toggle").click()
-    WebDriverWait(browser, 10).until(lambda b: dark() != before and background() != colour)
+    WebDriverWait(browser, HANG).until(lambda b: dark() != before and background() != colour)
     browser.save_screenshot(str(tmp_path / "after.png"))
     assert (tmp_path / "after.png").stat().st_size > 10_000
     browser.find_element("css selector", ".quarto-color-scheme-toggle").click()
