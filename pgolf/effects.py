@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import asdict,dataclass
 from pathlib import Path
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 from .data import Dataset
 from .pipeline import Report,run,start,write_json
@@ -119,10 +118,11 @@ def paired(
     level:float=.95, # chance that the intervals of all these rows hold, at least
 )->Effect:
     "Mean of paired differences with Student's interval, its error shared among the rows."
+    from scipy.stats import t # half a second, so only where it is needed
     if rows < 1: raise ValueError(f"rows={rows}: count the rows that are read together, 1 or more")
     d = np.asarray(d, float)
     if len(d) < 2: return Effect(float(d.mean()), np.inf)
-    reach = stats.t.ppf(1 - (1-level)/(2*rows), len(d)-1)
+    reach = t.ppf(1 - (1-level)/(2*rows), len(d)-1)
     return Effect(float(d.mean()), float(reach*d.std(ddof=1)/len(d)**.5))
 
 # %% ../nbs/55_effects.ipynb #b7c1e0a6
