@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -66,6 +67,21 @@ def test_exported_cells_are_short(path):
         return len(code.splitlines()) - len(fields)
     long = {source(c).split("\n")[1]: size(source(c)) for c in cells(path) if {"export", "exports"} & set(directives(c)) and size(source(c)) > 40}
     assert not long
+
+
+def as_options(code):
+    "Options of a cell, as a renderer reads them."
+    return [yaml.safe_load(line) for line in re.findall(r"^#\|\s*([\w-]+:.*)$", code, re.M)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_cell_options_are_yaml(path):
+    for cell in cells(path): assert all(isinstance(o, dict) for o in as_options(source(cell))), source(cell)
+
+
+def test_an_unquoted_colon_is_no_yaml():
+    with pytest.raises(yaml.YAMLError): as_options("#| fig-alt: three ways: plain, once, twice")
+    assert as_options('#| echo: false\n#| fig-alt: "three ways: plain"') == [{"echo": False}, {"fig-alt": "three ways: plain"}]
 
 
 def test_run_notebooks_keep_their_parameters_tag():
