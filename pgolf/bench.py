@@ -19,11 +19,10 @@ from tabulate import tabulate
 from torch import Tensor,nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 from .artifact import load_artifact,save_artifact
 from .averaging import EMA,HMA,SWA
 from .bpb import ByteTables
-from .data import write_shard
+from .data import bar,write_shard
 from .device import Ranks,best_dtype,keep_memory,wait_for
 from .entropy import decode,encode,entropy
 from .gpt import GPT,flops_per_token
@@ -441,9 +440,9 @@ def run_benches(
     cases = [make_case(s, scale, device, quick, compile, overrides) for s in systems]
     todo = [(n,c) for n in only or benches for c in (cases if n=="step" else cases[:1])]
     out = dict(machine=machine(device), scale=scale, quick=quick, compiled=compile, rows=[])
-    with tqdm(todo, disable=not progress, unit="bench") as bar:
-        for name,c in bar:
-            bar.set_postfix_str(f"{name} {c.system}")
+    with bar(todo, disable=not progress, unit="bench") as shown:
+        for name,c in shown:
+            shown.set_postfix_str(f"{name} {c.system}")
             found = benches[name](c)
             if isinstance(found, dict): out |= found
             else: out["rows"] += map(asdict, found)

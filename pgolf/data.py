@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'HEADER_BYTES', 'AUSTEN', 'ShardError', 'write_shard', 'read_shard', 'TokenStream', 'BatchLoader',
            'read_documents', 'austen_text', 'austen_documents', 'Dataset', 'open_dataset', 'build_dataset', 'austen',
-           'download_fineweb']
+           'download_fineweb', 'bar']
 
 # %% ../nbs/02_data.ipynb #ef0b8b57
-import json, re, shutil, uuid
+import json, re, shutil, sys, uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np, torch, zstandard
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm as plain_tqdm
+from tqdm.auto import tqdm
 
 from .bpb import ByteTables, byte_tables
 from .tokenizer import atomic_write, encode_document, load_tokenizer, train_tokenizer
@@ -271,7 +272,7 @@ def _write_split(sp, docs, folder, names, shard_size):
         nonlocal fill,n_files
         write_shard(folder/next(names), buffer[:fill])
         fill,n_files = 0,n_files+1
-    for doc in tqdm(docs, desc=f"encoding {folder.name}", unit="doc", delay=5, leave=False):
+    for doc in bar(docs, desc=f"encoding {folder.name}", unit="doc", delay=5, leave=False):
         ids = encode_document(sp, doc)
         total += len(ids)
         while len(ids):
@@ -397,7 +398,7 @@ def download_fineweb(
     for file in filter(None, (tokenizer["model_path"], tokenizer.get("vocab_path"))):
         if not (root/file).is_file(): _take(get(file), root/file, vocab_size=entry["vocab_size"])
     wanted = [(split,i) for split,n in (("val", entry["stats"]["files_val"]), ("train", train_shards)) for i in range(n)]
-    for split,i in tqdm(wanted, desc=name, unit="shard", delay=5):
+    for split,i in bar(wanted, desc=name, unit="shard", delay=5):
         file = Path("datasets")/name/next(islice(_shard_names(entry, split), i, None))
         want = _expected_tokens(entry, manifest.get("shard_size"), split, i)
         if not _is_whole(root/file, want): _take(get(file.as_posix()), root/file, want, entry["vocab_size"])
@@ -413,3 +414,30 @@ def _take(got, path, want=None, vocab_size=None):
     except ValueError: got.unlink(); raise
     path.parent.mkdir(parents=True, exist_ok=True)
     got.replace(path)
+
+# %% ../nbs/02_data.ipynb #4f54b185
+class _Lines(plain_tqdm):
+    "A bar for files and pipes: a line now and then."
+    def __init__(self, *args, seconds=5., **kw):
+        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds, maxinterval=10*seconds)
+        layout = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
+        super().__init__(*args, bar_format=layout, **kw)
+    def display(self, msg=None, pos=None): print(msg or str(self), file=self.fp, flush=True)
+    def clear(self, *_, **__): pass
+    def close(self):
+        if self.leave and not self.disable: self.display()
+        self.sp = None # what writes carriage returns; without it nothing is left to clear
+        super().close()
+    @classmethod
+    def write(cls, s, file=None, end="\n", nolock=False): print(s, file=file, end=end, flush=True)
+
+def bar(
+    iterable=None, # to go through, if any
+    file=None,     # where to write; default standard error
+    **kw,          # of tqdm
+):# a bar of tqdm
+    "Show progress: a bar in a terminal, a widget in a notebook, else lines."
+    where = sys.stderr if file is None else file
+    if tqdm.__module__ == "tqdm.auto" and where in (sys.stdout, sys.stderr): kind = tqdm # a widget
+    else: kind = plain_tqdm if where.isatty() else _Lines
+    return kind(iterable, file=file, **kw)

@@ -11,6 +11,7 @@ import json, math, sys
 from pathlib import Path
 import torch
 from tqdm import tqdm
+from .data import bar
 from .training import Run, save_checkpoint, settle
 
 # %% ../nbs/25_listeners.ipynb #a042f2eb
@@ -93,7 +94,8 @@ class Progress:
     ): self.file,self.lines = file or sys.stderr, lines
     def on_start(self, run):
         self.begun,self.held = None, "" # (seconds, step) at the first step; the line to write if none follows
-        self.bar = tqdm(total=run.schedule.iterations, initial=run.step, unit="step", file=self.file, disable=not run.is_main or self.lines)
+        self.bar = bar(total=run.schedule.iterations, initial=run.step, unit="step", file=self.file,
+            disable=not run.is_main or self.lines)
     def before_step(self, run):
         if self.begun: return
         self.begun = run.now(), run.step
@@ -105,7 +107,7 @@ class Progress:
         if not run.is_main: return
         of_step = "tokens_per_second" in values
         if self.lines: self._line(run, values, of_step)
-        elif of_step: self.bar.set_postfix(loss=f"{values['loss']:.4f}")
+        elif of_step: self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         else: self.bar.write(f"step {run.step}: {as_line(values)}", file=self.file)
     def on_end(self, run):
         if self.held: print(self.held, file=self.file, flush=True)

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .bpb import ByteTables, bits_per_byte
+from .data import bar
 from .device import Ranks, maybe_compile
 from .tokenizer import atomic_write
 
@@ -261,14 +261,15 @@ def join(
 def _bar(n_bytes, progress):
     "A bar over targets with time left and running bpb; call it with the losses and the number of targets done."
     shown = time.monotonic()
-    with tqdm(total=len(n_bytes), disable=not progress, unit=" targets", unit_scale=True, desc="score", mininterval=1) as bar:
+    with bar(total=len(n_bytes), disable=not progress, unit=" targets", unit_scale=True, desc="score") as shown_bar:
         def tick(nll, done):
             nonlocal shown
             if not progress: return
-            bar.update(done-bar.n)
+            shown_bar.update(done-shown_bar.n)
             if time.monotonic()-shown > 2: # reading the sum waits for the device
                 shown = time.monotonic()
-                bar.set_postfix(val_bpb=f"{bits_per_byte(float(nll[:done].double().sum()), int(n_bytes[:done].sum())):.4f}")
+                so_far = bits_per_byte(float(nll[:done].double().sum()), int(n_bytes[:done].sum()))
+                shown_bar.set_postfix(val_bpb=f"{so_far:.4f}", refresh=False)
         yield tick
 
 # %% ../nbs/40_scoring.ipynb #c2ec5386

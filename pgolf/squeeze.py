@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .artifact import family, ledger, pack
 from .bpb import BYTE_LIMIT
+from .data import bar
 from .entropy import entropy
 from .gpt import GPT, ModelConfig, load_published
 from .gptq import GPTQConfig, collect_hessians, gptq, refit_scale, sample_tokens
@@ -76,7 +76,7 @@ def importance(
     total = {n: torch.zeros(len(p), device=device) for n,p in mats.items()}
     model.eval()
     rows = [row for ids in batches for row in ids]
-    for row in tqdm(rows, desc="importance", unit="window", delay=5, leave=False, disable=not progress):
+    for row in bar(rows, desc="importance", unit="window", delay=5, leave=False, disable=not progress):
         row = row.to(device)
         loss = model.loss(row[None,:-1], row[None,1:])*(len(row)-1)   # sum over the sequence: its gradients are one draw
         for (n,t),g in zip(total.items(), torch.autograd.grad(loss, mats.values(), allow_unused=True)):
@@ -219,7 +219,7 @@ def quantize_to(
 )->dict: # name -> Quantized or tensor, in the order of `state`
     "Round the matrices with these steps; the rest becomes float16."
     out = {n: t.detach().cpu().to(torch.float16 if t.is_floating_point() else t.dtype) for n,t in state.items()}
-    for n,size in tqdm(sizes.items(), desc="rounding", unit="matrix", delay=5, leave=False, disable=not progress):
+    for n,size in bar(sizes.items(), desc="rounding", unit="matrix", delay=5, leave=False, disable=not progress):
         W,m = state[n].detach().float(),measure[n]
         scale = scale_of(W, size, m, cfg)
         codes = round_to(W, scale, m, cfg)
@@ -254,7 +254,7 @@ def squeeze_state(
     "Choose a step for every matrix so that the artifact fits."
     measure = metrics(state) if measure is None else measure
     names = [n for n,t in state.items() if t.dim() == 2 and t.is_floating_point() and t.numel() >= cfg.min_numel]
-    ladders = {n: ladder(state[n], measure[n], cfg) for n in tqdm(names, desc="ladders", unit="matrix", delay=5, leave=False, disable=not progress)}
+    ladders = {n: ladder(state[n], measure[n], cfg) for n in bar(names, desc="ladders", unit="matrix", delay=5, leave=False, disable=not progress)}
     sizes = {n: r.size for n,r in allot(ladders, budget-_fixed_bytes(state, names, meta)).items()}
     def build(shift):
         now = {n: min(max(s*2**shift, cfg.finest), cfg.coarsest) for n,s in sizes.items()}
