@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'KEYS', 'BASE', 'PLAN_HEADS', 'Run', 'make_plan', 'read_plan', 'state_of', 'check_plan', 'memory_of',
-           'free_memory', 'jobs_for', 'notebooks_folder', 'own_notebooks', 'notebook_of', 'execute', 'tidy', 'command',
-           'Local', 'work_of', 'progress_of', 'Display', 'left', 'line', 'Outcome', 'log_tail', 'plan_rows',
-           'visible_cards', 'run_plan']
+           'free_memory', 'jobs_for', 'command', 'Local', 'work_of', 'progress_of', 'Display', 'left', 'line',
+           'Outcome', 'log_tail', 'plan_rows', 'visible_cards', 'run_plan']
 
 # %% ../nbs/59_batch.ipynb #8e4d401b
 import asyncio, difflib, hashlib, json, queue, re, shlex, signal, subprocess, sys, threading, time, tomllib
@@ -187,98 +186,6 @@ def jobs_for(
     room = places if cards else free//need
     why = f"{cards} card(s)" if cards else f"{cores} cores, {threads} thread(s) a run, {need/1e9:.1f} of {free/1e9:.1f} GB memory a run"
     return max(1, min(places, room, len(plan))), why
-
-# %% ../nbs/59_batch.ipynb #51e9a7a7
-def notebooks_folder()->Path: # nbs/ of a checkout, else the copy that the package carries
-    "Where the run notebooks are."
-    package = Path(pgolf.__file__).resolve().parent
-    nbs = package.parent/"nbs"
-    return nbs if any(nbs.glob("6*_pr*.ipynb")) else package/"notebooks"
-
-def own_notebooks(
-    folder:Path|None=None, # of notebooks; None: `notebooks_folder`
-)->dict[str,Path]: # system -> run notebook, in the book's order
-    "The run notebooks of the systems."
-    folder = Path(folder or notebooks_folder())
-    found = {n.stem.partition("_")[2]:n for n in sorted(folder.glob("6*_pr*.ipynb"))}
-    if not found: raise ValueError(f"no run notebooks 6*_pr*.ipynb in {folder}: name their folder with --notebooks")
-    return found
-
-def notebook_of(
-    recipe:str,            # name
-    folder:Path|None=None, # of notebooks; None: `notebooks_folder`
-)->Path:
-    "The notebook of a recipe's system, or the one that takes any."
-    own = own_notebooks(folder)
-    any_recipe = next(Path(folder or notebooks_folder()).glob("6*_any.ipynb"), None)
-    found = own.get(recipe.removesuffix("-as-run"), any_recipe)
-    if not found: raise ValueError(f"no run notebook for {recipe}; there are {', '.join(own)}")
-    return found
-
-# %% ../nbs/59_batch.ipynb #8395b758
-def _stoppable():
-    "A kernel manager that hands Ctrl-C to the cell that is running, and a hook that starts no further cell."
-    from jupyter_client import AsyncKernelManager
-    heard = threading.Event()
-    class Manager(AsyncKernelManager):
-        async def start_kernel(self, **kw):
-            quiet = ["--IPKernelApp.log_level=ERROR"] # it warns of its sockets, which only this user can reach
-            await super().start_kernel(**kw, extra_arguments=quiet)
-            for s in (signal.SIGINT, signal.SIGTERM): asyncio.get_running_loop().add_signal_handler(s, self.hear)
-        def hear(self):
-            heard.set()
-            self.pending = asyncio.ensure_future(self.interrupt_kernel())
-    def before_cell(**_):
-        if heard.is_set(): raise KeyboardInterrupt
-    return Manager, before_cell, heard
-
-# %% ../nbs/59_batch.ipynb #d87530e5
-def execute(
-    notebook:Path,   # source
-    out:Path,        # folder of the run; receives the executed copy
-    parameters:dict, # of its tagged cell
-)->Path: # the executed notebook
-    "Execute a notebook with papermill; when a cell fails, the partial notebook stays and the error says where."
-    import papermill as pm # takes a second, so only where it is needed
-    from nbclient.exceptions import DeadKernelError
-    notebook,done = Path(notebook), Path(out)/Path(notebook).name
-    if not notebook.is_file(): raise FileNotFoundError(f"no notebook {notebook}")
-    done.parent.mkdir(parents=True, exist_ok=True)
-    _check_names(notebook, parameters, pm.inspect_notebook(notebook))
-    manager,before_cell,heard = _stoppable()
-    try: pm.execute_notebook(notebook, done, parameters, progress_bar=False, kernel_name="python3",
-        stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_manager_class=manager, on_cell_start=before_cell)
-    except pm.PapermillExecutionError as e:
-        if e.ename == "KeyboardInterrupt": raise KeyboardInterrupt(e.evalue) from None
-        raise RuntimeError(f"{notebook}: cell {e.cell_index} failed with {e.ename}: {e.evalue}; the partial notebook is {done}") from None
-    except DeadKernelError:
-        if heard.is_set(): raise KeyboardInterrupt from None
-        raise RuntimeError(f"{notebook}: its kernel died, most often because memory ran out; the partial notebook {done} ends where "
-            "it was; the same command goes on from the last checkpoint, with fewer runs at once (--jobs) if memory is short") from None
-    finally:
-        if done.exists(): tidy(done)
-    return done
-
-# %% ../nbs/59_batch.ipynb #ca9b7195
-def _check_names(notebook, parameters, known):
-    for n in parameters.keys()-known.keys():
-        near = ", ".join(difflib.get_close_matches(n, known, 3, .4)) or "none"
-        raise ValueError(f"{notebook} has no parameter {n!r}; near matches: {near}; there are: {', '.join(known)}")
-
-def tidy(
-    notebook:Path, # executed; rewritten
-):
-    "Drop progress bars, which were for whoever watched, from the stored outputs."
-    import nbformat
-    nb = nbformat.read(notebook, 4)
-    for c in nb.cells:
-        if c.cell_type == "code": c["outputs"] = [o for o in c.outputs if not _is_bar(o)]
-    nb.metadata.pop("widgets", None)
-    nbformat.write(nb, notebook)
-
-def _is_bar(output):
-    if "application/vnd.jupyter.widget-view+json" in output.get("data", {}): return True
-    return "text" in output and (not output["text"].strip() or bool(re.search(r"\d+%\|", output["text"])))
 
 # %% ../nbs/59_batch.ipynb #62b3364c
 def command(
