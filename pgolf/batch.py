@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'KEYS', 'BASE', 'STOP', 'PLAN_HEADS', 'Run', 'make_plan', 'read_plan', 'state_of', 'check_plan', 'memory_of',
-           'free_memory', 'check_jobs', 'jobs_for', 'command', 'Local', 'press', 'work_of', 'progress_of', 'Display',
-           'share', 'left', 'summary', 'line', 'Outcome', 'log_tail', 'plan_rows', 'plan_reports', 'visible_cards',
-           'share_cards', 'run_plan']
+           'free_memory', 'check_jobs', 'jobs_for', 'command', 'Local', 'work_of', 'progress_of', 'Display', 'Outcome',
+           'log_tail', 'plan_rows', 'plan_reports', 'visible_cards', 'share_cards', 'run_plan']
 
 # %% ../nbs/59_batch.ipynb #8e4d401b
 import difflib, hashlib, json, queue, re, shlex, signal, subprocess, sys, threading, time, tomllib
@@ -259,7 +258,7 @@ class Local:
         return i, code
 
 # %% ../nbs/59_batch.ipynb #8df210e1
-def press(self, *_):
+def _press(self, *_):
     "Stop: by an interrupt, the second time by SIGTERM, then at once."
     self.stopping.set()
     how = STOP[min(self.presses, 2)]
@@ -269,7 +268,7 @@ def press(self, *_):
     self.timer = threading.Timer(self.patience, self.press)
     self.timer.daemon = True
     if how != signal.SIGKILL: self.timer.start()
-Local.press = press
+Local.press = _press
 
 @contextmanager
 def _ctrl_c(self):
@@ -372,7 +371,7 @@ def _tick(self):
         self.bars.update(self.all, completed=self.share()[0], what=self.summary())
 Display._tick = _tick
 
-def share(self)->tuple[float,float]: # of the work that is done, and of what has been done since this display began
+def _share(self)->tuple[float,float]: # of the work that is done, and of what has been done since this display began
     "How far the plan is."
     def of(i):
         if i in self.done: return 1.
@@ -381,29 +380,29 @@ def share(self)->tuple[float,float]: # of the work that is done, and of what has
     now = sum(of(i)*s for i,s in enumerate(sizes))
     before = sum(f*s for f,s in zip(self.first, sizes))
     return now/sum(sizes), max(0., now-before)/sum(sizes)
-Display.share = share
+Display.share = _share
 
-def left(self)->str: # minutes and seconds, or "?"
+def _left(self)->str: # minutes and seconds, or "?"
     "Time to the end of the plan at the rate so far."
     done,now = self.share()
     return tqdm.format_interval((1-done)*(time.monotonic()-self.began)/now) if now else "?"
-Display.left = left
+Display.left = _left
 
 # %% ../nbs/59_batch.ipynb #59b00005
-def summary(self)->str:
+def _summary(self)->str:
     "The plan as a whole, in a few words."
     if self.stopping.is_set(): return "stopping: checkpoints are being written; Ctrl-C again ends at once"
     failed = sum(c not in (0, None) for c in self.done.values())
     count = f"{len(self.done)-failed} of {len(self.plan)} finished" + (f", {failed} failed" if failed else "")
     return f"{count}, {self.left()} left"
-Display.summary = summary
+Display.summary = _summary
 
-def line(self)->str:
+def _line(self)->str:
     "State of the plan in a line, for where there is no terminal."
     active = [(Path(self.plan[i].out).name, progress_of(self.plan[i], self.work[i])[0]) for i in sorted(self.active)]
     now = ", ".join(" ".join(a) for a in active)
     return f"{tqdm.format_interval(time.monotonic()-self.began)} {self.summary()}: {now}"
-Display.line = line
+Display.line = _line
 
 # %% ../nbs/59_batch.ipynb #77d5e833
 @dataclass(frozen=True)

@@ -237,14 +237,18 @@ def launch(
     write_json(job.out/"job.json", dict(dataset=str(job.dataset.path), device=job.device, lines=job.lines, progress=job.progress))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out)]
     reached = read_json(job.out/"training.json").get("steps", 0)
+    heard = False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as p:
         while True:
             try:
-                for line in p.stdout: print(line, end="", file=None if job.lines else sys.stderr, flush=True)
+                for line in p.stdout: # after Ctrl-C only torchrun speaks, of its own end
+                    if not heard: print(line, end="", file=None if job.lines else sys.stderr, flush=True)
                 break
-            except KeyboardInterrupt: pass # the processes have heard it too; they write a checkpoint and end
+            except KeyboardInterrupt: heard = True # the processes have heard it too; they write a checkpoint and end
     now = read_json(job.out/"training.json")
-    if p.returncode and not (now.get("stopped_by")=="interrupted" and now["steps"]>reached):
+    stopped = now.get("stopped_by")=="interrupted" and now["steps"]>reached
+    if heard and p.returncode and not stopped: raise KeyboardInterrupt("before a checkpoint was written; the same command goes on from where this one began")
+    if p.returncode and not stopped:
         raise RuntimeError(f"training in {job.nproc} processes failed with exit code {p.returncode}; its last lines are above, the same command goes on from {job.state} if it is there")
 
 # %% ../nbs/51_pipeline.ipynb #b1203d93
