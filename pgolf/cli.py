@@ -6,8 +6,8 @@
 __all__ = ['app', 'data_app', 'Version', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'Device', 'Jobs', 'Threads',
            'Notebooks', 'main', 'resumable', 'as_table', 'parse_overrides', 'resolve', 'run', 'worker', 'plan',
            'print_plan', 'data_austen', 'data_fineweb', 'data_build', 'execute_', 'ManySeeds', 'batch', 'run_batch',
-           'print_board', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'score', 'pack', 'doctor',
-           'squeeze', 'bench']
+           'say_ends', 'print_board', 'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'score',
+           'pack', 'doctor', 'squeeze', 'bench']
 
 # %% ../nbs/83_cli.ipynb #d9571582
 import functools,hashlib,inspect,json,re,sys,textwrap
@@ -21,7 +21,8 @@ from tabulate import tabulate
 import pgolf
 from . import pipeline,scoring,submission
 from .artifact import by_family,read_ledger
-from .batch import PLAN_HEADS,Run,check_jobs,check_plan,make_plan,plan_reports,plan_rows,read_plan,run_plan
+from .batch import PLAN_HEADS,Run,check_jobs,check_plan,jobs_for,make_plan
+from .batch import plan_reports,plan_rows,read_plan,run_plan,visible_cards
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
 from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
@@ -282,24 +283,38 @@ def run_batch(
     "Check a plan, make it, and show what came of it."
     check_jobs(jobs, threads)
     for r in plan: notebook_of(r.recipe, notebooks)
-    if dry_run:
-        _table(plan_rows(plan, check_plan(plan)), PLAN_HEADS)
-        return _next("the same command without --dry-run")
+    if dry_run: return _say_plan(plan, jobs, threads)
     with resumable(): outcomes = run_plan(plan, jobs, threads, notebooks)
     print()
     print_board(plan_reports(outcomes))
-    for o in outcomes:
-        if o.state == "failed": print(f"\nfailed: {o.run.out}; the end of {o.log}:\n{textwrap.indent(o.tail, '  ')}", file=sys.stderr)
-    states = [o.state for o in outcomes]
-    if "stopped" in states: raise typer.Exit(_say(f"interrupted: {states.count('finished')} of {len(plan)} run(s) finished; the same command goes on", 130))
-    _say_failures([o for o in outcomes if o.state == "failed"], len(plan))
-    _next(f"`pgolf report {' '.join(r.out for r in plan[:3])}{' ...' if len(plan) > 3 else ''}` lists the files of runs, `pgolf record` compares systems over seeds")
+    say_ends(outcomes)
+    some = " ".join(r.out for r in plan[:2]) + (" ..." if len(plan) > 2 else "")
+    _next(f"`pgolf report {some}` lists files, `pgolf record` compares systems over seeds")
 
-def _say_failures(failed, total):
+def _say_plan(plan, jobs, threads):
+    rows = plan_rows(plan, check_plan(plan, any(r.corpus != "austen" for r in plan)))
+    _table(rows, PLAN_HEADS)
+    n,why = jobs_for(plan, jobs, threads, cards=len(visible_cards(plan)))
+    print(f"\nfolders in {', '.join(dict.fromkeys(str(Path(r.out).parent) for r in plan))}; {n} at once ({why})")
+    _next("the same command without --dry-run makes them")
+
+# %% ../nbs/83_cli.ipynb #83b00013
+def say_ends(
+    outcomes:list, # of `run_plan`
+):
+    "Name what failed with the last lines of its log; raise if not all runs are finished."
+    failed = [o for o in outcomes if o.state == "failed"]
+    for o in failed:
+        print(f"\nfailed: {o.run.out}; the end of {o.log}:", file=sys.stderr)
+        print(textwrap.indent(o.tail, "  "), file=sys.stderr)
+    finished = f"{sum(o.state == 'finished' for o in outcomes)} of {len(outcomes)} run(s) finished"
+    if any(o.state == "stopped" for o in outcomes):
+        raise typer.Exit(_say(f"interrupted: {finished}; the same command goes on", 130))
     if not failed: return
-    why = (failed[0].tail.splitlines() or ["its log is empty"])[-1].removeprefix("pgolf: error: ")
+    why = (failed[0].tail.splitlines() or ["nothing"])[-1].removeprefix("pgolf: error: ")
     names = ", ".join(o.run.out for o in failed)
-    raise RuntimeError(f"{len(failed)} of {total} run(s) failed: {names}; {failed[0].log} ends: {why}; the same command tries them again")
+    raise RuntimeError(f"{finished}; failed: {names}. {failed[0].log} ends with: {why}; "
+        "the same command tries again what failed")
 
 # %% ../nbs/83_cli.ipynb #83b00009
 def print_board(
@@ -309,7 +324,8 @@ def print_board(
     drop = ("scale", "corpus", "coverage", "bytes_total", "complete")
     for scale,corpus in dict.fromkeys((r.scale, r.corpus) for r in reports):
         mine = [r for r in reports if (r.scale, r.corpus) == (scale, corpus)]
-        rows = [r | dict(seed=str(r["seed"]), audit=r["audit"] if r["complete"] else "unfinished") for r in pipeline.scoreboard(mine)]
+        rows = [r | dict(seed=str(r["seed"])) for r in pipeline.scoreboard(mine)]
+        for r in rows: r["audit"] = r["audit"] if r["complete"] else "unfinished"
         print(f"{scale} scale, {corpus}, bits per byte:\n")
         columns = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in drop]
         heads = dict(bytes_artifact="bytes", train_seconds="training, s")
