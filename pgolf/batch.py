@@ -36,7 +36,7 @@ class Run:
     overrides:dict=field(default_factory=dict) # setting -> value
     def resolve(self)->Recipe: # at its final scale
         "The recipe that will run."
-        if "seed" in self.overrides: raise ValueError("seed is no override: give --seeds, or `seeds`")
+        if "seed" in self.overrides: raise ValueError("seed is no override: give --seeds")
         r = at_scale(get_recipe(self.recipe), self.scale)
         return r.but(**self.overrides | dict(seed=self.seed))
     @property
@@ -79,7 +79,7 @@ def make_plan(
     for i,r in enumerate(runs):
         own = dict(recipe=r) if isinstance(r, str) else r
         if not isinstance(own, dict) or "recipe" not in own | shared:
-            raise ValueError(f"{where}: run {i+1} is {r!r}; give a recipe's name, or a key `recipe`")
+            raise ValueError(f"{where}: run {i+1} is {r!r}; give a recipe's name or a key `recipe`")
         _check_keys(own, KEYS, f"{where}: run {i+1}")
         plan += _seeds_of(own, shared, out, f"{where}: run {i+1}")
     return plan
@@ -95,7 +95,7 @@ def _seeds_of(own, shared, out, where):
     overrides = {}
     for given in (shared, own):
         if not isinstance(o := given.get("overrides", {}), dict):
-            raise ValueError(f"{where}: overrides={o!r}: give settings and values, like ttt_lr: 0.001")
+            raise ValueError(f"{where}: overrides={o!r}: give settings, like ttt_lr: 0.001")
         overrides |= o
     common = {k:v for k,v in one.items() if k in OWN} | dict(overrides=overrides)
     _check_types(common, where)
@@ -141,7 +141,8 @@ def state_of(
     if dataset and report.data: same = same and report.data == pipeline.fingerprint(dataset)
     if not same:
         what = f"{report.recipe}, {report.scale}, seed {report.seed}, on {report.corpus}"
-        raise ValueError(f"{out} holds a run of other settings or data ({what}): choose another --out")
+        raise ValueError(
+            f"{out} holds another run ({what}, other settings or data): choose another --out")
     return "finished" if report.complete else "unfinished"
 
 # %% ../nbs/59_batch.ipynb #59b00002
@@ -154,7 +155,7 @@ def check_plan(
     for i,run in enumerate(plan):
         first = taken.setdefault(Path(run.out).resolve(), i)
         if first != i:
-            raise ValueError(f"runs {first+1} and {i+1} share the folder {run.out}: give one a `name`")
+            raise ValueError(f"runs {first+1} and {i+1} share {run.out}: give one a `name`")
         try: states.append(_check(run, sets, data))
         except (ValueError,OSError,TypeError) as e:
             which = f"run {i+1} of {len(plan)} ({run.recipe}, seed {run.seed})"
@@ -171,7 +172,7 @@ def _check(run, sets, data):
     if not data: return state_of(run)
     if run.corpus not in sets: sets[run.corpus] = pipeline.open_corpus(run.corpus)
     if (has := sets[run.corpus].vocab_size) != (want := r.model.vocab_size):
-        raise ValueError(f"vocab_size={want}, the tokenizer of {run.corpus} has {has}: take other data")
+        raise ValueError(f"vocab_size={want}, but {run.corpus} has {has}: take other data")
     return state_of(run, sets[run.corpus])
 
 # %% ../nbs/59_batch.ipynb #a3e629e5
@@ -213,7 +214,7 @@ def jobs_for(
     cores = cores or joblib.cpu_count()
     procs = max(r.nproc for r in plan)
     places = cards//procs if cards else cores//(threads*procs)
-    kinds = {(r.recipe, r.scale, r.nproc, r.device, str(r.overrides)):r for r in plan} # seeds need the same
+    kinds = {str(replace(r, seed=0, out="")):r for r in plan} # other seeds need the same
     need,free = max(map(memory_of, kinds.values())), free_memory() if memory is None else memory
     room = places if cards else free//need
     machine = f"{cores} cores, {threads} thread(s) a run, {need/1e9:.1f} of {free/1e9:.1f} GB a run"
@@ -231,7 +232,8 @@ def command(
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = [f"{n}={threads}" for n in names] + ([f"CUDA_VISIBLE_DEVICES={cards}"] if cards else [])
     given = json.dumps(asdict(run), sort_keys=True)
-    return ["env", *env, sys.executable, "-m", "pgolf.cli", "execute", str(notebook), run.out, given]
+    program = [sys.executable, "-m", "pgolf.cli", "execute"]
+    return ["env", *env, *program, str(notebook), run.out, given]
 
 # %% ../nbs/59_batch.ipynb #08fea9a7
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) # how children are stopped, in this order
@@ -385,7 +387,7 @@ def _tick(self):
         self.bars.update(self.all, completed=self.share()[0], what=self.summary())
 Display._tick = _tick
 
-def _share(self)->tuple[float,float]: # share of the work that is done, and that was done since the start
+def _share(self)->tuple[float,float]: # share of the work that is done; since the start
     "How far the plan is."
     def of(i):
         if i in self.done: return 1.
@@ -438,7 +440,7 @@ def log_tail(
     return "\n".join(said[-lines:])
 
 # %% ../nbs/59_batch.ipynb #59b00007
-PLAN_HEADS = ["run", "recipe", "scale", "seed", "overrides", "GB", "to do", "folder"]
+PLAN_HEADS = ["run", "recipe", "scale", "seed", "overrides", "memory", "to do", "folder"]
 
 def plan_rows(
     plan:list[Run],
@@ -447,7 +449,7 @@ def plan_rows(
     "The plan as a table."
     does = dict(new="run", unfinished="go on", finished="nothing")
     def settings(run): return " ".join(f"{k}={v}" for k,v in run.overrides.items())
-    return [[i+1, r.recipe, r.scale, str(r.seed), settings(r), f"{memory_of(r)/1e9:.1f}", does[s],
+    return [[i+1, r.recipe, r.scale, str(r.seed), settings(r), f"{memory_of(r)/1e9:.1f} GB", does[s],
         Path(r.out).name]
         for i,(r,s) in enumerate(zip(plan, states))]
 

@@ -288,8 +288,8 @@ def run_batch(
     print()
     print_board(plan_reports(outcomes))
     say_ends(outcomes)
-    some = " ".join(r.out for r in plan[:2]) + (" ..." if len(plan) > 2 else "")
-    _next(f"`pgolf report {some}` lists files, `pgolf record` compares systems over seeds")
+    folders = plan[0].out if len(plan) == 1 else f"{Path(plan[0].out).parent}/*"
+    _next(f"`pgolf report {folders}` lists their files")
 
 def _say_plan(plan, jobs, threads):
     rows = plan_rows(plan, check_plan(plan, any(r.corpus != "austen" for r in plan)))
@@ -325,10 +325,12 @@ def print_board(
     for scale,corpus in dict.fromkeys((r.scale, r.corpus) for r in reports):
         mine = [r for r in reports if (r.scale, r.corpus) == (scale, corpus)]
         rows = [r | dict(seed=str(r["seed"])) for r in pipeline.scoreboard(mine)]
-        for r in rows: r["audit"] = r["audit"] if r["complete"] else "unfinished"
+        for r in rows:
+            r["audit"] = r["audit"] or "passed" if r["complete"] else "unfinished"
+            r["train_seconds"] = round(r["train_seconds"] or 0)
         print(f"{scale} scale, {corpus}, bits per byte:\n")
         columns = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in drop]
-        heads = dict(bytes_artifact="bytes", train_seconds="training, s")
+        heads = dict(bytes_artifact="bytes", train_seconds="train s")
         _table([[r.get(k) for k in columns] for r in rows], [heads.get(k, k) for k in columns])
         groups = [g for g in pipeline.by_system(mine) if g["seeds"] > 1]
         if groups:

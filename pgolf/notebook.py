@@ -23,7 +23,8 @@ def own_notebooks(
     "The run notebooks of the systems."
     folder = Path(folder or notebooks_folder())
     found = {n.stem.partition("_")[2]:n for n in sorted(folder.glob("6*_pr*.ipynb"))}
-    if not found: raise ValueError(f"no run notebooks 6*_pr*.ipynb in {folder}: name it with --notebooks")
+    if not found:
+        raise ValueError(f"no run notebooks 6*_pr*.ipynb in {folder}: name it with --notebooks")
     return found
 
 def notebook_of(
@@ -60,8 +61,9 @@ def _manager_for(ctrl_c):
     from jupyter_client import AsyncKernelManager
     class Manager(AsyncKernelManager):
         async def start_kernel(self, **kw):
-            kw["extra_arguments"] = [*kw.get("extra_arguments", ()), "--IPKernelApp.log_level=ERROR"]
-            await super().start_kernel(**kw) # the kernel would warn of sockets that this user alone can reach
+            quiet = "--IPKernelApp.log_level=ERROR" # it would warn of sockets open to this user alone
+            kw["extra_arguments"] = [*kw.get("extra_arguments", ()), quiet]
+            await super().start_kernel(**kw)
             ctrl_c.listen(self)
     return Manager
 
@@ -87,7 +89,7 @@ def execute(
     "Execute a notebook with papermill; one that ends early stays, and the error names it."
     import papermill as pm # takes a second, so only where it is needed
     notebook,done = Path(notebook), Path(out)/Path(notebook).name
-    if not notebook.is_file(): raise FileNotFoundError(f"no notebook {notebook}: name a run notebook")
+    if not notebook.is_file(): raise FileNotFoundError(f"no notebook {notebook}: name another")
     _check_names(notebook, parameters, pm.inspect_notebook(notebook))
     done.parent.mkdir(parents=True, exist_ok=True)
     ctrl_c = _CtrlC()
@@ -105,7 +107,8 @@ def _check_names(notebook, parameters, known):
     for n in parameters.keys()-known.keys():
         near = ", ".join(difflib.get_close_matches(n, known, 3, .4)) or "none"
         there = ", ".join(known)
-        raise ValueError(f"{notebook} has no parameter {n!r}; near matches: {near}; there are: {there}")
+        known = f"near matches: {near}; there are: {there}"
+        raise ValueError(f"{notebook} has no parameter {n!r}; {known}")
 
 def tidy(
     notebook:Path, # executed; rewritten
