@@ -2,6 +2,19 @@
 import configparser
 from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class WithNotebooks(build_py):
+    "The wheel carries the run notebooks as pgolf/notebooks, where the package looks for them without a checkout."
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        target = Path(self.build_lib)/cfg['lib_path']/'notebooks'
+        target.mkdir(parents=True, exist_ok=True)
+        for p in sorted(Path(cfg['nbs_path']).glob('6*_*.ipynb')): self.copy_file(str(p), str(target/p.name))
+
+
 
 parser = configparser.ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
@@ -17,6 +30,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=extras,
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), include_package_data=True,
+    cmdclass=dict(build_py=WithNotebooks),
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]),
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Natural Language :: English',
                  'Programming Language :: Python :: 3.11', 'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13'],
