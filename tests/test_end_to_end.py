@@ -10,6 +10,7 @@ import pytest
 from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 
 from pgolf import cli
+from pgolf.batch import OWN
 from pgolf.bpb import BYTE_LIMIT
 from pgolf.pipeline import Report, read_artifact
 from pgolf.plan import estimate_bytes
@@ -190,11 +191,12 @@ def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tm
 
 def test_failing_cell_leaves_the_partial_notebook_and_a_clear_last_line(quiet, main, tmp_path):
     cell = nbformat.v4.new_code_cell
-    nb = nbformat.v4.new_notebook(cells=[cell("out = ''\nscale = ''\ncorpus = ''\ndevice = ''", metadata=dict(tags=["parameters"])), cell("print('reached', out)"), cell("1/0"), cell("print('too far')")])
+    known = "\n".join(f"{k} = None" for k in sorted(OWN | {"out"}))
+    nb = nbformat.v4.new_notebook(cells=[cell(known, metadata=dict(tags=["parameters"])), cell("print('reached', out)"), cell("1/0"), cell("print('too far')")])
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
-    nbformat.write(nb, tmp_path/"60_pr0.ipynb")
-    code, said, err = main("reproduce", "pr0", "--scale", "tiny", "--notebooks", tmp_path, "--out", tmp_path/"runs")
-    partial = tmp_path/"runs"/"tiny"/"pr0"/"60_pr0.ipynb"
+    nbformat.write(nb, tmp_path/"60_pr610.ipynb")
+    code, said, err = main("reproduce", "pr610", "--scale", "tiny", "--notebooks", tmp_path, "--out", tmp_path/"runs")
+    partial = tmp_path/"runs"/"tiny"/"pr610"/"60_pr610.ipynb"
     last = err.splitlines()[-1]
     assert code == 1 and last.startswith("pgolf: error: ") and "ZeroDivisionError: division by zero" in last and str(partial) in last
     assert "Traceback" not in err
