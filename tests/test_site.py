@@ -150,7 +150,8 @@ for (const part of document.querySelectorAll('math mfrac > *, math msup > *, mat
 return cut"""
 
 # How far the middle of a sign is from the middle of what it stands over or under, in widths of the latter.
-ASIDE = """return [...document.querySelectorAll('math mover, math[display=block] munder')].map(pair => {
+ASIDE = """return [...document.querySelectorAll('math mover, math munder')]
+  .filter(pair => pair.children[1].tagName == 'mo').map(pair => {
   const [base, sign] = [...pair.children].map(e => e.getBoundingClientRect());
   const far = Math.abs((base.left + base.right - sign.left - sign.right)/2)/Math.max(base.width, sign.width);
   return [far, pair.textContent] }).filter(([far]) => far > .25)"""
