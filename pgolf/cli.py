@@ -51,7 +51,8 @@ def _say_version(wanted:bool):
         print(f"pgolf {pgolf.__version__}")
         raise typer.Exit()
 
-Version = Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="print the version and end")]
+Version = Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True,
+    help="print the version and end")]
 
 @app.callback()
 def _all(version:Version=False): pass
@@ -243,9 +244,11 @@ class ManySeeds(TyperCommand):
             out += ["--seeds", a] if seeds and a != "--seeds" and args[i-1] != "--seeds" else [a]
         return super().parse_args(ctx, out)
 
-Jobs = Annotated[str, typer.Option(help="runs at once: auto, as many as cores and memory carry or one a GPU, or a number")]
+Jobs = Annotated[str, typer.Option(
+    help="runs at once: auto, as many as cores and memory carry or one a GPU, or a number")]
 Threads = Annotated[int, typer.Option(help="threads of each run")]
-Notebooks = Annotated[Path, typer.Option(help="folder of the run notebooks; default: the book's, or those in the package")]
+Notebooks = Annotated[Path, typer.Option(
+    help="folder of the run notebooks; default: the book's, or those in the package")]
 
 # %% ../nbs/83_cli.ipynb #83b00007
 @app.command(cls=ManySeeds)
@@ -265,12 +268,14 @@ def batch(
     dry_run:Annotated[bool, typer.Option("--dry-run", help="print the plan and end")]=False,
 ):
     "Make many runs side by side; those that are finished are not made again, those begun go on."
-    said = dict(seeds=seeds, overrides=parse_overrides(override), scale=scale, corpus=corpus, device=device, nproc=nproc,
-        eval_tokens=eval_tokens, out=out and str(out))
+    said = dict(seeds=seeds, overrides=parse_overrides(override), scale=scale, corpus=corpus,
+        device=device, nproc=nproc, eval_tokens=eval_tokens, out=out and str(out))
     said = {k:v for k,v in said.items() if v not in (None, [], {})}
     file = [r for r in runs if Path(r).suffix in (".yaml", ".yml", ".toml")]
-    if file and len(runs) > 1: raise ValueError(f"{' '.join(runs)}: give recipes, or one file that lists runs")
-    run_batch(read_plan(file[0], **said) if file else make_plan(runs, **said), jobs, threads, notebooks, dry_run)
+    if file and len(runs) > 1:
+        raise ValueError(f"{' '.join(runs)}: give recipes, or one file that lists runs")
+    plan = read_plan(file[0], **said) if file else make_plan(runs, **said)
+    run_batch(plan, jobs, threads, notebooks, dry_run)
 
 # %% ../nbs/83_cli.ipynb #83b00008
 def run_batch(
@@ -295,7 +300,8 @@ def _say_plan(plan, jobs, threads):
     rows = plan_rows(plan, check_plan(plan, any(r.corpus != "austen" for r in plan)))
     _table(rows, PLAN_HEADS)
     n,why = jobs_for(plan, jobs, threads, cards=len(visible_cards(plan)))
-    print(f"\nfolders in {', '.join(dict.fromkeys(str(Path(r.out).parent) for r in plan))}; {n} at once ({why})")
+    places = ", ".join(dict.fromkeys(str(Path(r.out).parent) for r in plan))
+    print(f"\nfolders in {places}; {n} at once ({why})")
     _next("the same command without --dry-run makes them")
 
 # %% ../nbs/83_cli.ipynb #83b00013

@@ -16,6 +16,7 @@ import pytest
 from conftest import HANG, ROOT, run_pgolf, start_pgolf
 from hypothesis import given
 from hypothesis import strategies as st
+from test_end_to_end import wait_until
 
 from pgolf import batch, pipeline
 from pgolf.batch import Local, Run, check_plan, jobs_for, make_plan, read_plan, run_plan
@@ -192,8 +193,7 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(fakes, novels, here, tmp_
     args = command(fakes, novels, out, "pr610", "pr576", "--seeds", 9, "--jobs", 2)
     child = start_pgolf(*args)
     marks = [out/"tiny"/f"{r}-9"/"again" for r in ("pr610", "pr576")]
-    end = time.monotonic() + HANG
-    while not all(m.exists() for m in marks): assert child.poll() is None and time.monotonic() < end; time.sleep(.05)
+    wait_until(lambda: all(m.exists() for m in marks), child)
     child.send_signal(signal.SIGINT)
     said, err = child.communicate(timeout=HANG)
     assert child.returncode == 130, said + err
