@@ -28,10 +28,15 @@ def _capped(data):
 def _lzma(data, format=lzma.FORMAT_AUTO, check=-1, memlimit=None, filters=None):
     if any(f.get("dict_size", 0)>2**28 for f in filters or ()): raise Unseen("LZMA asks for too much memory")
     limit = {} if format==lzma.FORMAT_RAW else dict(memlimit=2**28)
-    return lzma.LZMADecompressor(format=format, filters=filters, **limit).decompress(data, LIMIT+1)
+    return _whole(lzma.LZMADecompressor(format=format, filters=filters, **limit), data)
 
-def _zlib(data, wbits=15, bufsize=0): return zlib.decompressobj(wbits).decompress(data, LIMIT+1)
-def _bz2(data): return bz2.BZ2Decompressor().decompress(data, LIMIT+1)
+def _whole(reader, data):
+    out = reader.decompress(data, LIMIT+1)
+    if not reader.eof and len(out)<=LIMIT: raise Unseen("its payload is damaged: it is cut short")
+    return out
+
+def _zlib(data, wbits=15, bufsize=0): return _whole(zlib.decompressobj(wbits), data)
+def _bz2(data): return _whole(bz2.BZ2Decompressor(), data)
 def _zstd(data, max_output_size=0):
     reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data)
     return reader.read(LIMIT+1)
