@@ -6,7 +6,8 @@
 __all__ = ['STATUS', 'IMAGE', 'CHECKS', 'Check', 'judge', 'verdict', 'Folder', 'check_files', 'check_fields', 'helper_files',
            'check_script', 'check_helpers', 'check_patterns', 'check_bytes', 'check_claimed_bytes', 'check_scores',
            'check_runs', 'check_seeds', 'check_times', 'check_text', 'check_devices', 'check_log_source',
-           'check_compliance', 'check_own', 'examine', 'doctor', 'report_text']
+           'check_compliance', 'check_own', 'examine', 'doctor', 'report_text', 'submissions', 'revision', 'facts_of',
+           'survey']
 
 # %% ../nbs/57e_doctor.ipynb #93479f61
 import ast,datetime,json,math,re,shutil,subprocess,textwrap
@@ -23,7 +24,7 @@ from .flatten import minify
 from .patterns import suspicions
 from .readlogs import Log,parse_json,read_any,read_claims,number,unit
 from .submission import OVERSHOOT,SECONDS,SEEDS,VAL_BYTES,read_log,result_of
-from .unwrap import imports,unwrap
+from .unwrap import Program,imports,unwrap
 
 # %% ../nbs/57e_doctor.ipynb #f57a801b
 STATUS = ("ok","unknown","warn","fail") # in order of weight
@@ -70,7 +71,7 @@ class Folder:
         self.files = {p.relative_to(self.path).as_posix():p for p in found if "__pycache__" not in p.parts}
         self.claims = read_claims(self._facts())
         self.script = self._named("train_gpt.py", r"train.*\.py$")
-        self.program = unwrap(self.text(self.script), self.path, self.script) if self.script else unwrap("")
+        self.program = unwrap(self.text(self.script), self.path, self.script) if self.script else Program()
         self.logs = self._logs()
         self.artifacts = {n:p.stat().st_size for n,p in self.files.items() if p.suffix in _ARTIFACTS or n.endswith(".bin") and "/" not in n}
         track = str(self.claims.facts.get("track") or self.path.resolve().parent.name)
@@ -162,6 +163,7 @@ def check_fields(f:Folder)->Iterator[Check]:
     usual = [k for k in ("val_loss","bytes_total") if k not in f.claims.scores|f.claims.sizes]
     yield judge("usual fields", not usual, "all there" if not usual else f"without a value: {', '.join(usual)}", "add them, most folders have them", "warn")
     if f.claims.odd: yield Check("shapes", "warn", "; ".join(f.claims.odd), "write numbers as numbers, seeds as a list, results as a map from seed to values")
+    if "date" not in facts: return
     try: good = bool(datetime.datetime.fromisoformat(str(facts.get("date"))))
     except ValueError: good = False
     yield judge("date", good, str(facts.get("date")), "write it YYYY-MM-DD, a time may follow")
@@ -204,10 +206,11 @@ def check_script(f:Folder)->Iterator[Check]:
     listed = {_plain(l) for n in f.files if n.rpartition("/")[2]=="requirements.txt" for l in f.text(n).splitlines()}
     prose = " ".join(f.text(n).lower() for n in f.files if n.endswith((".md",".sh")))
     lacking = {k:v for k,v in used.items() if k.lower() not in listed|IMAGE and v!="optional" and not any(l and l.startswith(k.split("_")[0].lower()) for l in listed)}
-    named = [k for k in lacking if re.search(rf"\b{re.escape(k.split('_')[0].lower())}", prose)]
+    word = lambda k: r"flash|\bfa[23]\b" if k.startswith("flash") else rf"\b{re.escape(k.split('_')[0].lower())}"
+    named = [k for k in lacking if re.search(word(k), prose)]
     silent = [k for k in lacking if k not in named]
     detail = f"not listed, not named in the README: {', '.join(silent)}" if silent else f"not listed, but named in the README: {', '.join(named)}" if named else "all listed, or in the challenge's environment"
-    yield judge("requirements", not lacking, detail, "add them to requirements.txt", "warn" if not any(lacking[k]=="needed" for k in silent) else "fail")
+    yield judge("requirements", not lacking, detail, "add them to requirements.txt", "warn" if not any(lacking[k]=="needed" and not k.startswith("flash") for k in silent) else "fail")
 
 # %% ../nbs/57e_doctor.ipynb #bbe85cda
 def check_helpers(f:Folder)->Iterator[Check]:
@@ -239,52 +242,65 @@ def check_patterns(f:Folder)->Iterator[Check]:
     unread = [n for n in helper_files(f) if not n.endswith(".py")]
     if unread: yield Check("patterns", "unknown", f"not read for patterns: {', '.join(unread)}")
 
-# %% ../nbs/57e_doctor.ipynb #3dde95e1
-def _each(runs, what): return {n:v[-1] for n,l in runs.items() if (v := getattr(l, what))}
-def _code(log, kinds): return [b for k,b in log.code_bytes if k in kinds]
+# %% ../nbs/57e_doctor.ipynb #7bde10b7
+def _told(f, what):
+    "What the logs of the claim tell; if they tell nothing, what any log does."
+    for logs in (f.runs, f.logs):
+        found = {n:v for n,l in logs.items() if (v := getattr(l, what)) not in (None,[])}
+        if found: return found
+    return {}
+
+def _each(f, what): return {n:v[-1] for n,v in _told(f, what).items()}
+def _zeros(n): return 10**(len(str(n))-len(str(n).rstrip("0"))) if isinstance(n, int) and n else 1
+def _same(claim, size): return abs(claim-size)<(_zeros(claim) if _zeros(claim)>=1000 else 1)
 
 def check_bytes(f:Folder)->Iterator[Check]:
     "Do code and weights fit?"
-    models,totals = _each(f.runs, "model_bytes"),_each(f.runs, "total_bytes")
+    models,totals = _each(f, "model_bytes"),_each(f, "total_bytes")
     code = f.size(f.script) if f.script else 0
     code += sum(f.size(n) for n in f.program.followed)
     model = max([*f.artifacts.values(), *models.values()], default=None)
     logged = max(totals.values(), default=None)
     claim = f.claims.sizes.get("bytes_total")
     sums = [x for x in (logged, None if logged or model is None else code+model, claim) if x is not None]
-    said = [f"logs say {logged:,}" if logged else "", f"{code:,} of code on disk + {model:,} of weights = {code+model:,}" if model is not None else "no log and no artifact tells the weights", f"claimed {claim:,}" if claim is not None else ""]
+    said = [f"logs say {logged:,}" if logged else "", "" if not f.script and model else f"{code:,} of code on disk + {model:,} of weights = {code+model:,}" if model is not None else "no log and no artifact tells the weights", f"claimed {claim:,}" if claim is not None else ""]
     top = max(sums, default=None)
     if model is not None and f.artifacts: top = max(top or 0, code+model)
     remedy = f"{(top or 0)-BYTE_LIMIT:,} bytes too many: quantize more, or store less"
-    yield judge("bytes", None if top is None else code>0 and top<=BYTE_LIMIT, "; ".join(filter(None, said)), remedy)
+    grounded = logged is not None or model is not None
+    good = None if top is None or not grounded and top<=BYTE_LIMIT else top<=BYTE_LIMIT
+    yield judge("bytes", good, "; ".join(filter(None, said)), remedy)
     if model is not None and not f.artifacts and code+model>BYTE_LIMIT and (logged or 0)<=BYTE_LIMIT:
-        wrapped = max((b for l in f.runs.values() for b in _code(l, ("packed",))), default=None)
+        wrapped = max((b for pairs in _told(f, "code_bytes").values() for k,b in pairs if k=="packed"), default=None)
         detail = f"with the script as it lies here {code+model:,} of {BYTE_LIMIT:,}"
         yield Check("bytes on disk", "warn", detail+(f"; the logs count a wrapper of {wrapped:,} bytes that is not here" if wrapped else ""), "send the script in the form whose bytes are counted")
 
 # %% ../nbs/57e_doctor.ipynb #9b857523
 def check_claimed_bytes(f:Folder)->Iterator[Check]:
     "Are the claimed sizes in the logs, or on disk?"
-    code,models,totals = f.size(f.script) if f.script else 0,_each(f.runs, "model_bytes"),_each(f.runs, "total_bytes")
+    code,models,totals = f.size(f.script) if f.script else 0,_each(f, "model_bytes"),_each(f, "total_bytes")
     weights = [*f.artifacts.values()] or [*models.values()]
+    codes = [b for pairs in _told(f, "code_bytes").values() for _,b in pairs]
     both = [*totals.values()] if not f.artifacts else [code+max(weights)]
-    both = both or [code+w for w in weights]
-    codes = [b for l in f.runs.values() for _,b in l.code_bytes]
-    known = dict(bytes_total=_sums(both), bytes_code=[code, *([] if f.artifacts else codes)], artifact_bytes_mean=_sums(weights)+_sums(both), artifact_bytes_max=[*weights, *both])
+    if not f.artifacts: more = [c+w for w in weights for c in {code, *codes}]
+    else: more = []
+    known = dict(bytes_total=_sums(both)+more, bytes_code=[code, *([] if f.artifacts else codes)], artifact_bytes_mean=_sums(weights)+_sums(both), artifact_bytes_max=[*weights, *both])
     wrong,unsaid,right = [],[],[]
     for key,value in f.claims.sizes.items():
         have = known[key]
         if not have or key=="bytes_code" and not code: unsaid.append(key)
-        elif any(abs(value-h)<1 for h in have): right.append(key)
-        elif key=="bytes_total" and any(abs(value-w)<1 for w in _sums(weights)): wrong.append(f"bytes_total {value:,} is that of the weights alone, with code {max(both):,}")
-        else: wrong.append(f"{key} {value:,}, found {', '.join(f'{h:,.0f}' for h in sorted({*have})[:5])}")
+        elif any(_same(value, h) for h in have): right.append(key)
+        elif key=="bytes_total" and any(abs(value-w)<1 for w in _sums(weights)): wrong.append(f"bytes_total {value:,} is that of the weights alone, with code {max(both+more):,}")
+        else:
+            shown = sorted({*(_sums(both) if key=="bytes_total" and both else have)})[:5]
+            wrong.append(f"{key} {value:,}, found {', '.join(f'{h:,.0f}' for h in shown)}")
     if f.claims.sizes: yield judge("claimed bytes", not wrong if right or wrong else None, "; ".join(wrong) or (f"as found: {', '.join(right)}" if right else f"nothing tells {', '.join(unsaid)}"), "write into submission.json what logs and files say")
-    loose = {n:_code(l, ("script","plain")) for n,l in f.runs.items() if _code(l, ("script","plain"))}
+    loose = {n:b for n,pairs in _told(f, "code_bytes").items() if f.script and (b := [b for k,b in pairs if k!="packed"])}
     disk = {code, *(f.size(n) for n in f.program.followed), *(len(t.encode()) for t in f.program.layers)}
     other = {n:b[-1] for n,b in loose.items() if not disk&{*b}}
     yield judge("logged code", None if not loose else not other, "no log tells the size of its script" if not loose else "the size of the script on disk" if not other else f"the script here has {code:,} bytes; logs are of one of {', '.join(sorted({f'{b:,}' for b in other.values()}))}", "log and script are of different versions: put the one that ran beside its log", "warn")
     lost = [b for b in models.values() if f.artifacts and b not in f.artifacts.values()]
-    yield judge("logged bytes", None if not (models and f.artifacts) else not lost, f"logs tell of weights of {', '.join(f'{b:,}' for b in models.values()) or 'no'} bytes", "log and artifact are of different runs: pack them together")
+    if models and f.artifacts: yield judge("logged bytes", not lost, f"logs tell of weights of {', '.join(f'{b:,}' for b in models.values()) or 'no'} bytes", "log and artifact are of different runs: pack them together")
 
 def _sums(sizes): return [*sizes, float(np.mean(sizes)), *([] if len(sizes)<3 else [float(np.median(sizes))])] if sizes else []
 
@@ -331,6 +347,8 @@ def _score(f, key, claim):
     for label,values in tables.items():
         one = [s for s,(x,d) in values.items() if _close(claim, x, d)]
         if one: return Check(key, "warn", f"{claim} is the {label} of seed {one[0]} alone; the mean of {len(values)} runs is {mean[label]:.5f}", "claim the mean over seeds")
+    twin = "val_bpb" if key=="val_loss" else "val_loss"
+    if any(_close(claim, float(np.mean([x for x,_ in v.values()])), 6) for k in labels if (v := _values(f, k, twin))): return Check(key, "fail", f"claimed {claim}, which is the {twin} of the logs", f"write the {key}")
     other = [(n, s.label) for n,l in f.logs.items() for s in l.scores if _close(claim, getattr(s, key), s.digits)]
     if other: return Check(key, "warn", f"{claim} is {other[0][1]} of {other[0][0]}; {last} gives {mean[last]:.5f}", "say which evaluation is claimed")
     return Check(key, "fail", f"claimed {claim}; {last} of the logs gives {mean[last]:.6f}", "claim what the logs say: the mean over seeds of the last legal score")
@@ -345,7 +363,7 @@ def _std(f, key, std):
 # %% ../nbs/57e_doctor.ipynb #a920b75d
 def check_runs(f:Folder)->Iterator[Check]:
     "Are the claims about single runs in the logs of their seeds?"
-    wrong,absent = [],[]
+    wrong,absent,moved = [],[],[]
     for seed,claim in f.claims.runs.items():
         logs = [l for n,l in f.logs.items() if l and seed in {_seed_of(n, l)[0], _seed_of(n, Log())[0]}]
         if not logs:
@@ -353,11 +371,16 @@ def check_runs(f:Folder)->Iterator[Check]:
             continue
         for key,value in claim.items():
             have = _said(logs, key)
-            if have and not any(_close(value, v, d) if key.startswith("val") else abs(value-v)<1 for v,d in have): wrong.append(f"seed {seed}: {key} {value}, log {have[-1][0]}")
+            if not have or _among(key, value, have): continue
+            elsewhere = key.startswith("val") and _among(key, value, _said(f.logs.values(), key))
+            (moved if elsewhere else wrong).append(f"seed {seed}: {key} {value}, log {have[-1][0]}")
     if f.claims.runs:
         n = len(f.claims.runs)-len(absent)
         yield judge("runs", not wrong if n else None, "; ".join(wrong[:6]) or f"{n} as in their logs" if n else "no log of any of them", "write what the logs say")
+        if moved: yield Check("runs of other seeds", "warn", f"{'; '.join(moved[:6])}; it stands in the log of another seed", "write the seed that the log tells")
         if absent and n: yield Check("runs without a log", f.bad, ", ".join(absent), "add their logs")
+
+def _among(key, value, have): return any(_close(value, v, d) if key.startswith("val") else abs(value-v)<1 for v,d in have)
 
 def _said(logs, key):
     "All that logs say about one claim: values and digits."
@@ -372,27 +395,30 @@ def check_seeds(f:Folder)->Iterator[Check]:
     "Three runs, with the seeds that are claimed."
     told = {n:_seed_of(n, l) for n,l in f.runs.items()}
     seeds = {s for s,_ in told.values() if s}
-    yield judge("seeds", None if not f.runs else len(seeds)>=SEEDS, f"{len(seeds)} seed(s) in the logs: {', '.join(sorted(seeds)) or 'none told'}", f"a record claim usually takes {SEEDS} runs of one configuration", "warn")
+    yield judge("seeds", None if not f.runs else len(seeds)>=SEEDS or f.track=="non-record", f"{len(seeds)} seed(s) in the logs: {', '.join(sorted(seeds)) or 'none told'}", f"a record claim usually takes {SEEDS} runs of one configuration", "warn")
     if f.claims.seeds and seeds:
-        odd = sorted({*f.claims.seeds}-seeds)
-        if f.runs and all(l.form=="pgolf" for l in f.runs.values()): odd = sorted({*f.claims.seeds}^seeds)
-        yield judge("seed list", not odd, f"claimed {', '.join(f.claims.seeds)}; logs {', '.join(sorted(seeds))}", "list the seeds that have a log")
+        own = all(l.form=="pgolf" for l in f.runs.values()) # packed at once, so every seed has its log
+        odd = {*f.claims.seeds}^seeds if own else {*f.claims.seeds}-seeds
+        yield judge("seed list", not odd, f"claimed {', '.join(f.claims.seeds)}; logs {', '.join(sorted(seeds))}", "list the seeds that have a log, and add the logs of the others", "fail" if own else "warn")
     strange = [f"{n} says {s}" for n,(s,sure) in told.items() if sure and (m := _seed_of(n, Log())[0]) and m!=s and re.search(r"seed[_-]?\d", n)]
     if strange: yield Check("seed of the log", "warn", "; ".join(strange), "the seed that a log prints and its name should agree")
 
 def check_times(f:Folder)->Iterator[Check]:
     "The clocks of training, calibration and evaluation."
-    train = {n:l.train_seconds for n,l in f.runs.items() if l.train_seconds is not None}
-    late = {n:t for n,t in train.items() if not t<=SECONDS+OVERSHOOT}
-    bad = "fail" if f.record or f.claims.compliance.get("train_under_600s") is True else "warn"
-    yield judge("training time", None if not train else not late, _span(late or train) if train else "no log tells it", f"the limit is {SECONDS} s on the record track", bad)
+    yield _clock(f, "training time", _told(f, "train_seconds"), r"train(ing)?_under")
     both = {n:l.train_seconds+l.calibration_seconds for n,l in f.runs.items() if l.train_seconds and l.calibration_seconds}
     over = {n:t for n,t in both.items() if t>SECONDS+OVERSHOOT}
     if both: yield judge("calibration time", not over, f"training and collecting Hessians together {_span(over or both)}", "training text may be read within 600 s: reserve time for it", f.bad if f.bad=="warn" else "warn")
     evals = {n:l.scores[-1].seconds for n,l in f.runs.items() if l.scores and l.scores[-1].seconds is not None}
-    slow = {n:t for n,t in evals.items() if not t<=SECONDS+OVERSHOOT}
-    bad = "fail" if f.record or f.claims.compliance.get("eval_under_600s") is True else "warn"
-    yield judge("evaluation time", None if not evals else not slow, _span(slow or evals) if evals else "no log tells it", f"the limit is {SECONDS} s on the record track", bad)
+    yield _clock(f, "evaluation time", evals, r"eval_under")
+
+def _clock(f, check, times, rule):
+    "One of the two limits of time."
+    late = {n:t for n,t in times.items() if not t<=SECONDS+OVERSHOOT}
+    claimed = any(v is True and re.search(rule, k) for k,v in f.claims.compliance.items())
+    free = f.track=="non-record" and not claimed
+    said = _span(late or times) if times else "no log tells it"
+    return judge(check, None if not times else free or not late, said+(f"; {SECONDS} s are the limit of the record track" if free and late else ""), f"the limit is {SECONDS} s", "fail" if f.record or claimed else "warn")
 
 def _span(times):
     lo,hi = min(times.values()),max(times.values())
@@ -416,7 +442,7 @@ def check_devices(f:Folder)->Iterator[Check]:
     "Where it ran."
     facts = f.claims.facts
     said = " ".join(str(facts[k]) for k in ("hardware","gpu","platform") if k in facts)
-    logged = sorted({f"{len(l.gpus)//max(1, len(l.seeds))} x {g}" for l in f.runs.values() for g in {*l.gpus}})
+    logged = sorted({f"{max(1, len(l.gpus)//max(1, len(l.seeds)))} x {g}" for l in f.runs.values() for g in {*l.gpus}})
     right = bool(re.search(r"\b8\s*[xX×]?\s*(NVIDIA\s*)?H100", said)) if said else None
     if logged: right = all("H100" in g and g.startswith("8 ") for g in logged)
     yield judge("hardware", right, "; ".join(filter(None, [said and f"claimed {said[:60]}", logged and f"logs: {', '.join(logged)}"])) or "neither claimed nor logged", "the time limits hold on 8 x H100: run there", f.bad)
@@ -490,3 +516,49 @@ def report_text(
     if good: out.append(fill("ok  "+"; ".join(good), "", "  "))
     count = Counter(c.status for c in found)
     return "\n".join([*out, fill(f"{verdict(found)}: {', '.join(f'{count[s]} {s}' for s in STATUS)}", "", "  ")])
+
+# %% ../nbs/57e_doctor.ipynb #a9981849
+def submissions(
+    root:Path, # a folder of folders
+)->list[Path]: # those that look like submissions, by path
+    "Find the submissions below a folder."
+    found = []
+    for p in sorted(p for p in Path(root).rglob("*") if p.is_dir()):
+        if any(f in p.parents for f in found) or ".git" in p.parts: continue
+        files = [x.name for x in p.iterdir() if x.is_file()]
+        if any(re.match(r"submission.*\.json$|train.*\.(py|log)$", n) for n in files): found.append(p)
+    return found
+
+def revision(path:Path)->str: # commit of the checkout that a folder lies in; empty outside one
+    "Ask Git for a commit."
+    try: done = subprocess.run(["git","-C",str(path),"rev-parse","HEAD"], capture_output=True, text=True, timeout=20)
+    except (OSError,subprocess.TimeoutExpired): return ""
+    return done.stdout.strip() if done.returncode==0 else ""
+
+def facts_of(f:Folder, found:list[Check])->dict:
+    "One folder as a row of plain values."
+    weights,totals = [*_each(f, "model_bytes").values()],[*_each(f, "total_bytes").values()]
+    times = [*_told(f, "train_seconds").values()]
+    finals = [l.scores[-1] for l in f.runs.values() if l.scores]
+    return dict(folder=f.path.name, track=f.path.parent.name, verdict=verdict(found), counts={s:sum(c.status==s for c in found) for s in STATUS},
+        script_bytes=f.size(f.script) if f.script else None, program_bytes=len(f.program.text.encode()) or None, layers=len(f.program.how), helper_bytes=sum(helper_files(f).values()),
+        logs=sum(map(bool, f.logs.values())), seeds=len({s for n,l in f.runs.items() if (s := _seed_of(n, l)[0])}), weights_max=max(weights, default=None), total_max=max(totals, default=None),
+        train_seconds_max=max(times, default=None), eval_seconds_max=max((s.seconds for s in finals if s.seconds), default=None), claimed_bpb=f.claims.scores.get("val_bpb"),
+        logged_bpb=float(np.mean([s.val_bpb for s in finals])) if finals else None, findings={s:sorted({c.check for c in found if c.status==s}) for s in STATUS if s!="ok"})
+
+# %% ../nbs/57e_doctor.ipynb #3c34158a
+def survey(
+    root,                      # a folder of folders
+    seen:Callable=lambda row: None, # is told each row when it is ready
+)->dict: # commit, and a row for each submission
+    "Examine all submissions below a folder."
+    root = Path(root)
+    if not root.is_dir(): raise ValueError(f"{root} is no folder: give the folder that holds the submissions")
+    paths = submissions(root)
+    if not paths: raise ValueError(f"{root} holds no submission: a folder with submission.json, a train*.py or a train*.log")
+    rows = []
+    for p in paths:
+        f = Folder(p)
+        rows.append(facts_of(f, examine(f)))
+        seen(rows[-1])
+    return dict(commit=revision(root), folders=rows)
