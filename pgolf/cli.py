@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 from tabulate import tabulate
-from . import doctor as clinic,pipeline,scoring,submission
+from . import doctor as clinic,pipeline,scoring,submission,survey as surveys
 from .artifact import by_family,read_ledger
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
@@ -384,7 +384,7 @@ def doctor(
 ):
     "Check a submission folder against its own claims and the rules of the challenge."
     if out and not out.parent.is_dir(): raise ValueError(f"{out.parent} is no folder: make it, or name another file with --json")
-    if all_: found = clinic.survey(folder, _tell)
+    if all_: found = surveys.survey(folder, _tell)
     else:
         checks = clinic.doctor(folder)
         found = dict(verdict=clinic.verdict(checks), findings=[c._asdict() for c in checks])

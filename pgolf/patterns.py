@@ -29,7 +29,8 @@ _DEFS = (ast.FunctionDef,ast.AsyncFunctionDef)
 def names(node)->set[str]:
     "All names in a piece of code, parts after a dot too."
     out = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return out | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    return out | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)} | {n.arg
+        for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 def within(node)->Iterator[ast.AST]:
     "Parts of a function or loop, not those of functions defined in it."
@@ -37,27 +38,33 @@ def within(node)->Iterator[ast.AST]:
         yield n
         if not isinstance(n, (*_DEFS, ast.Lambda, ast.ClassDef)): yield from within(n)
 
-def functions(tree)->Iterator[ast.FunctionDef]: return (n for n in ast.walk(tree) if isinstance(n, _DEFS))
-def handles_validation(f)->bool: return bool(_EVAL.search(f.name)) or any(_VAL.search(n) for n in names(f))
+def functions(tree)->Iterator[ast.FunctionDef]: return (n for n in ast.walk(tree) if isinstance(n,
+    _DEFS))
+def handles_validation(f)->bool: return bool(_EVAL.search(f.name)) or any(_VAL.search(n)
+    for n in names(f))
 
 # %% ../nbs/57d_patterns.ipynb #bdbded9f
 def score_lines(node)->list[int]:
     "Lines that add to a score."
     out = []
     for n in within(node):
-        if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add) and _SUM.match(dotted(n.target).rpartition(".")[2]): out.append(n.lineno)
+        if isinstance(n, ast.AugAssign) and isinstance(n.op,
+            ast.Add) and _SUM.match(dotted(n.target).rpartition(".")[2]): out.append(n.lineno)
         if isinstance(n, ast.Call):
             called = dotted(n.func)
             if _SCORING.search(called.rpartition(".")[2]): out.append(n.lineno)
-            if called.endswith((".add_",".add")) and _SUM.match(called.split(".")[-2]): out.append(n.lineno)
+            if called.endswith((".add_",
+                ".add")) and _SUM.match(called.split(".")[-2]): out.append(n.lineno)
     return sorted(out)
 
 def step_lines(node)->list[int]:
     "Lines at which an optimizer takes a step."
-    return sorted(n.lineno for n in within(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    return sorted(n.lineno for n in within(node) if isinstance(n, ast.Call) and isinstance(n.func,
+        ast.Attribute)
         and n.func.attr=="step" and re.search(r"opt|adam|sgd|muon", dotted(n.func.value), re.I))
 
-def loops(node)->Iterator[ast.AST]: return (n for n in within(node) if isinstance(n, (ast.For,ast.While)))
+def loops(node)->Iterator[ast.AST]: return (n for n in within(node) if isinstance(n,
+    (ast.For,ast.While)))
 
 # %% ../nbs/57d_patterns.ipynb #694a3ec1
 def learns_first(tree)->Iterator[May]:
@@ -68,7 +75,9 @@ def learns_first(tree)->Iterator[May]:
             inner = [l for l in loops(loop) if score_lines(l) and step_lines(l)]
             score,step = score_lines(loop),step_lines(loop)
             if not inner and score and step and step[0]<score[0]:
-                yield May("learns first", step[0], f"{f.name} takes a step here and scores in line {score[0]}, in one turn of the loop of line {loop.lineno}")
+                yield May("learns first", step[0],
+                    f"{f.name} takes a step here and scores in line {score[0]}, in one turn of the "
+                        f"loop of line {loop.lineno}")
 
 _PASSES = re.compile(r"epoch|n?_?pass(es)?\b|rounds?\b", re.I)
 
@@ -77,30 +86,38 @@ def many_passes(tree)->Iterator[May]:
     for f in functions(tree):
         if not handles_validation(f): continue
         for loop in loops(f):
-            over = " ".join(names(loop.iter)|names(loop.target)) if isinstance(loop, ast.For) else ""
+            over = " ".join(names(loop.iter)|names(loop.target)) if isinstance(loop,
+                ast.For) else ""
             if _PASSES.search(over) and score_lines(loop) and step_lines(loop):
-                yield May("many passes", loop.lineno, f"{f.name} scores in every pass, after it has learnt from the pass before")
+                yield May("many passes", loop.lineno,
+                    f"{f.name} scores in every pass, after it has learnt from the pass before")
 
 def learns_only(tree)->Iterator[May]:
     "A function that learns from validation text and scores nothing."
     for f in functions(tree):
         learnt = any(_VAL.search(n) for n in names(f)) and step_lines(f)
-        trains = re.search(r"^(main|train|run)(_model|_loop)?$", f.name) or any("train" in n and "loader" in n for n in names(f))
+        trains = re.search(r"^(main|train|run)(_model|_loop)?$", f.name) or any("train" in n
+            and "loader" in n for n in names(f))
         if learnt and not trains and not score_lines(f):
-            yield May("learns only", learnt[0], f"{f.name} takes steps on validation text and scores none of it: its caller must have scored all of it before")
+            yield May("learns only", learnt[0],
+                f"{f.name} takes steps on validation text and scores none of it: its caller must "
+                    f"have scored all of it before")
 
 # %% ../nbs/57d_patterns.ipynb #05012ed7
 _MARK = "\u2581" # how SentencePiece writes a space
 
-def _mentions(node, text): return any(isinstance(n, ast.Constant) and isinstance(n.value, str) and text in n.value for n in ast.walk(node))
+def _mentions(node, text): return any(isinstance(n, ast.Constant) and isinstance(n.value, str)
+    and text in n.value for n in ast.walk(node))
 
 def _strips(node):
     "Does it take the mark of a space off a piece?"
     for n in ast.walk(node):
-        if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Slice) and n.slice.lower is not None: return True
+        if isinstance(n, ast.Subscript) and isinstance(n.slice,
+            ast.Slice) and n.slice.lower is not None: return True
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute):
             if n.func.attr in ("lstrip","removeprefix","strip"): return True
-            if n.func.attr=="replace" and len(n.args)==2 and isinstance(n.args[1], ast.Constant) and n.args[1].value=="": return True
+            if n.func.attr=="replace" and len(n.args)==2 and isinstance(n.args[1],
+                ast.Constant) and n.args[1].value=="": return True
     return False
 
 def space_twice(tree)->Iterator[May]:
@@ -108,12 +125,18 @@ def space_twice(tree)->Iterator[May]:
     for f in functions(tree):
         if not _mentions(f, _MARK): continue
         if not any(re.search(r"lead|space", n) for n in names(f)): continue # the second charge
-        sizes = [n for n in within(f) if isinstance(n, ast.Call) and dotted(n.func)=="len" and n.args
+        sizes = [n for n in within(f) if isinstance(n, ast.Call) and dotted(n.func)=="len"
+            and n.args
             and any(isinstance(m, ast.Attribute) and m.attr=="encode" for m in ast.walk(n.args[0]))]
-        if sizes and not _strips(f): yield May("space twice", sizes[0].lineno, f"{f.name} counts the bytes of a piece with its space, and marks the space to be counted again")
+        if sizes and not _strips(f): yield May("space twice", sizes[0].lineno,
+            f"{f.name} counts the bytes of a piece with its space, and marks the space to be "
+                f"counted again")
         for n in within(f):
-            if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add) and n.left in sizes and isinstance(n.right, ast.Constant):
-                yield May("space twice", n.lineno, f"{f.name} adds {n.right.value} to the bytes of a piece, and marks the space to be counted again")
+            if isinstance(n, ast.BinOp) and isinstance(n.op,
+                ast.Add) and n.left in sizes and isinstance(n.right, ast.Constant):
+                yield May("space twice", n.lineno,
+                    f"{f.name} adds {n.right.value} to the bytes of a piece, and marks the space "
+                        f"to be counted again")
 
 # %% ../nbs/57d_patterns.ipynb #3ac916ba
 _EXPERT = re.compile(r"n_?gram|tilt|hint|expert|(^|_)cache(_|$)|boost", re.I)
@@ -125,18 +148,27 @@ def target_hint(tree)->Iterator[May]:
     for f in functions(tree):
         if not _EXPERT.search(f.name): continue
         for n in within(f):
-            tests = [n.test] if isinstance(n, (ast.If,ast.IfExp,ast.While)) else n.args[:1] if isinstance(n, ast.Call) and dotted(n.func).endswith("where") else []
-            tests += [n.value] if isinstance(n, ast.Assign) and any(re.search(r"gate|mask|hint|offer|active", dotted(t)) for t in n.targets) else []
+            tests = [n.test] if isinstance(n, (ast.If,ast.IfExp,
+                ast.While)) else n.args[:1] if isinstance(n,
+                    ast.Call) and dotted(n.func).endswith("where") else []
+            tests += [n.value] if isinstance(n,
+                ast.Assign) and any(re.search(r"gate|mask|hint|offer|active", dotted(t))
+                    for t in n.targets) else []
             for s in (s for t in tests for s in ast.walk(t) if isinstance(s, ast.Subscript)):
                 if _TABLE.search(dotted(s.value)) and any(_TARGET.match(m) for m in names(s.slice)):
-                    yield May("target hint", s.lineno, f"{f.name} decides by {ast.unparse(s)[:50]}, a property of the token to be predicted")
+                    yield May("target hint", s.lineno,
+                        f"{f.name} decides by {ast.unparse(s)[:50]}, a property of the token to be "
+                            f"predicted")
 
 def best_of(tree)->Iterator[May]:
     "The smaller of two losses of one token."
     for n in ast.walk(tree):
-        if isinstance(n, ast.Call) and dotted(n.func).rpartition(".")[2] in ("minimum","fmin") and len(n.args)==2:
+        if isinstance(n, ast.Call) and dotted(n.func).rpartition(".")[2] in ("minimum",
+            "fmin") and len(n.args)==2:
             if all(any(re.search(r"nll|loss|bits", m) for m in names(a)) for a in n.args):
-                yield May("best of two", n.lineno, f"{ast.unparse(n)[:60]}: which of two predictions is better is known only with the target")
+                yield May("best of two", n.lineno,
+                    f"{ast.unparse(n)[:60]}: which of two predictions is better is known only with "
+                        f"the target")
 
 # %% ../nbs/57d_patterns.ipynb #9f5ebc67
 _FETCH = re.compile(r"(^|\.)(urlopen|urlretrieve|hf_hub_download|snapshot_download|load_dataset)$|^requests\.(get|post)$|^wget\.download$|^gdown\.")
@@ -147,29 +179,40 @@ def fetches(tree)->Iterator[May]:
     for n in ast.walk(tree):
         if not isinstance(n, ast.Call): continue
         called = dotted(n.func)
-        if _FETCH.search(called): yield May("fetches", n.lineno, f"calls {called}: nothing may be fetched while scoring")
-        if _SHELL.search(called) and n.args and re.search(r"\b(curl|wget|git clone|pip install|huggingface-cli|apt-get)\b", _words(n.args[0])):
+        if _FETCH.search(called): yield May("fetches", n.lineno,
+            f"calls {called}: nothing may be fetched while scoring")
+        if _SHELL.search(called) and n.args and re.search(r"\b(curl|wget|git clone|pip install|huggingface-cli|apt-get)\b",
+            _words(n.args[0])):
             yield May("fetches", n.lineno, f"{called} starts a download or an installation")
 
-def _words(node): return " ".join(m.value for m in ast.walk(node) if isinstance(m, ast.Constant) and isinstance(m.value, str))
+def _words(node): return " ".join(m.value for m in ast.walk(node) if isinstance(m, ast.Constant)
+    and isinstance(m.value, str))
 
-_LEARNER = re.compile(r"hessian|calib|gptq|(^|_)train_(step|loader|on)|Train\w*Loader|DistributedTokenLoader|ShuffledSequenceLoader|TokenStream", re.I)
+_LEARNER = re.compile(r"hessian|calib|gptq|(^|_)train_(step|loader|on)|Train\w*Loader|DistributedTokenLoader|ShuffledSequenceLoader|TokenStream",
+    re.I)
 
-def _validation(node): return any(_VAL.search(m) and not m.startswith("eval") and not re.search(r"^val_(loss|bpb|every)", m) for m in names(node))
+def _validation(node): return any(_VAL.search(m) and not m.startswith("eval")
+    and not re.search(r"^val_(loss|bpb|every)", m) for m in names(node))
 
 def validation_used(tree)->Iterator[May]:
     "Validation text goes into training or calibration."
     for n in ast.walk(tree):
         if isinstance(n, ast.Call) and _LEARNER.search(dotted(n.func).rpartition(".")[2]):
-            if any(_validation(a) for a in [*n.args, *(k.value for k in n.keywords)]): yield May("validation used", n.lineno, f"{dotted(n.func)} is given validation text")
-        if isinstance(n, ast.Assign) and any(re.match(r"calib", dotted(t)) for t in n.targets) and _validation(n.value):
-            yield May("validation used", n.lineno, f"{dotted(n.targets[0])} is taken from validation text")
+            if any(_validation(a) for a in [*n.args,
+                *(k.value for k in n.keywords)]): yield May("validation used", n.lineno,
+                    f"{dotted(n.func)} is given validation text")
+        if isinstance(n, ast.Assign) and any(re.match(r"calib", dotted(t))
+            for t in n.targets) and _validation(n.value):
+            yield May("validation used", n.lineno,
+                f"{dotted(n.targets[0])} is taken from validation text")
 
 def hidden_code(tree)->Iterator[May]:
     "Text is run as code in the middle of the program."
     for f in functions(tree):
         for n in within(f):
-            if isinstance(n, ast.Call) and dotted(n.func) in ("exec","eval"): yield May("hidden code", n.lineno, f"{f.name} runs text as code, which cannot be seen here")
+            if isinstance(n, ast.Call) and dotted(n.func) in ("exec",
+                "eval"): yield May("hidden code", n.lineno,
+                    f"{f.name} runs text as code, which cannot be seen here")
 
 # %% ../nbs/57d_patterns.ipynb #55c7fca5
 PATTERNS = dict( # pattern -> (search, why it was ruled out)

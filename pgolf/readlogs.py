@@ -50,7 +50,8 @@ FORMS = dict( # what -> regular expressions, the number wanted is the last group
     train_ms=(rf"^step:\d+/\d+ .*\b(?:train_time|t): ?{_NUM}ms",
         rf"^stopping_early: .*train_time: ?{_NUM}ms"),
     train_min=(rf"^\d+/\d+ train_loss: .*train_time: {_NUM}m",),
-    code=(rf"^Code size: {_NUM} bytes", rf"^artifact:.* code:{_NUM}$", rf"^Raw model: .*Code: {_NUM} "),
+    code=(rf"^Code size: {_NUM} bytes", rf"^artifact:.* code:{_NUM}$",
+        rf"^Raw model: .*Code: {_NUM} "),
     code_plain=(rf"^Code size \(uncompressed\): {_NUM} bytes",),
     code_packed=(rf"^Code size \(compressed\): {_NUM} bytes",),
     model=(rf"^Serialized model (?=\S*(?:int|quant|rans|mixed)).*?: {_NUM} bytes",
@@ -175,7 +176,8 @@ def read_own(
     for i,s in enumerate(kinds.get("score", [])):
         bpb = number(s.get("val_bpb"))
         if s.get("legal") and bpb is not None:
-            where = Score(str(s.get("stage")), number(s.get("val_loss")), bpb, 16, number(s.get("seconds")), i+1)
+            where = Score(str(s.get("stage")), number(s.get("val_loss")), bpb, 16,
+                number(s.get("seconds")), i+1)
             log.scores.append(where)
     return log
 
@@ -228,14 +230,16 @@ _OF_A_RUN = dict( # name -> (name in the file, factor)
     val_bpb=(("val_bpb",1),), val_loss=(("val_loss",1),), steps=(("steps",1),),
     artifact_bytes=(("artifact_bytes",1),("bytes_total",1)),
     train_seconds=(("train_seconds",1),("train_time_s",1),("train_time_ms",.001)),
-    eval_seconds=(("eval_seconds",1),("eval_time_s",1),("ttt_eval_time_s",1),("ttt_time_ms",.001),("eval_time_ms",.001)))
+    eval_seconds=(("eval_seconds",1),("eval_time_s",1),("ttt_eval_time_s",1),("ttt_time_ms",.001),
+        ("eval_time_ms",.001)))
 
 # %% ../nbs/57b_logs.ipynb #512688d9
 def read_claims(
     facts:Any, # content of submission.json
 )->Claims:
     "Put claims of any shape under one name each."
-    if not isinstance(facts, dict): return Claims({}, odd=[f"submission.json holds a {_kind(facts)}"])
+    if not isinstance(facts, dict): return Claims({},
+        odd=[f"submission.json holds a {_kind(facts)}"])
     c = Claims(facts)
     for name,keys in _ALIASES.items():
         key = next((k for k in keys if k in facts), None)

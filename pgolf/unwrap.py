@@ -26,7 +26,8 @@ def _capped(data):
     return data
 
 def _lzma(data, format=lzma.FORMAT_AUTO, check=-1, memlimit=None, filters=None):
-    if any(f.get("dict_size", 0)>2**28 for f in filters or ()): raise Unseen("LZMA asks for too much memory")
+    if any(f.get("dict_size", 0)>2**28 for f in filters
+        or ()): raise Unseen("LZMA asks for too much memory")
     limit = {} if format==lzma.FORMAT_RAW else dict(memlimit=2**28)
     return _whole(lzma.LZMADecompressor(format=format, filters=filters, **limit), data)
 
@@ -72,7 +73,8 @@ class Follow(Exception):
 def dotted(node):
     "A name with dots, or empty."
     if isinstance(node, ast.Name): return node.id
-    if isinstance(node, ast.Attribute) and (base := dotted(node.value)): return f"{base}.{node.attr}"
+    if isinstance(node,
+        ast.Attribute) and (base := dotted(node.value)): return f"{base}.{node.attr}"
     if isinstance(node, ast.Call): return _imported(node) or dotted(node.func)
     return ""
 
@@ -96,8 +98,10 @@ class Reader:
         elif isinstance(s, ast.ImportFrom):
             self.modules |= {a.asname or a.name:f"{s.module}.{a.name}" for a in s.names}
         elif isinstance(s, ast.Assign) and len(s.targets)==1 and isinstance(s.targets[0], ast.Name):
-            alias = self.full(s.value) if isinstance(s.value, (ast.Name,ast.Attribute,ast.Call)) else ""
-            if alias in KNOWN and not isinstance(s.value, ast.Call): self.modules[s.targets[0].id] = alias
+            alias = self.full(s.value) if isinstance(s.value, (ast.Name,ast.Attribute,
+                ast.Call)) else ""
+            if alias in KNOWN and not isinstance(s.value,
+                ast.Call): self.modules[s.targets[0].id] = alias
             else: self.values[s.targets[0].id] = s.value
     def full(self, node):
         "The dotted name that an expression stands for, aliases undone."
@@ -115,17 +119,21 @@ def value_of(
     if depth>200: raise Unseen("it refers to itself")
     if isinstance(node, ast.Constant): return node.value
     if isinstance(node, (ast.List,ast.Tuple)): return [go(x) for x in node.elts]
-    if isinstance(node, ast.Dict) and all(node.keys): return {go(k):go(v) for k,v in zip(node.keys, node.values)}
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add): return _capped(go(node.left)+go(node.right))
+    if isinstance(node, ast.Dict) and all(node.keys): return {go(k):go(v) for k,v in zip(node.keys,
+        node.values)}
+    if isinstance(node, ast.BinOp) and isinstance(node.op,
+        ast.Add): return _capped(go(node.left)+go(node.right))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return -go(node.operand)
     if isinstance(node, ast.Name) and node.id=="__file__": return r.name
     if isinstance(node, ast.Name) and node.id in r.values: return go(r.values[node.id])
-    if isinstance(node, (ast.Name,ast.Attribute)) and r.full(node) in _CONSTANTS: return _CONSTANTS[r.full(node)]
+    if isinstance(node,
+        (ast.Name,ast.Attribute)) and r.full(node) in _CONSTANTS: return _CONSTANTS[r.full(node)]
     if isinstance(node, ast.Call): return _call(r, node, go)
     raise Unseen(f"line {getattr(node, 'lineno', '?')} is worked out when it runs")
 
 # %% ../nbs/57c_unwrap.ipynb #cdeaa4af
-_METHODS = dict(decode=(bytes,), encode=(str,), replace=(str,bytes), join=(str,bytes), strip=(str,bytes))
+_METHODS = dict(decode=(bytes,), encode=(str,), replace=(str,bytes), join=(str,bytes),
+    strip=(str,bytes))
 
 def _call(r, node, go):
     "Carry out one of the known functions, or a method of text and bytes."
@@ -136,14 +144,18 @@ def _call(r, node, go):
         keys = {k.arg:go(k.value) for k in node.keywords if k.arg}
         return _capped(KNOWN[name](*[go(a) for a in node.args], **keys))
     if isinstance(node.func, ast.Attribute):
-        if re.search(r"read_(text|bytes)$", name or "") or node.func.attr.startswith("read_"): raise Follow(_file(_path(node.func.value, go)))
+        if re.search(r"read_(text|bytes)$",
+            name or "") or node.func.attr.startswith("read_"): raise Follow(_file(_path(node.func.value,
+                go)))
         owner = go(node.func.value)
-        if isinstance(owner, _METHODS.get(node.func.attr, ())): return _capped(getattr(owner, node.func.attr)(*[go(a) for a in node.args]))
+        if isinstance(owner, _METHODS.get(node.func.attr, ())): return _capped(getattr(owner,
+            node.func.attr)(*[go(a) for a in node.args]))
     raise Unseen(f"line {node.lineno} calls {name or 'something'}")
 
 def _path(node, go):
     "The last name of a path that is put together in the script."
-    last = node.args[-1] if isinstance(node, ast.Call) and node.args else node.right if isinstance(node, ast.BinOp) else node
+    last = node.args[-1] if isinstance(node,
+        ast.Call) and node.args else node.right if isinstance(node, ast.BinOp) else node
     return go(last)
 
 def _file(value):
@@ -207,11 +219,13 @@ def _execs(tree):
     todo = list(tree.body)
     while todo:
         s = todo.pop(0)
-        if isinstance(s, (ast.If,ast.Try,ast.With)): todo = [*s.body, *getattr(s, "orelse", []), *todo]
+        if isinstance(s, (ast.If,ast.Try,ast.With)): todo = [*s.body, *getattr(s, "orelse", []),
+            *todo]
         elif isinstance(s, ast.Expr) and isinstance(s.value, ast.Call):
             called = dotted(s.value.func)
             if called in ("exec","builtins.exec") and s.value.args: yield s.value.args[0]
-            if called=="runpy.run_path" and s.value.args: yield ast.Call(ast.Name("open"), [s.value.args[0]], [], lineno=s.lineno)
+            if called=="runpy.run_path" and s.value.args: yield ast.Call(ast.Name("open"),
+                [s.value.args[0]], [], lineno=s.lineno)
 
 # %% ../nbs/57c_unwrap.ipynb #5f6c2c38
 def unwrap(
@@ -227,7 +241,8 @@ def unwrap(
 def _unwrap(p, text, folder, name, depth):
     if len(text)>LIMIT: return p.unseen.append(f"{name} has more than {LIMIT:,} characters")
     try: tree,newer = parse(text)
-    except (SyntaxError,ValueError,RecursionError,MemoryError) as e: return p.unseen.append(f"{name} is no Python: {_short(e)}")
+    except (SyntaxError,ValueError,RecursionError,
+        MemoryError) as e: return p.unseen.append(f"{name} is no Python: {_short(e)}")
     p.newer |= newer
     p.layers.append(text)
     p.trees.append(tree)
@@ -239,7 +254,8 @@ def _unwrap(p, text, folder, name, depth):
         except Follow as f: _follow(p, f.name, folder, name, depth)
         except Unseen as e: p.unseen.append(f"{name}: {e}")
         except _DAMAGED as e: p.unseen.append(f"{name}: its payload is damaged ({_short(e)})")
-        except (TypeError,ValueError,RecursionError,MemoryError,UnicodeError,AttributeError,IndexError,ArithmeticError) as e: p.unseen.append(f"{name}: {_short(e)}")
+        except (TypeError,ValueError,RecursionError,MemoryError,UnicodeError,AttributeError,
+            IndexError,ArithmeticError) as e: p.unseen.append(f"{name}: {_short(e)}")
 
 def _short(e): return re.sub(r"\s+", " ", f"{type(e).__name__}: {e}")[:120]
 
@@ -249,8 +265,10 @@ def _inwards(p, inner, arg, r, folder, name, depth):
     if isinstance(inner, bytes): inner = inner.decode()
     if not isinstance(inner, str): raise Unseen("exec is given neither text nor bytes")
     used = [r.full(n.func) for n in ast.walk(arg) if isinstance(n, ast.Call)]
-    steps = [u.rpartition(".decompress")[0].partition(".Zstd")[0] or u.rpartition(".")[2].removesuffix("decode") for u in used if u in KNOWN]
-    p.how.append(f"{' under '.join(steps) or 'text'}: {len(p.layers[-1].encode()):,} -> {len(inner.encode()):,} bytes")
+    steps = [u.rpartition(".decompress")[0].partition(".Zstd")[0]
+        or u.rpartition(".")[2].removesuffix("decode") for u in used if u in KNOWN]
+    p.how.append(f"{' under '.join(steps) or 'text'}: {len(p.layers[-1].encode()):,} -> "
+        f"{len(inner.encode()):,} bytes")
     _unwrap(p, inner, folder, name, depth+1)
 
 def _follow(p, other, folder, name, depth):
@@ -277,7 +295,9 @@ def imports(
 def _imports(node, how)->Iterator[tuple[str,str]]:
     for n in ast.iter_child_nodes(node):
         if isinstance(n, ast.Import): yield from ((a.name.partition(".")[0], how) for a in n.names)
-        elif isinstance(n, ast.ImportFrom): yield (n.module or "").partition(".")[0] if not n.level else "", how
+        elif isinstance(n, ast.ImportFrom): yield (n.module
+            or "").partition(".")[0] if not n.level else "", how
         elif isinstance(n, ast.Try): yield from _imports(n, "optional")
-        elif isinstance(n, (ast.FunctionDef,ast.AsyncFunctionDef,ast.Lambda)): yield from _imports(n, "optional" if how=="optional" else "later")
+        elif isinstance(n, (ast.FunctionDef,ast.AsyncFunctionDef,
+            ast.Lambda)): yield from _imports(n, "optional" if how=="optional" else "later")
         else: yield from _imports(n, how)
