@@ -15,31 +15,32 @@ from .submission import read_log
 # %% ../nbs/57b_logs.ipynb #45bad86c
 class Score(NamedTuple):
     "One evaluation that a log tells of."
-    label:str     # as printed
+    label:str           # as printed
     val_loss:float|None # nats per token
-    val_bpb:float # bits per byte
-    digits:int    # decimals that were printed
-    seconds:float|None # of the evaluation
-    line:int      # in the log, from 1
+    val_bpb:float       # bits per byte
+    digits:int          # decimals that were printed
+    seconds:float|None  # of the evaluation
+    line:int            # in the log, from 1
 
+# %% ../nbs/57b_logs.ipynb #57b00001
 @dataclass
 class Log:
     "What a log says; None or an empty list where it says nothing."
-    form:str="unknown" # "pgolf", "published" or "unknown"
+    form:str="unknown"            # "pgolf", "published" or "unknown"
     seeds:list=field(default_factory=list)       # as printed
     scores:list=field(default_factory=list)      # of `Score`, in order
-    steps:int|None=None                # of training
-    train_seconds:float|None=None      # at the last step that tells it
-    capped:bool=False                  # it stopped itself at the time limit
+    steps:int|None=None           # of training
+    train_seconds:float|None=None # at the last step that tells it
+    capped:bool=False             # it stopped itself at the time limit
     code_bytes:list=field(default_factory=list)  # (kind, bytes) of the script
     model_bytes:list=field(default_factory=list) # compressed weights
     total_bytes:list=field(default_factory=list) # code and weights together
     calibration_seconds:float|None=None # in which training data was read after the stop
-    val_tokens:int|None=None           # in the validation split
-    train_shards:int|None=None         # files of training data
+    val_tokens:int|None=None      # in the validation split
+    train_shards:int|None=None    # files of training data
     gpus:list=field(default_factory=list)        # names of devices
-    world:int|None=None                # processes
-    source:str=""                      # the script, if the log begins with it
+    world:int|None=None           # processes
+    source:str=""                 # the script, if the log begins with it
     def __bool__(self): return bool(self.scores or self.train_seconds or self.model_bytes)
 
 # %% ../nbs/57b_logs.ipynb #03a7de47
@@ -123,8 +124,20 @@ def printed_source(
     except (SyntaxError,ValueError,RecursionError,MemoryError): return ""
     return head
 
-# %% ../nbs/57b_logs.ipynb #72437b47
+# %% ../nbs/57b_logs.ipynb #57b00002
 _STAMP = re.compile(r"^\d{10}\.\d{3} ")
+_CODE = dict(script="code", plain="code_plain", packed="code_packed")
+
+def _read_line(log, line, times):
+    "Read what takes more than one number."
+    for kind,what in _CODE.items():
+        if (n := _first(what, line)) is not None: log.code_bytes.append((kind, n))
+    if (n := _first("train_ms", line)) is not None: times["ms"] = n/1000
+    elif (n := _first("train_min", line)) is not None: times["min"] = n*60
+    if line.startswith("stopping_early: wallclock_cap"): log.capped = True
+    if gpu := _GPU.match(line): log.gpus.append(gpu[1])
+
+# %% ../nbs/57b_logs.ipynb #72437b47
 _SINGLE = ("steps","calibration","val_tokens","train_shards","world") # the last one counts
 _SEVERAL = dict(seed="seeds", model="model_bytes", total="total_bytes")
 
@@ -133,31 +146,22 @@ def read_published(
 )->Log:
     "Read what any generation of the published script prints."
     log = Log(source=printed_source(text))
-    skip,scores,times = log.source.count("\n"),[],{}
+    skip,scores,last = log.source.count("\n") if log.source else -1,[],{}
     for i,raw in enumerate(text.splitlines()):
         line = _STAMP.sub("", raw).strip()
-        if i<=skip and log.source or len(line)>2000 or not line: continue
+        if i<=skip or not line or len(line)>2000: continue
         for what in _SINGLE:
-            if (n := _first(what, line)) is not None: times[what] = n
+            if (n := _first(what, line)) is not None: last[what] = n
         for what,where in _SEVERAL.items():
             if (n := _first(what, line)) is not None: getattr(log, where).append(n)
-        _read_line(log, line, times)
+        _read_line(log, line, last)
         if score := read_score(line, i+1): scores.append(score)
     log.scores = merge_exact(scores)
-    log.steps,log.calibration_seconds = times.get("steps"),times.get("calibration")
-    log.val_tokens,log.train_shards = times.get("val_tokens"),times.get("train_shards")
-    log.world,log.train_seconds = times.get("world"),times.get("ms", times.get("min"))
+    for what in ("steps","val_tokens","train_shards","world"): setattr(log, what, last.get(what))
+    log.calibration_seconds = last.get("calibration")
+    log.train_seconds = last.get("ms", last.get("min"))
     log.form = "published" if log else "unknown"
     return log
-
-def _read_line(log, line, times):
-    "Read what takes more than one number."
-    for kind,what in (("script","code"),("plain","code_plain"),("packed","code_packed")):
-        if (n := _first(what, line)) is not None: log.code_bytes.append((kind, n))
-    if (n := _first("train_ms", line)) is not None: times["ms"] = n/1000
-    elif (n := _first("train_min", line)) is not None: times["min"] = n*60
-    if line.startswith("stopping_early: wallclock_cap"): log.capped = True
-    if gpu := _GPU.match(line): log.gpus.append(gpu[1])
 
 # %% ../nbs/57b_logs.ipynb #d79be77e
 def read_own(
@@ -175,12 +179,12 @@ def read_own(
     if n := number(squeezed.get("bytes_total")): log.total_bytes.append(n)
     for i,s in enumerate(kinds.get("score", [])):
         bpb = number(s.get("val_bpb"))
-        if s.get("legal") and bpb is not None:
-            where = Score(str(s.get("stage")), number(s.get("val_loss")), bpb, 16,
-                number(s.get("seconds")), i+1)
-            log.scores.append(where)
+        if not s.get("legal") or bpb is None: continue
+        loss,seconds = number(s.get("val_loss")),number(s.get("seconds"))
+        log.scores.append(Score(str(s.get("stage")), loss, bpb, 16, seconds, i+1))
     return log
 
+# %% ../nbs/57b_logs.ipynb #57b00003
 def read_any(
     text:str, # a log
 )->Log:
@@ -212,13 +216,13 @@ def unit(
 @dataclass
 class Claims:
     "What submission.json says, under one name each."
-    facts:dict                      # as read
-    scores:dict=field(default_factory=dict)     # val_bpb, val_loss and their standard deviations
-    sizes:dict=field(default_factory=dict)      # bytes_total, bytes_code, artifact_bytes_mean, artifact_bytes_max
-    runs:dict=field(default_factory=dict)       # seed -> claims about its run
-    seeds:list=field(default_factory=list)      # as text
+    facts:dict                              # as read
+    scores:dict=field(default_factory=dict) # val_bpb, val_loss and their standard deviations
+    sizes:dict=field(default_factory=dict)  # bytes_total, bytes_code, artifact_bytes_mean and _max
+    runs:dict=field(default_factory=dict)   # seed -> claims about its run
+    seeds:list=field(default_factory=list)  # as text
     compliance:dict=field(default_factory=dict) # rule -> what is claimed
-    odd:list=field(default_factory=list)        # fields that have another shape than any known
+    odd:list=field(default_factory=list)    # fields that have another shape than any known
 
 _ALIASES = dict( # first that is there counts
     val_bpb=("val_bpb","mean_val_bpb","mean_bpb"),
@@ -238,8 +242,8 @@ def read_claims(
     facts:Any, # content of submission.json
 )->Claims:
     "Put claims of any shape under one name each."
-    if not isinstance(facts, dict): return Claims({},
-        odd=[f"submission.json holds a {_kind(facts)}"])
+    if not isinstance(facts, dict):
+        return Claims({}, odd=[f"submission.json holds {_kind(facts)}"])
     c = Claims(facts)
     for name,keys in _ALIASES.items():
         key = next((k for k in keys if k in facts), None)
@@ -255,21 +259,25 @@ def read_claims(
     else: c.odd.append(f"compliance is {_kind(rules)}")
     return c
 
-def _kind(value):
-    named = {dict:"an object", list:"a list", str:"text", bool:"true or false", type(None):"null"}
-    return named.get(type(value), f"{value}")
+# %% ../nbs/57b_logs.ipynb #57b00004
+_KINDS = {dict:"an object", list:"a list", str:"text", bool:"true or false", type(None):"null"}
 
-# %% ../nbs/57b_logs.ipynb #ec473dfe
+def _kind(value):
+    "What a JSON value is, in words."
+    if type(value) in _KINDS: return _KINDS[type(value)]
+    return "a number" if number(value) is not None else "a number that is not finite or too large"
+
 def _read_seeds(c, seeds, facts):
     "Seeds, from a list of them or one."
     if seeds is None: seeds = facts.get("seed", [])
     if not isinstance(seeds, list): seeds = [seeds]
     good = [s for s in seeds if isinstance(s, (int,str)) and not isinstance(s, bool)]
     if len(good)<len(seeds): c.odd.append("seeds holds something other than numbers")
-    c.seeds = [str(s) for s in good]
+    c.seeds = [str(s)[:40] for s in good]
     listed = facts.get("seed_scores")
     if isinstance(listed, list) and len(listed)==len(good): _read_runs(c, dict(zip(good, listed)))
 
+# %% ../nbs/57b_logs.ipynb #ec473dfe
 def _read_runs(c, results):
     "Claims about single runs, from a map or a list."
     if results is None: return
@@ -284,6 +292,7 @@ def _read_runs(c, results):
         else: c.odd.append(f"seed_results of {seed} is {_kind(r)}")
 
 def _read_run(r):
+    "What is claimed of one run, in bytes and seconds."
     found = {}
     for name,keys in _OF_A_RUN.items():
         for key,factor in keys:
