@@ -221,7 +221,8 @@ def check_artifacts(f:Folder)->Iterator[Check]:
     yield judge("artifact", bool(f.artifacts) or None, there if f.artifacts
         else "none in the folder: its bytes and scores rest on the logs")
     one = sum(map(f.size, f.files))-sum(f.artifacts.values())+max(f.artifacts.values(), default=0)
-    yield judge("folder size", one<=BYTE_LIMIT, f"{one:,} bytes, artifacts of other seeds left out",
+    rest = ", artifacts of other seeds left out" if len(f.artifacts)>1 else ""
+    yield judge("folder size", one<=BYTE_LIMIT, f"{one:,} bytes{rest}",
         "say in the README what need not be counted, or leave it out", "warn")
 
 # %% ../nbs/57e_folder.ipynb #57e00005
@@ -297,7 +298,7 @@ def check_imports(f:Folder)->Iterator[Check]:
         "fail" if grave else "warn")
 
 # %% ../nbs/57e_folder.ipynb #57e00007
-def _sizes(f, files): return ", ".join(f"{n} {f.size(n):,}" for n in files)
+def _sizes(f, files): return ", ".join(f"{n} ({f.size(n):,})" for n in files)
 
 def check_helpers(f:Folder)->Iterator[Check]:
     "Bytes of files beside the script, counted or not."

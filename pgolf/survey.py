@@ -14,56 +14,61 @@ from .doctor import examine
 from .folder import STATUS,Check,Folder,helper_files,last_told,seed_of,told,verdict
 
 # %% ../nbs/57g_survey.ipynb #55b1db58
+_MARKS = re.compile(r"submission.*\.json$|train.*\.(py|log)$")
+
 def submissions(
     root:Path, # a folder of folders
 )->list[Path]: # those that look like submissions, by path
     "Find the submissions below a folder."
     found = []
     for p in sorted(p for p in Path(root).rglob("*") if p.is_dir()):
-        if any(f in p.parents for f in found) or ".git" in p.parts: continue
-        files = [x.name for x in p.iterdir() if x.is_file()]
-        if any(re.match(r"submission.*\.json$|train.*\.(py|log)$", n)
-            for n in files): found.append(p)
+        if ".git" in p.parts or any(f in p.parents for f in found): continue
+        if any(x.is_file() and _MARKS.match(x.name) for x in p.iterdir()): found.append(p)
     return found
 
 def revision(path:Path)->str: # commit of the checkout that a folder lies in; empty outside one
     "Ask Git for a commit."
-    try: done = subprocess.run(["git","-C",str(path),"rev-parse","HEAD"], capture_output=True,
-        text=True, timeout=20)
+    ask = ["git","-C",str(path),"rev-parse","HEAD"]
+    try: done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
     except (OSError,subprocess.TimeoutExpired): return ""
     return done.stdout.strip() if done.returncode==0 else ""
 
-def facts_of(f:Folder, found:list[Check])->dict:
-    "One folder as a row of plain values."
-    weights,totals = [*last_told(f, "model_bytes").values()],[*last_told(f, "total_bytes").values()]
-    times = [*told(f, "train_seconds").values()]
+# %% ../nbs/57g_survey.ipynb #57a00001
+def facts_of(
+    f:Folder,          # a submission
+    found:list[Check], # about it
+)->dict: # plain values
+    "One folder as a row."
+    most = lambda values: max(values, default=None)
     finals = [l.scores[-1] for l in f.runs.values() if l.scores]
     return dict(folder=f.path.name, track=f.path.parent.name, verdict=verdict(found),
         counts={s:sum(c.status==s for c in found) for s in STATUS},
         script_bytes=f.size(f.script) if f.script else None,
-            program_bytes=len(f.program.text.encode()) or None, layers=len(f.program.how),
-                helper_bytes=sum(helper_files(f).values()),
-        logs=sum(map(bool, f.logs.values())), seeds=len({s for n,l in f.runs.items()
-            if (s := seed_of(n, l)[0])}), weights_max=max(weights, default=None),
-                total_max=max(totals, default=None),
-        train_seconds_max=max(times, default=None), eval_seconds_max=max((s.seconds for s in finals
-            if s.seconds), default=None), claimed_bpb=f.claims.scores.get("val_bpb"),
+        program_bytes=len(f.program.text.encode()) or None,
+        layers=len(f.program.how),
+        helper_bytes=sum(map(f.size, f.helpers)),
+        logs=sum(map(bool, f.logs.values())),
+        seeds=len({seed_of(n, l)[0] for n,l in f.runs.items()}-{""}),
+        weights_max=most(last_told(f, "model_bytes").values()),
+        total_max=most(last_told(f, "total_bytes").values()),
+        train_seconds_max=most(told(f, "train_seconds").values()),
+        eval_seconds_max=most(s.seconds for s in finals if s.seconds),
+        claimed_bpb=f.claims.scores.get("val_bpb"),
         logged_bpb=float(np.mean([s.val_bpb for s in finals])) if finals else None,
-            findings={s:sorted({c.check for c in found if c.status==s}) for s in STATUS if s!="ok"})
+        findings={s:sorted({c.check for c in found if c.status==s}) for s in STATUS[1:]})
 
 # %% ../nbs/57g_survey.ipynb #cff2c34b
 def survey(
-    root,                      # a folder of folders
+    root, # a folder of folders
     seen:Callable=lambda row: None, # is told each row when it is ready
 )->dict: # commit, and a row for each submission
     "Examine all submissions below a folder."
     root = Path(root)
-    if not root.is_dir(): raise ValueError(f"{root} is no folder: give the folder that holds the "
-        f"submissions")
-    paths = submissions(root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder: give the folder that holds the submissions")
+    paths,rows = submissions(root),[]
     if not paths: raise ValueError(f"{root} holds no submission: a folder with submission.json, a "
         f"train*.py or a train*.log")
-    rows = []
     for p in paths:
         f = Folder(p)
         rows.append(facts_of(f, examine(f)))
