@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 import numpy as np
 from .doctor import examine
-from .folder import STATUS,Check,Folder,helper_files,last_told,seed_of,told,verdict
+from .folder import STATUS,Check,Folder,last_told,seed_of,told,verdict
 
 # %% ../nbs/57g_survey.ipynb #55b1db58
 _MARKS = re.compile(r"submission.*\.json$|train.*\.(py|log)$")
