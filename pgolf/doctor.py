@@ -16,7 +16,7 @@ import numpy as np
 from .bpb import BYTE_LIMIT
 from .folder import STATUS,Check,Folder,close_to,judge,last_told,seed_of,told,verdict
 from .folder import check_artifacts,check_extras,check_fields,check_files,check_helpers
-from .folder import check_imports,check_log_source,check_patterns,check_script
+from .folder import check_imports,check_log_source,check_patterns,check_script,check_track
 from .readlogs import Log,number,unit
 from .submission import OVERSHOOT,SECONDS,SEEDS,VAL_BYTES,read_log,result_of
 
@@ -388,10 +388,10 @@ def check_legality(f:Folder)->Iterator[Check]:
         else "every score is legal", "never claim them; best leave them out of the run", "warn")
 
 # %% ../nbs/57f_doctor.ipynb #daf6f583
-CHECKS = (check_files,check_artifacts,check_fields,check_script,check_imports,check_helpers,
-    check_extras,check_log_source,check_bytes,check_unsent,check_claimed_bytes,check_logged_bytes,
-    check_scores,check_runs,check_seeds,check_times,check_text,check_devices,check_own_scores,
-    check_legality,check_compliance,check_patterns)
+CHECKS = (check_files,check_track,check_artifacts,check_fields,check_script,check_imports,
+    check_helpers,check_extras,check_log_source,check_bytes,check_unsent,check_claimed_bytes,
+    check_logged_bytes,check_scores,check_runs,check_seeds,check_times,check_text,check_devices,
+    check_own_scores,check_legality,check_compliance,check_patterns)
 
 def examine(f:Folder)->list[Check]: # in the order of `CHECKS`
     "Ask a folder all questions."
@@ -412,16 +412,12 @@ def report_text(
 )->str: # to print
     "Findings as text that fits, the heaviest first; nothing in it can steer a terminal."
     width = max(20, width or shutil.get_terminal_size().columns)
-    fill = lambda text,first,rest: textwrap.fill(_printable(text), width, initial_indent=first,
-        subsequent_indent=rest, break_on_hyphens=False)
-    out = []
+    fill = lambda text,first="",rest="  ": textwrap.fill(_printable(text), width,
+        initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    words,out = dict(ok="ok", unknown="not known", warn="WARN", fail="FAIL"),[]
     for c in sorted(found, key=lambda c: -STATUS.index(c.status)):
-        if c.status=="ok": continue
-        word = "not known" if c.status=="unknown" else c.status.upper()
-        out.append(fill(f"{word}  {c.check}: {c.detail}", "", "  "))
+        out.append(fill(f"{c.check}  {words[c.status]}  {c.detail}"))
         if c.remedy: out.append(fill(c.remedy, "  -> ", "     "))
-    good = [f"{c.check} ({c.detail})" for c in found if c.status=="ok"]
-    if good: out.append(fill("ok  "+"; ".join(good), "", "  "))
     count = Counter(c.status for c in found)
-    out.append(fill(f"{verdict(found)}: {', '.join(f'{count[s]} {s}' for s in STATUS)}", "", "  "))
+    out.append(fill(f"{verdict(found)}: {', '.join(f'{count[s]} {s}' for s in STATUS)}"))
     return "\n".join(out)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATUS', 'SOURCES', 'IMAGE', 'Check', 'judge', 'verdict', 'list_files', 'nearest', 'read_facts', 'read_logs', 'Files',
            'Folder', 'read_program', 'read_helpers', 'seed_of', 'close_to', 'logs_of_the_claim', 'check_files',
-           'check_artifacts', 'check_fields', 'check_script', 'check_imports', 'check_helpers', 'check_extras',
-           'check_patterns', 'told', 'last_told', 'check_log_source']
+           'check_track', 'check_artifacts', 'check_fields', 'check_script', 'check_imports', 'check_helpers',
+           'check_extras', 'check_patterns', 'told', 'last_told', 'check_log_source']
 
 # %% ../nbs/57e_folder.ipynb #23b4dcd2
 import ast,datetime,re
@@ -203,7 +203,14 @@ def check_files(f:Folder)->Iterator[Check]:
     mute = [n for n in f.logs if n not in read]
     yield judge("logs", bool(f.logs), f"{len(read)} of {len(f.logs)} read" if f.logs else "no log",
         "add the log of each seed, *.log", f.bad)
+    if f.logs and not any("train" in n and "/" not in n for n in f.logs): yield Check("names",
+        "warn", f"{[*read, *mute][0]} is taken for a log of training",
+        "put it beside the script, named train_seed1337.log for its seed")
     if mute: yield Check("log form", "unknown", f"of a form that is not read: {', '.join(mute)}")
+
+# %% ../nbs/57e_folder.ipynb #57e0000c
+def check_track(f:Folder)->Iterator[Check]:
+    "Is it told, and told once?"
     if len({*f.tracks})>1: yield Check("track", "warn",
         f"submission.json says {f.tracks[0]}, the folder lies in {f.tracks[1]}",
         "move it, or change its track")

@@ -105,6 +105,7 @@ class Reader:
     values:dict=field(default_factory=dict)  # name -> expression bound to it
     name:str="train_gpt.py"                  # of the file, for scripts that ask
     steps:int=0                              # that were taken
+    used:list=field(default_factory=list)    # known functions that were carried out
     def bind(self, s):
         "Take note of what a statement binds."
         if isinstance(s, ast.Import):
@@ -158,7 +159,9 @@ def _call(r, node, go):
     if name in ("compile","bytes","str","memoryview"): return go(node.args[0])
     if name in KNOWN:
         keys = {k.arg:go(k.value) for k in node.keywords if k.arg}
-        return _capped(KNOWN[name](*[go(a) for a in node.args], **keys))
+        args = [go(a) for a in node.args]
+        r.used.append(name)
+        return _capped(KNOWN[name](*args, **keys))
     if isinstance(node.func, ast.Attribute): return _method(node, name, go)
     raise Unseen(f"line {node.lineno} calls {name or 'something'}")
 
@@ -295,7 +298,8 @@ def _enter(p, arg, r, folder, depth):
     "See what an `exec` is given; what cannot be seen is noted."
     if len(p.how)+len(p.unseen)>=PARTS: return
     if depth==DEPTH: return p.unseen.append(f"more than {DEPTH} layers")
-    try: _inwards(p, value_of(r, arg), arg, r, folder, depth)
+    r.used.clear()
+    try: _inwards(p, value_of(r, arg), r, folder, depth)
     except Follow as f: _follow(p, f.name, folder, r.name, depth)
     except Unseen as e: p.unseen.append(f"{r.name}: {e}")
     except _DAMAGED as e: p.unseen.append(f"{r.name}: its payload is damaged ({_short(e)})")
@@ -304,13 +308,12 @@ def _enter(p, arg, r, folder, depth):
 def _short(e): return re.sub(r"\s+", " ", f"{type(e).__name__}: {e}")[:120]
 
 # %% ../nbs/57c_unwrap.ipynb #eeeb8c9d
-def _inwards(p, inner, arg, r, folder, depth):
+def _inwards(p, inner, r, folder, depth):
     "Go on with what an `exec` is given."
     if isinstance(inner, bytes): inner = inner.decode()
     if not isinstance(inner, str): raise Unseen("exec is given neither text nor bytes")
-    used = [r.full(n.func) for n in ast.walk(arg) if isinstance(n, ast.Call)]
     steps = [u.rpartition(".decompress")[0].partition(".Zstd")[0]
-        or u.rpartition(".")[2].removesuffix("decode") for u in used if u in KNOWN]
+        or u.rpartition(".")[2].removesuffix("decode") for u in reversed(r.used)]
     before,after = len(p.layers[-1].encode()),len(inner.encode())
     p.how.append(f"{' under '.join(steps) or 'text'}: {before:,} -> {after:,} bytes")
     _unwrap(p, inner, folder, r.name, depth+1)
