@@ -9,16 +9,16 @@ __all__ = ['TOGETHER', 'PROBES', 'changes', 'training_key', 'run_shared', 'measu
 # %% ../nbs/55_effects.ipynb #22c93f94
 import hashlib,json,shutil
 from collections.abc import Iterable
-from dataclasses import asdict,dataclass
+from dataclasses import asdict,dataclass,replace
 from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 from .data import Dataset
 from .pipeline import Report,run,start,write_json
-from .recipes import Recipe,SCALES,at_scale,diff,get_recipe
+from .recipes import CLIPS,Recipe,SCALES,at_scale,diff,get_recipe
 
 # %% ../nbs/55_effects.ipynb #9ead6654
-TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")), ("late QAT", ("stages.late_qat", "stages.qat_rules")),
+TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")), ("QAT", ("stages.late_qat", "stages.qat_rules")),
     ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")), ("adapting through another grid", ("stages.eval_rules", "stages.ttt_rules", "ttt.ttt_train_mode")), ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
 
 def changes(
@@ -84,12 +84,15 @@ def measure(
     return rows
 
 # %% ../nbs/55_effects.ipynb #6fbf9a9f
+_LITE = tuple((p, g if g is None or g.hi==127 else replace(g, quantiles=CLIPS)) for p,g in get_recipe("pr601").quant.rules)
 PROBES = dict(
     pr610={"no SmearGate":dict(smear=False), "no BigramHash":dict(bigram_vocab_size=0), "BigramHash, 4 x the buckets":dict(bigram_vocab_size=8192), "no value embedding":dict(ve_dim=0, ve_layers=()),
         "no XSA":dict(xsa_last_n=0), "XSA in all layers":dict(xsa_last_n=11), "no positions":dict(rope_dims=0), "no LN scale":dict(ln_scale=False), "relu2":dict(activation="relu2"),
         "q gain 1":dict(qk_gain_init=1.), "softcap 15":dict(logit_softcap=15.), "value residual":dict(value_residual=True), "gated attention":dict(gated_attention=True),
         "MHA":dict(num_kv_heads=8), "row-normalized Muon":dict(row_norm=True), "no weight decay":dict(muon_weight_decay=0., adam_weight_decay=0.), "cosine decay":dict(decay="cosine"),
         "no average":dict(average="none"), "SWA":dict(average="swa", swa_every=50), "HMA":dict(average="hma")},
+    pr601={"values of block 0 in float16":dict(rules=get_recipe("pr601-v0").quant.rules), "10,240 buckets":dict(bigram_vocab_size=10_240),
+        "GPTQ-lite":dict(rules=_LITE), "no value residual":dict(value_residual=False), "no gated attention":dict(gated_attention=False)},
     pr1123={"no average":dict(average="none"), "EMA":dict(average="ema"), "HMA":dict(average="hma"), "no QAT":dict(late_qat_threshold=0.)})
 
 # %% ../nbs/55_effects.ipynb #820c20fe
