@@ -353,8 +353,9 @@ class Display:
     ):
         self.plan,self.began,self.done,self.active = plan, time.monotonic(), {}, {}
         self.stopping,self.over = stopping or threading.Event(), threading.Event()
-        self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal and not self.console.is_jupyter
+        self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True,
+            force_jupyter=False)
+        self.live = self.console.is_terminal
         self.every = .5 if self.live else seconds
         self.work = [work_of(r.resolve(), r.targets() or 10**6) for r in plan]
         self.first = [progress_of(r, w)[1] for r,w in zip(plan, self.work)] # done before
