@@ -21,7 +21,9 @@ from . import pipeline,scoring,submission
 from .artifact import by_family,read_ledger
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
-from .data import austen,build_dataset,download_fineweb,read_documents,read_shard
+from .data import austen,build_dataset,data_notes,read_shard
+from .documents import read_documents
+from .fineweb import download_fineweb
 from .growth import SECTIONS
 from .formats import LIMIT,describe,fitting,import_weights,read_published
 from .peer import peer_bench
