@@ -6,7 +6,7 @@
 The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names, marks exported cells and links names
 to them (build/site/); the renderer makes HTML; `finish` turns the maths into MathML and refuses anything that would need a network.
 """
-import ast, hashlib, html, json, re, shutil, subprocess, sys
+import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -16,6 +16,7 @@ STAMP = SITE/'.inputs'
 
 
 def source(cell): return ''.join(cell['source'])
+def lines(text): return text.splitlines(True)  # how the notebook format stores text; Quarto joins one long string without its line ends
 def load(path): return json.loads(path.read_text(encoding='utf-8'))
 def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', Path(nb).stem)  # 00_bpb.ipynb -> bpb, as nbdev names pages
 def chapters(): return list(dict.fromkeys(re.findall(r'nbs/(\w+\.ipynb)', (ROOT/'_quarto.yml').read_text(encoding='utf-8'))))
@@ -71,7 +72,7 @@ def relink(text):
     return re.sub(r'\]\((?:\.?/?nbs/|\./)?(\w+\.ipynb)(#[^)]*)?\)', lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
 
 
-def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
+def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}, source=text)  # the format demands an id
 
 
 def stage_notebook(nb, index):
@@ -89,9 +90,18 @@ def stage_notebook(nb, index):
         names, only_imports = definitions(source(cell))
         if only_imports: cell['source'] = '#| code-fold: true\n#| code-summary: "Imports"\n' + source(cell)
         anchors = ''.join(f'<a id="{n}" class="definition"></a>' for n in names)
-        cells += [markdown((f'```{{=html}}\n{anchors}\n```\n\n' if anchors else '') + '::: {.exported}'), cell, markdown(':::')]
+        anchors = f'```{{=html}}\n{anchors}\n```\n\n' if anchors else ''
+        cells += [markdown(anchors + '::: {.exported}', f"{cell['id']}-opens"), cell, markdown(':::', f"{cell['id']}-ends")]
+    for cell in cells: cell['source'] = lines(source(cell))
     done['cells'] = cells
     (STAGE/f'{page}.ipynb').write_text(json.dumps(done), encoding='utf-8')
+
+
+def italic(c):
+    "Give the slanted form of a letter, which browsers put in for a variable of one letter."
+    name = re.sub(r'(?:LATIN|GREEK) | LETTER', '', unicodedata.name(c, ''))
+    try: return 'ℎ' if c == 'h' else unicodedata.lookup(f'MATHEMATICAL ITALIC {name}')
+    except KeyError: return ''
 
 
 def math_font(text, path):
@@ -129,17 +139,35 @@ TIGHT = set('<>=≤≥∈+−-→×,')  # relations and operators lose their spa
 M = '{http://www.w3.org/1998/Math/MathML}'
 
 
+# Accents as signs of their own: ASCII's ^ and ~ are too large, and combining ones stand beside their letter in Chromium.
+ACCENTS = {'^': 'ˆ', '~': '˜', '¯': 'ˉ', '˙': '˙'}
+# What a formula needs and no page says: roots, brackets of every size, accents and braces.
+OPERATORS = '√()[]{}|‖⟨⟩⌊⌋⌈⌉/−+=<>×·…,.′⏞⏟⎴⎵‾^~¯' + ''.join(ACCENTS.values())
 SCRIPTS = {M + t for t in 'msub msup msubsup munder mover munderover'.split()}
+
+
+def settle(node):
+    "Place accents over their letter, and keep a large bracket that bears a script at the height of its partner."
+    base = node[0]
+    if node[1].text == '―': node[1].text = '‾'  # \overline: the dash does not stretch, the overline does
+    if node.tag == M + 'mover' and base.tag == M + 'mi' and node[1].text in ACCENTS:
+        node[1].text = ACCENTS[node[1].text]
+        node[1].set('stretchy', 'false')
+        node.set('accent', 'true')
+    if base.tag == M + 'mo' and 'minsize' in base.attrib:
+        node[0] = ET.Element(M + 'mrow')
+        node[0].append(base)
 
 
 def tidy(node, script=False):
     "Give a formula TeX's spacing where MathML's defaults differ."
+    if node.tag in SCRIPTS: settle(node)
     children = list(node)
     for i, child in enumerate(children):
         tidy(child, script or node.tag in SCRIPTS and i > 0)
         text = (child.text or '').strip()
         if child.tag == M + 'mo' and (text in ('|', '/') or script and text in TIGHT): child.set('lspace', '0'); child.set('rspace', '0')
-        if child.tag == M + 'mo' and text == '|': child.set('stretchy', 'false')
+        if child.tag == M + 'mo' and text in ('|', '‖') and 'fence' not in child.attrib: child.set('stretchy', 'false')
         if text == '−' and (i == 0 or children[i-1].tag == M + 'mo' and children[i-1].text not in (')', ']', '|')): child.set('rspace', '0'); child.set('lspace', '0')
         head = child[0] if child.tag in SCRIPTS else child
         if (head.text or '').strip() not in FUNCTIONS or node.tag in SCRIPTS: continue
@@ -182,7 +210,7 @@ def finish():
         path.write_text(text, encoding='utf-8')
     for css in SITE.rglob('*.css'):  # themes import web fonts; styles.css names fonts that every system has
         css.write_text(re.sub(r'''@import\s*(?:url\(https?:[^)]*\)|(?:url\()?["']https?:[^"']*["']\)?)[^;]*;''', '', css.read_text(encoding='utf-8')), encoding='utf-8')
-    math_font(''.join(used), SITE/'math.ttf')
+    math_font(OPERATORS + ''.join(c + italic(c) for c in sorted(used)), SITE/'math.ttf')
 
 
 # ---- commands

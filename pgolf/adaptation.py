@@ -37,7 +37,7 @@ CASES = { # name -> (system, its weights, what is set otherwise)
     "#610, step x 25": ("pr610", "artifact", dict(ttt_lr=.05)),
     "#576": ("pr576", "artifact", dict(ttt_temperatures=GRID)),
     "#598": ("pr598", "artifact", {}),
-    "#598, learning through a grid": ("pr598", "artifact", dict(ttt_rules=((".", Grid(-32, 31, scale_floor=1/31)),), ttt_train_mode=True)),
+    "#598, learning through a grid": ("pr598", "artifact", dict(ttt_rules=get_recipe("pr598-as-run").stages.ttt_rules, ttt_train_mode=True)),
     "#1123": ("pr1123", "artifact", {}),
     "#1123, scoring through a grid": ("pr1123", "artifact", dict(eval_rules=get_recipe("pr1123-as-run").stages.eval_rules, ttt_train_mode=True)),
     "#601": ("pr601", "artifact", {}),

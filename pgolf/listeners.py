@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'MetricsLog', 'Validate', 'expected_steps', 'seconds_left'
            'TensorBoard']
 
 # %% ../nbs/25_listeners.ipynb #8b67ade2
-import json, math, sys, time
+import json, math, sys
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -96,7 +96,7 @@ class Progress:
         self.bar = tqdm(total=run.schedule.iterations, initial=run.step, unit="step", file=self.file, disable=not run.is_main or self.lines)
     def before_step(self, run):
         if self.begun: return
-        self.begun = time.perf_counter(), run.step
+        self.begun = run.now(), run.step
         self.bar.unpause()
     def after_step(self, run):
         self.bar.total = expected_steps(run)
@@ -116,7 +116,8 @@ class Progress:
         "Write a record as a line, or hold it back."
         text = as_line(values)
         if self.begun:
-            left = tqdm.format_interval(seconds_left(run, time.perf_counter()-self.begun[0], run.step-self.begun[1]))
+            seconds, steps = run.now()-self.begun[0], run.step-self.begun[1]
+            left = tqdm.format_interval(seconds_left(run, seconds, steps))
             text = f"step {run.step}/{expected_steps(run)}, {run.elapsed:.1f} s, {left} left: {text}"
         wait = of_step and run.first_step+1 < run.step < run.schedule.iterations and run.step % run.cfg.log_every
         if not wait: print(text, file=self.file, flush=True)

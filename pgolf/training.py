@@ -9,7 +9,7 @@ __all__ = ['FREE', 'TrainConfig', 'make_loader', 'average_gradients', 'choose_lo
            'check_config', 'load_checkpoint', 'why_stop', 'TrainResult', 'train']
 
 # %% ../nbs/24_training.ipynb #734a6b52
-import copy, importlib, json, math, signal, sys, threading
+import copy, importlib, json, math, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -122,8 +122,10 @@ class Run(_Tools):
     loss:Tensor|None=None # () mean loss of the step, on the device
     interrupted:bool=False # set it to end the run after this step
     stopped_by:str=""  # "", "iterations", "wallclock" or "interrupted"
+    now:object=time.perf_counter # tells the time, in seconds
     def __post_init__(self):
-        self.clock,self.pending,self.first_step = Clock(self.device, self.agreed), [], self.step
+        self.clock = Clock(self.device, self.agreed, self.now)
+        self.pending, self.first_step = [], self.step
         self.losses,self.seconds,self.lr_scales,self.grad_norm,self.mark = [],[],[],0.,(0,0.)
 
 # %% ../nbs/24_training.ipynb #d97a41c3
@@ -351,7 +353,8 @@ def load_checkpoint(
     for name,listener in _stateful(run.listeners).items(): listener.load_state_dict(part(name))
     run.step = run.first_step = meta["step"]
     run.tokens,run.agreed,run.loader.position = meta["tokens"], meta["elapsed"], meta["position"]
-    run.clock,run.mark = Clock(run.device, run.agreed), (run.tokens, run.agreed)
+    run.clock = Clock(run.device, run.agreed, run.now)
+    run.mark = run.tokens, run.agreed
 
 # %% ../nbs/24_training.ipynb #598fd464
 @contextmanager
@@ -396,7 +399,7 @@ class TrainResult:
     checkpoint:Path|None=None # written when interrupted
 
 # %% ../nbs/24_training.ipynb #1c1d0386
-def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out):
+def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=time.perf_counter):
     "Move the model, build optimizers and the run."
     model.to(ranks.device).train()
     if hasattr(model, "compute_dtype"): model.compute_dtype = best_dtype(ranks.device)
@@ -404,7 +407,8 @@ def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out):
     optims = optim if isinstance(optim, list) else make_optimizers(model, optim, ranks.rank, ranks.world)
     config = dict(model=getattr(model, "cfg", None), optim=None if isinstance(optim, list) else optim, schedule=schedule, train=cfg)
     config = {k: asdict(v) if is_dataclass(v) else v for k,v in config.items()} | {"listeners": sorted(_stateful(listeners))}
-    return Run(model, optims, loader, schedule, cfg, ranks, Path(out) if out else None, tuple(listeners), json.loads(json.dumps(config)))
+    out, config = Path(out) if out else None, json.loads(json.dumps(config))
+    return Run(model, optims, loader, schedule, cfg, ranks, out, tuple(listeners), config, now=now)
 
 def _close(run):
     "Stop the clock, look at the last losses, and secure an interrupted run."
@@ -435,9 +439,10 @@ def train(
     device:str="cpu",# "cpu" or "cuda"
     out=None,        # folder for checkpoints and logs, None: no files
     resume=None,     # checkpoint to go on from
+    now=time.perf_counter, # tells the time in seconds; the clock and the bar go by it
 )->TrainResult: # losses and why it ended
     "Train until the steps, the seconds or the user say stop."
-    run = _prepare(model, loader, optim, schedule, cfg, listeners, setup_ranks(device), out)
+    run = _prepare(model, loader, optim, schedule, cfg, listeners, setup_ranks(device), out, now)
     if resume: load_checkpoint(run, resume)
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
     with _ctrl_c(run), _telling_failure(run):

@@ -1,13 +1,43 @@
 "Fixtures shared by all tests; what needs the reference data skips where it is absent."
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+HANG = 900  # seconds for a child that takes less than 20: it stops what hangs, and judges nothing
+
+
+class Hand:
+    "A time source that moves when told to: by `step` seconds in every step of a run, and by `move`."
+    def __init__(self, step=0.): self.time, self.step = 0., step
+    def __call__(self): return self.time
+    def before_step(self, run): self.move(self.step)
+    def move(self, seconds): self.time += seconds
+
+
+@contextmanager
+def no_hang(seconds):
+    "Break off what uses `seconds` of processor time, to be fifty times what is normal or more."
+    def stop(*_): raise TimeoutError(f"{seconds} s of processor time")
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def pytest_collection_modifyitems(items):
+    "A file stays on one worker, so that what its tests share is made once; chapters have groups of their own."
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +81,7 @@ def start_pgolf(*args, **kw):
 def run_pgolf(*args, **kw):
     "Run the command to its end: exit code, standard output, standard error."
     child = start_pgolf(*args, **kw)
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=HANG)
     return child.returncode, out, err
 
 

@@ -7,7 +7,7 @@ import time
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, half_written, run_pgolf, start_pgolf
+from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 
 from pgolf import cli
 from pgolf.bpb import BYTE_LIMIT
@@ -35,7 +35,7 @@ def numbers(out):
 def losses(out): return np.array(json.loads((out/"training.json").read_text())["losses"])
 
 
-def wait_until(ready, child, seconds=90):
+def wait_until(ready, child, seconds=HANG):
     "Poll until `ready()`; a child that ends first is an error."
     end = time.monotonic() + seconds
     while not ready():
@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, 
     child = start_pgolf(*args)
     wait_until(lambda: lines(out/"metrics.jsonl") > 6, child)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to every process of the job
-    said, err = child.communicate(timeout=90)
+    said, err = child.communicate(timeout=HANG)
     assert child.returncode == 130, said + err
     last = err.splitlines()[-1]
     assert last.startswith("pgolf: interrupted: stopped at step ") and "goes on" in last, err
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(reference, novels, tmp_pa
     child = start_pgolf(*args)
     wait_until((out/"checkpoint.safetensors").exists, child)
     os.killpg(child.pid, signal.SIGKILL)
-    child.communicate(timeout=30)
+    child.communicate(timeout=HANG)
     assert not Report.load(out/"report.json").complete
     with (out/"metrics.jsonl").open("a") as f: f.write('{"step": 5, "ela')  # what a power cut can leave
     code, _, err = run_pgolf(*args)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, half_written, run_pgolf, start_pgolf
+from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 from test_end_to_end import STAGES, lines, numbers, tiny, wait_until
 
 from pgolf.artifact import ArtifactError, save_artifact
@@ -217,7 +217,7 @@ def unfinished(novels, tmp_path_factory):
     child = start_pgolf(*tiny(novels, out, "--steps", 500))
     wait_until(lambda: lines(out/"metrics.jsonl") > 3, child)
     child.send_signal(signal.SIGINT)
-    child.communicate(timeout=60)
+    child.communicate(timeout=HANG)
     assert child.returncode == 130 and not Report.load(out/"report.json").complete
     return out
 
@@ -272,7 +272,7 @@ cli.main()
 def test_disk_that_fills_up_late(finished, novels, tmp_path, stage, limit, victim):
     "The limit falls when a stage begins; with space again, the same command ends the run."
     args, out = [str(a) for a in tiny(novels, tmp_path/"run", "--steps", 3)], tmp_path/"run"
-    child = subprocess.run([sys.executable, "-c", LATE, stage, str(limit), *args], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    child = subprocess.run([sys.executable, "-c", LATE, stage, str(limit), *args], capture_output=True, text=True, timeout=HANG, cwd=ROOT)
     refused((child.returncode, child.stdout, child.stderr), str(out/victim), "free some space")
     report = Report.load(out/"report.json")
     assert not report.complete and half_written(out) == []

@@ -317,7 +317,7 @@ def test_fuzzed_dictionaries_raise_the_one_error():
 def test_bombs_are_bounded_in_memory_and_time():
     "In a process of its own, since the peak of memory is the process's."
     code = """if 1:
-        import io, lzma, time, torch, zipfile, zlib, zstandard
+        import io, lzma, torch, zipfile, zlib, zstandard
         from pgolf.formats import FormatError, read_published
         def deflated():
             with zipfile.ZipFile(f := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('archive/data.pkl', bytes(5*10**7))
@@ -330,13 +330,14 @@ def test_bombs_are_bounded_in_memory_and_time():
         f2 = io.BytesIO(); one = torch.zeros(10**5); torch.save({f'a{i}': one for i in range(10**4)}, f2)
         bombs |= dict(rans=f.getvalue(), shared=f2.getvalue())
         for b in bombs: bombs[b] = bytes(bombs[b])
+        from conftest import no_hang
         from test_fuzz import peak_bytes
         before = peak_bytes()
         for name, b in bombs.items():
-            start = time.process_time()
-            try: read_published(b, 2**24); print(name, 'was read')
+            try:
+                with no_hang(250): read_published(b, 2**24)
+                print(name, 'was read')
             except FormatError as e: assert 'limit=16777216' in str(e), (name, e)
-            assert time.process_time()-start < 5, name
         print((peak_bytes()-before)//2**20)"""
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT/'tests'}"), capture_output=True, text=True)
     assert not out.returncode, out.stderr

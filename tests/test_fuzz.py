@@ -1,4 +1,4 @@
-"""Twenty thousand damaged and forged artifacts, in a process of its own: each reads back exactly, or raises the one error, within 2 s and 1 GB.
+"""Twenty thousand damaged and forged artifacts, in a process of its own: each reads back exactly, or raises the one error, within 1 GB and without hanging.
 
 Most mutants carry a correct checksum, as an attacker's would, so that they reach the checks behind it. `python tests/test_fuzz.py 5000 7` runs 5,000 of seed 7."""
 import copy
@@ -9,7 +9,6 @@ import random
 import resource
 import subprocess
 import sys
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -18,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from conftest import HANG, no_hang
 
 from pgolf import artifact
 from pgolf.artifact import ArtifactError, ledger, load_artifact, pack, peek, unpack
 from pgolf.entropy import encode
 from pgolf.quant import Quantized
 
-RUNS, SECONDS, BYTES = 21_000, 2., 10**9
+RUNS, BYTES = 21_000, 10**9
 FAST = zstandard.ZstdCompressor(level=1)
 
 
@@ -202,31 +202,30 @@ def peak_bytes():
 
 
 def fuzz(runs, seed):
-    "Counts per kind, the slowest read and the peak of this process's memory."
-    rand, done, worst = random.Random(seed), {}, (0., "")
+    "Counts per kind, and the peak of this process's memory."
+    rand, done = random.Random(seed), {}
     models = [example(codec) for codec in ("zstd", "rans", "best")]
     streams = [f["streams"] for m in models for f in taken_apart(m)[0]["frames"]]
     assert all(check(m) for m in models) and {c for s in streams for c, _ in s} == {"zstd", "rans"} and {len(s) for s in streams} >= {1, 2}
     for kind in rand.choices(list(KINDS), SHARE, k=runs):
         data = KINDS[kind](rand, rand.choice(models), rand.choice(models))
-        began = time.process_time()
-        try: read = check(data)
+        try:
+            with no_hang(60): read = check(data)
         except Exception as e: raise AssertionError(f"{kind}: {type(e).__name__}: {e}; file {data.hex()}") from e
-        worst = max(worst, (time.process_time()-began, kind))
         listed(data)
         n, reads = done.get(kind, (0, 0))
         done[kind] = n+1, reads+read
-    return dict(done=done, worst=worst, peak=peak_bytes(), sizes=[len(m) for m in models])
+    return dict(done=done, peak=peak_bytes(), sizes=[len(m) for m in models])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak of memory is measured the Unix way")
 def test_mutants_read_back_exactly_or_raise_the_one_error():
-    child = subprocess.run([sys.executable, __file__, str(RUNS), "0"], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, __file__, str(RUNS), "0"], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=4*HANG)
     assert child.returncode == 0, child.stderr[-3000:]
     result = json.loads(child.stdout)
     counts = {kind: n for kind, (n, _) in result["done"].items()}
     assert sum(counts.values()) == RUNS >= 20_000 and set(counts) == set(KINDS)
-    assert result["worst"][0] < SECONDS and result["peak"] < BYTES, result
+    assert result["peak"] < BYTES, result
 
 
 def bomb(codec, n):
@@ -240,13 +239,12 @@ def bomb(codec, n):
 
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
 def test_a_small_file_may_unpack_to_its_limit_and_no_further(codec):
-    "What it then takes is in proportion to the limit: three times its bytes at most, and well under 2 s for 2^22 symbols of rANS."
+    "What it then takes is in proportion to the limit: three times its bytes at most."
     import tracemalloc
     data, n = bomb(codec, 2**22), 2**22
     assert len(data) < 6000
     with pytest.raises(ArtifactError, match=f"limit={n-1}"): unpack(data, limit=n-1)
-    began = time.process_time()
-    assert unpack(data)[0]["x"].sum() == 1 and time.process_time()-began < SECONDS
+    with no_hang(60): assert unpack(data)[0]["x"].sum() == 1
     tracemalloc.start()
     try:
         unpack(data)

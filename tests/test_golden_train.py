@@ -14,7 +14,9 @@ def model_config(c):
 
 
 def run(g, no_decay=None, **changes):
-    "Losses of the twelve steps and the norm of every parameter's change, without weight decay for one group, with `changes` to the optimizer."
+    """Losses of the twelve steps and the norm of every parameter's change.
+
+    Without weight decay for one group, with `changes` to the optimizer."""
     h = json.loads(str(g["hyper"]))
     model = GPT(model_config(json.loads(str(g["config"]))))
     model.load_state_dict({n: torch.from_numpy(g[f"param0/{n}"]) for n,_ in model.named_parameters()})
@@ -39,17 +41,31 @@ def run(g, no_decay=None, **changes):
     return np.array(losses), change
 
 
+DTYPES, GROUPS = ("bfloat16", "float32"), ("matrices", "tables", "scalars")
+
+
 @pytest.fixture(scope="module")
-def twelve(golden):
-    g = golden("train_pr610")
-    return g, *run(g)
+def g(golden): return golden("train_pr610")
 
 
-def off(losses, g): return np.abs(losses/g["losses"]-1)
+@pytest.fixture(scope="module")
+def runs(g):
+    "(dtype of Newton-Schulz, group whose decay is forgotten or None) -> what `run` gives."
+    return {(dtype, group): run(g, group, ns_dtype=dtype) for dtype in DTYPES for group in (None, *GROUPS)}
 
 
-def test_groups(twelve):
-    g = twelve[0]
+def off(losses, g):
+    "Distance of twelve losses from the published ones, relative."
+    return np.linalg.norm(losses/g["losses"] - 1)
+
+
+def moved_off(change, g):
+    "Median relative difference in how far the parameters have moved."
+    pairs = [(v, float(g[f"delta_norm/{n}"])) for n,v in change.items()]
+    return np.median([abs(ours/theirs - 1) for ours,theirs in pairs if theirs > 0])
+
+
+def test_groups(g):
     groups = json.loads(str(g["hyper"]))["groups"]
     model = GPT(model_config(json.loads(str(g["config"]))))
     names = {id(p): n for n,p in model.named_parameters()}
@@ -57,22 +73,22 @@ def test_groups(twelve):
     assert ours == [set(groups[k]) for k in ("muon", "adam_embed", "adam_scalar")]
 
 
-def test_losses(twelve):
-    g,losses,_ = twelve
-    assert off(losses, g)[0] < 1e-5
-    assert off(losses, g).max() < 3e-3
+def test_first_loss_and_a_dead_bigram(g, runs):
+    "Before the first step there is float32 alone to differ; what gets no gradient stays where it is."
+    losses, change = runs["bfloat16", None]
+    assert abs(losses[0]/g["losses"][0] - 1) < 1e-5
+    assert all(v == 0 for n,v in change.items() if float(g[f"delta_norm/{n}"]) == 0)
 
 
-def test_changes(twelve):
-    g,_,change = twelve
-    err = [abs(v/float(g[f"delta_norm/{n}"])-1) for n,v in change.items() if float(g[f"delta_norm/{n}"]) > 0]
-    assert np.median(err) < 3e-3
-    assert all(v == 0 for n,v in change.items() if float(g[f"delta_norm/{n}"]) == 0) # a dead bigram stays dead
+# No bound is a number taken from the file: the run without a fault must be nearer to the published
+# one than each run with a fault. Roundings of Newton-Schulz blur losses in bfloat16, hence 1.5 there.
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dtype, times", [("bfloat16", 1.5), ("float32", 3)])
+def test_forgotten_weight_decay_shows_in_the_losses(g, runs, dtype, times, group):
+    assert times*off(runs[dtype, None][0], g) < off(runs[dtype, group][0], g)
 
 
-# 2.5e-4: other kernels, thread counts and precisions of Newton-Schulz stay within 1.4e-4, the smallest effect to be caught is 4.2e-4 (scalars)
-@pytest.mark.parametrize("group", ["matrices", "tables", "scalars"])
-def test_forgotten_weight_decay_shows(twelve, group):
-    g,losses,_ = twelve
-    assert off(losses, g).max() < 2.5e-4
-    assert off(run(g, no_decay=group)[0], g).max() > 2.5e-4
+@pytest.mark.parametrize("group", ["matrices", "scalars"]) # of three tables a median knows nothing
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forgotten_weight_decay_shows_in_the_changes(g, runs, dtype, group):
+    assert 2*moved_off(runs[dtype, None][1], g) < moved_off(runs[dtype, group][1], g)

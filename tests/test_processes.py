@@ -1,5 +1,6 @@
 "Several processes, and signals from outside: what one process cannot show of the training loop."
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import HANG, ROOT
 from pgolf.data import write_shard
 from pgolf.training import read_checkpoint
 
 JOB = '''
 import json, sys, time
 from pathlib import Path
+from conftest import Hand
 from pgolf.averaging import EMA
 from pgolf.gpt import GPT, ModelConfig
 from pgolf.listeners import Checkpointer, MetricsLog, Validate
@@ -29,8 +32,8 @@ cfg = TrainConfig(train_batch_tokens=512, train_seq_len=32, num_spans=4, warmup_
 plan = ScheduleConfig(**dict(iterations=8, warmdown_iters=4, muon_momentum_warmup_steps=4) | args.get("plan", {}))
 
 class Lag:
-    "Ranks of unequal speed."
-    def after_step(self, run): time.sleep(args.get("lag", 0)*(1+run.rank))
+    "Steps that take their time."
+    def after_step(self, run): time.sleep(args.get("lag", 0))
 class Ready:
     "Tell the parent that steps are being taken."
     def after_step(self, run):
@@ -38,9 +41,13 @@ class Ready:
 
 loader = make_loader([shard], cfg, ranks)
 listeners = [EMA(.9), MetricsLog(), Checkpointer(5), Lag(), Ready(), Validate(3, lambda m: {"val_loss": 0.})]
-res = train(model, loader, OptimConfig(), plan, cfg, listeners, out=out, resume=args.get("resume"))
+kw = {}
+if "step" in args: # a clock of its own for each rank, the second twice as fast as the first
+    hand = Hand(args["step"]*(1+ranks.rank))
+    listeners, kw = [*listeners, hand], dict(now=hand)
+res = train(model, loader, OptimConfig(), plan, cfg, listeners, out=out, resume=args.get("resume"), **kw)
 state = {k: v.double().sum().item() for k,v in model.state_dict().items()}
-(out/f"rank{ranks.rank}.json").write_text(json.dumps(dict(losses=res.losses, steps=res.steps, stopped_by=res.stopped_by, lr=res.lr_scales, weights=state, world=ranks.world)))
+(out/f"rank{ranks.rank}.json").write_text(json.dumps(dict(losses=res.losses, steps=res.steps, stopped_by=res.stopped_by, elapsed=res.elapsed, lr=res.lr_scales, weights=state, world=ranks.world)))
 close_ranks()
 '''
 
@@ -57,14 +64,15 @@ def job(tmp_path):
         out.mkdir(exist_ok=True)
         launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         cmd = [sys.executable, *launcher, str(tmp_path/"job.py"), str(tmp_path/"train.bin"), str(out), json.dumps(args)]
-        return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), out
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]))
+        return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env), out
     return start
 
 
 def finish(started, code=0):
     "Wait for a job; its reports by rank."
     process, out = started
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == code, err
     return [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
 
@@ -75,7 +83,7 @@ def test_two_ranks_train_as_one_and_rank_zero_alone_writes(job):
     [one] = finish(job("one"))
     assert (one["world"], a["world"], b["world"]) == (1, 2, 2)
     np.testing.assert_allclose(a["losses"], one["losses"], rtol=1e-4)
-    assert a == b  # losses, rates, and every weight, to the bit
+    assert a | dict(elapsed=0) == b | dict(elapsed=0)  # losses, rates, and every weight, to the bit
     lines = [json.loads(l) for l in (out/"metrics.jsonl").read_text().splitlines()]
     assert [l["step"] for l in lines if "loss" in l] == list(range(1, 9))
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl", "rank0.json", "rank1.json"]
@@ -85,8 +93,10 @@ def test_two_ranks_train_as_one_and_rank_zero_alone_writes(job):
 
 
 def test_ranks_of_unequal_speed_agree_on_clock_and_rate(job):
-    a, b = finish(job("lag", world=2, lag=.02, plan=dict(iterations=1000, max_wallclock_seconds=.6, warmdown_iters=5)))
-    assert a["stopped_by"] == b["stopped_by"] == "wallclock" and a["steps"] == b["steps"] < 31
+    "The slower clock counts for both: twelve steps of half a second, though the faster has counted half."
+    plan = dict(iterations=1000, max_wallclock_seconds=6., warmdown_iters=5)
+    a, b = finish(job("lag", world=2, step=.25, plan=plan))
+    assert [(r["stopped_by"], r["steps"], r["elapsed"]) for r in (a, b)] == [("wallclock", 12, 3.), ("wallclock", 12, 6.)]
     assert a["lr"] == b["lr"] and a["lr"][-1] < 1 and a["weights"] == b["weights"]
 
 
@@ -98,7 +108,7 @@ def test_ctrl_c_writes_a_checkpoint_that_can_be_resumed(job, world):
     if world == 1:
         [report] = finish(started)
         assert report["stopped_by"] == "interrupted" and report["steps"] >= 6
-    else: process.communicate(timeout=120)  # torchrun reports the signal with an exit code of its own
+    else: process.communicate(timeout=HANG)  # torchrun reports the signal with an exit code of its own
     tensors, meta = read_checkpoint(out/"checkpoint.safetensors")
     assert meta["step"] >= 6 and (world == 2 or meta["step"] == report["steps"])
     assert not list(out.glob(".*")) and any(k.startswith("EMA.0/") for k in tensors)

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HANG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,7 +186,7 @@ RANKS = """if 1:
 def test_two_processes_score_as_one(tmp_path):
     (tmp_path/"job.py").write_text(RANKS)
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        done = subprocess.run([sys.executable, *launcher, tmp_path/"job.py", tmp_path], capture_output=True, text=True, timeout=240)
+        done = subprocess.run([sys.executable, *launcher, tmp_path/"job.py", tmp_path], capture_output=True, text=True, timeout=HANG)
         assert done.returncode == 0, done.stderr
     one, *two = (load_scores(tmp_path/f"{n}.npz") for n in ("1-0", "2-0", "2-1"))
     for s in two: assert torch.equal(s.scores.nll, one.scores.nll)
@@ -225,18 +225,17 @@ def published_loop(model, tokens, seq_len, stride, batch=32):
     return out.double()
 
 
-def test_faster_than_the_published_loop():
-    "Equal to 1e-6; the margin is wide, for machines that do other things too."
+def test_less_work_than_the_published_loop():
+    "Equal to 1e-6, by two thirds of the operations or fewer."
+    from torch.utils.flop_counter import FlopCounterMode
     m = GPT(ModelConfig(num_layers=3, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=4, smear=True, skip_init=1., bigram_vocab_size=128, bigram_dim=64))
     torch.nn.init.normal_(m.tok_emb.weight, std=.1, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(1024, (256+32*39+1,), generator=torch.Generator().manual_seed(1))
     even = ByteTables(torch.ones(1024, dtype=torch.int16), *torch.zeros(2, 1024, dtype=torch.bool))
-    slow, fast = [], []
-    for _ in range(5):
-        t = time.process_time(); a = published_loop(m, ids, 256, 32); slow.append(time.process_time()-t)
-        t = time.process_time(); b = score(m, ids, even, 256, 32).nll; fast.append(time.process_time()-t)
+    with FlopCounterMode(display=False) as theirs: a = published_loop(m, ids, 256, 32)
+    with FlopCounterMode(display=False) as ours: b = score(m, ids, even, 256, 32).nll
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert sorted(slow)[2] > 1.5*sorted(fast)[2], f"{sorted(slow)[2]:.3f} s and {sorted(fast)[2]:.3f} s"
+    assert 0 < 1.5*ours.get_total_flops() < theirs.get_total_flops()
 
 
 @pytest.mark.skipif(not can_compile("cpu")[0], reason="no compiler")

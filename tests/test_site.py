@@ -1,6 +1,7 @@
 "The built site in a real browser: every page, its links, figures, maths, search and dark mode, with no network."
 import functools
 import http.server
+import io
 import json
 import re
 import shutil
@@ -10,8 +11,11 @@ import threading
 from html import unescape
 from urllib.parse import unquote, urldefrag, urljoin
 
+import nbformat
+import numpy as np
 import pytest
-from conftest import ROOT
+from PIL import Image
+from conftest import HANG, ROOT
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.support.ui import WebDriverWait
@@ -105,6 +109,42 @@ def test_page(site, browser, page):
     assert run("return document.documentElement.scrollWidth <= window.innerWidth"), "the page is wider than the window"
 
 
+def ink(browser, box):
+    "Where a part of the window differs from its ground."
+    left, top, right, bottom = map(int, box)
+    window = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("L")
+    grey = np.asarray(window.crop((left, top, right + 1, bottom + 1))).astype(int)
+    return abs(grey - np.median(grey)) > 60
+
+
+SIGN = """const [root] = arguments;
+root.scrollIntoView({block: 'center', behavior: 'instant'});
+const all = root.getBoundingClientRect(), inside = root.firstElementChild.getBoundingClientRect();
+return [all.left, all.top, inside.left, all.bottom]"""
+
+
+@pytest.mark.parametrize("page", [p for p in notebooks() if r"\\sqrt" in notebooks()[p].read_text()])
+def test_roots_have_their_sign(site, browser, page):
+    "A font without the sign leaves its place empty, and the formula says something else."
+    browser.get(f"{site}{page}.html")
+    run = browser.execute_script
+    run("return document.fonts.ready.then(() => true)")
+    roots = run("return [...document.querySelectorAll('msqrt')]")
+    assert roots
+    for root in roots:
+        sign = run(SIGN, root)
+        assert sign[2] > sign[0] + 2 and ink(browser, sign).any(), root.get_attribute("outerHTML")
+
+
+def test_staged_notebooks_are_notebooks(site):
+    "What the renderer reads follows the format, source as a list of lines: one long string loses its line ends in Quarto."
+    staged = sorted((ROOT / "build" / "site").glob("*.ipynb"))
+    if not staged: pytest.skip("the site was built elsewhere")
+    for path in staged:
+        nbformat.validate(nbformat.read(path, 4))
+        for cell in cells(path): assert isinstance(cell["source"], list) and not any("\n" in line[:-1] for line in cell["source"]), path.name
+
+
 def test_sidebar_shows_the_parts(site, browser):
     browser.get(f"{site}index.html")
     sidebar = browser.execute_script("return document.querySelector('#quarto-sidebar').textContent")
@@ -116,7 +156,7 @@ def test_search_finds_a_definition(site, browser):
     box = browser.find_element("css selector", ".smalldocs-search input, #quarto-search input")
     box.send_keys("frozen")
     results = ".smalldocs-search-results a, .aa-Item a"
-    WebDriverWait(browser, 10).until(lambda b: b.find_elements("css selector", results))
+    WebDriverWait(browser, HANG).until(lambda b: b.find_elements("css selector", results))
     assert not console(browser)
 
 
@@ -128,7 +168,7 @@ def test_dark_mode_changes_the_page(site, browser, tmp_path):
     before, colour = dark(), background()
     browser.save_screenshot(str(tmp_path / "before.png"))
     browser.find_element("css selector", ".quarto-color-scheme-toggle").click()
-    WebDriverWait(browser, 10).until(lambda b: dark() != before and background() != colour)
+    WebDriverWait(browser, HANG).until(lambda b: dark() != before and background() != colour)
     browser.save_screenshot(str(tmp_path / "after.png"))
     assert (tmp_path / "after.png").stat().st_size > 10_000
     browser.find_element("css selector", ".quarto-color-scheme-toggle").click()

@@ -10,6 +10,7 @@ import subprocess
 import venv
 
 import pytest
+from conftest import HANG
 from pgolf import flatten, pipeline, script, submission
 from pgolf.bpb import BYTE_LIMIT
 from pgolf.recipes import RECIPES, at_scale, get_recipe
@@ -61,7 +62,7 @@ def clean(tmp_path_factory):
 
 
 def run_clean(python, *args, cwd):
-    done = subprocess.run([python, "-I", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=dict(OMP_NUM_THREADS="1"), timeout=300)
+    done = subprocess.run([python, "-I", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=dict(OMP_NUM_THREADS="1"), timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

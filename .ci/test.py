@@ -1,0 +1,42 @@
+"""Run chapters and tests/ on all cores; end with every failure by name, then `N passed, N failed, N skipped`.
+
+  python .ci/test.py          all but what is marked slow
+  python .ci/test.py --all    everything
+
+What else is given goes to pytest: `python .ci/test.py tests/test_muon.py`, or `-k "chapter and muon"`.
+"""
+import os, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class Outcomes:
+    "What pytest counted, over all workers."
+    def __init__(self): self.line = ""
+    def pytest_terminal_summary(self, terminalreporter):
+        n = {k: len(v) for k, v in terminalreporter.stats.items()}
+        failed = n.get("failed", 0) + n.get("error", 0)
+        skipped = n.get("skipped", 0) + n.get("xfailed", 0)
+        self.line = f"{n.get('passed', 0) + n.get('xpassed', 0)} passed, {failed} failed, {skipped} skipped"
+
+
+def cores():
+    "Cores that this process may use, eight at most: a worker takes about a gigabyte."
+    free = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(len(free), 8)
+
+
+def main(args):
+    import pytest
+    os.environ.update(dict.fromkeys(THREADS, "1"))  # a worker a core, so a thread a worker
+    os.chdir(ROOT)
+    outcomes, chosen = Outcomes(), [] if "--all" in args else ["-m", "not slow"]
+    rest = [a for a in args if a != "--all"]
+    code = pytest.main(["-n", str(cores()), "--dist", "loadgroup", *chosen, *rest], [outcomes])
+    print(outcomes.line or "0 passed, 1 failed, 0 skipped", flush=True)
+    return code
+
+
+if __name__ == "__main__": sys.exit(main(sys.argv[1:]))

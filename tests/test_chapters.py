@@ -1,0 +1,47 @@
+"Every chapter runs from top to bottom, in a process of its own; its visible tests are the tests."
+import multiprocessing
+import os
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+# What is left to `make test-all`; the module of each is tried by other tests as well.
+SLOW = {"31_gptq", "34_squeeze", "51_pipeline", "55_effects", "57_submission", "58_verdict",
+        "80_bench", "81_growth", "83_cli"}
+CHAPTERS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb")
+                  if not re.match(r"[67]\d_", p.name))  # those are runs: `make reproduce`
+CLEAN = multiprocessing.get_context("forkserver")  # every chapter forks off a process that has
+CLEAN.set_forkserver_preload(["torch", "nbdev.test"])  # loaded what they all need, and run nothing
+
+
+def execute(path, log):
+    "Run a chapter as `nbdev_test` does; what it prints goes into a file."
+    from nbdev.test import test_nb
+    with open(log, "w") as out:
+        for stream in (1, 2): os.dup2(out.fileno(), stream)
+    ok, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
+    sys.exit(not ok)
+
+
+def parameter(path):
+    marks = [pytest.mark.slow] if path.stem in SLOW else []
+    return pytest.param(path, id=path.stem, marks=[*marks, pytest.mark.xdist_group(path.stem)])
+
+
+@pytest.mark.parametrize("path", map(parameter, CHAPTERS))
+def test_chapter(path, tmp_path):
+    child = CLEAN.Process(target=execute, args=(path, tmp_path/"log"))
+    child.start()
+    child.join()
+    if child.exitcode: pytest.fail(f"{path.name}: {(tmp_path/'log').read_text()[-4000:]}", pytrace=False)
+
+
+def test_a_chapter_that_fails_is_seen(tmp_path):
+    "The other outcome, with what it said."
+    import nbformat
+    cells = [nbformat.v4.new_code_cell(s) for s in ("import torch", "print('so far')\nassert 1 == 2")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"00_bad.ipynb")
+    with pytest.raises(pytest.fail.Exception, match="00_bad.ipynb: .*AssertionError"):
+        test_chapter(tmp_path/"00_bad.ipynb", tmp_path)
