@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'FORMS', 'PATTERNS', 'SEEDS', 'CLIPS', 'PR610', 'PR610_AS_RUN', 'INT8_FLOOR', 'PR576', 'PR576_AS_RUN',
            'GROUPS_598', 'PR598', 'PR598_AS_RUN', 'GRIDS_1123', 'PR1123', 'PR1123_AS_RUN', 'GROUPS_601', 'PR601',
-           'PR601_AS_RUN', 'RECIPES', 'SCALES', 'StageConfig', 'Claim', 'Recipe', 'load_recipe', 'find_setting',
-           'coerce', 'check_value', 'diff', 'brief', 'diff_table', 'expand', 'per_row', 'get_recipe', 'Scale',
-           'in_steps', 'at_scale']
+           'PR601_AS_RUN', 'VARIANTS', 'RECIPES', 'SCALES', 'StageConfig', 'Claim', 'claim_table', 'Recipe',
+           'load_recipe', 'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'diff_table', 'expand', 'per_row',
+           'in_float32', 'get_recipe', 'Scale', 'in_steps', 'at_scale']
 
 # %% ../nbs/50_recipes.ipynb #31feb3d9
 import ast,difflib,json,math,re
@@ -61,6 +61,23 @@ class Claim:
     claimed:float|None      # bits per byte in the description
     logged:float|None       # bits per byte in a log or result file
     note:str=""             # what the number covers
+    size:str=""             # code and weights as the description writes it
+    bytes_logged:int|None=None # code and weights by a log or a result file
+
+# %% ../nbs/50_recipes.ipynb #c1a1b7e5
+def claim_table(
+    recipe,         # whose claims
+    scores:dict,    # stage -> bits per byte here
+    total:int,      # bytes of code and weights here
+    comparable:str, # "yes", or why the two cannot be compared
+)->str: # a Markdown table
+    "What was claimed, what was logged and what came out here: bits per byte and bytes."
+    rows = []
+    for c in recipe.claims:
+        here = total if c.size or c.bytes_logged else None
+        rows.append([c.stage,c.claimed,c.logged,scores.get(c.stage),c.size or None,c.bytes_logged,here,c.note,comparable])
+    heads = ["claimed bpb","logged bpb","here bpb","claimed size","logged bytes","here bytes"]
+    return tabulate(rows, headers=["stage",*heads,"what the published number covers","comparable"], tablefmt="github", floatfmt=".4f", intfmt=",", missingval="-")
 
 # %% ../nbs/50_recipes.ipynb #0f914358
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ class Recipe:
     full_steps:int=1        # steps of the published run: the unit of its time constants
     claims:tuple[Claim,...]=()
     scale:str="full"        # size the sections are set to
+    ours:tuple[str,...]=()  # settings chosen by us where description and run agree
     def sections(self)->dict: # section name -> its configuration
         "The configurations that a recipe is made of."
         return {f.name:getattr(self,f.name) for f in fields(self) if is_dataclass(getattr(self,f.name))}
@@ -108,6 +126,7 @@ def load_recipe(
     saved["optim"]["groups"] = tuple(Group(**g) for g in saved["optim"]["groups"])
     for rules in ("qat_rules","first_rules","eval_rules","ttt_rules"): saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
+    saved["ours"] = tuple(saved.get("ours", ()))
     return Recipe(**{k:sections[k](**v) if k in sections else v for k,v in saved.items()})
 
 # %% ../nbs/50_recipes.ipynb #fee7770a
@@ -224,8 +243,12 @@ def diff_table(
     a:Recipe, # left
     b:Recipe, # right
 )->str: # a Markdown table
-    "The differences between two recipes, for readers."
-    return tabulate([[k.split(".")[1],brief(x),brief(y)] for k,x,y in diff(a, b)], headers=["setting",a.name,b.name], tablefmt="github")
+    "The differences between two recipes, for readers; a setting of ours is none between description and run."
+    ours = a.ours if b.name==f"{a.name}-as-run" else ()
+    body = [[k.split(".")[1],brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
+    own = [f"`{k.split('.')[1]}` {brief(x)} (described and run: {brief(y)})" for k,x,y in diff(a, b) if k in ours]
+    table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
+    return table + (f"\n\nSet by us, where description and run agree: {'; '.join(own)}." if own else "")
 
 # %% ../nbs/50_recipes.ipynb #a65dea86
 def expand(
@@ -254,10 +277,11 @@ PR610 = Recipe(
     quant=QuantConfig(rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS)), (".*", Grid(-127, 127)))),
     score=ScoreConfig(eval_seq_len=2048, eval_stride=64),
     ttt=TTTConfig(ttt_lr=.002, ttt_momentum=.9, ttt_epochs=3, ttt_chunk_tokens=32_768, ttt_freeze_blocks=2, ttt_grad_clip=1.),
+    ours=("ttt.ttt_coverage","stages.codec","stages.zstd_level","stages.zstd_long"), # the whole text is scored; the smaller coder stores a layer
     claims=(Claim("raw", None, 1.1409, "62.0 M FineWeb targets, blocks of 2048"),
         Claim("averaged", None, 1.1399, "the same"),
-        Claim("artifact", None, 1.1480, "round to nearest int6, not GPTQ"),
-        Claim("sliding", 1.1214, 1.12141, "GPTQ; from a result file, no log"),
+        Claim("artifact", None, 1.1480, "round to nearest int6, not GPTQ", bytes_logged=15_871_987),
+        Claim("sliding", 1.1214, 1.12141, "GPTQ; from a result file, no log; its file is 16,319,735 there, 15,683,170 in the description", "15,750,888 bytes", 16_387_453),
         Claim("adapted", 1.1190, 1.11901, "first 900 of 1,893 chunks only: 47.55 % of the targets")))
 
 # %% ../nbs/50_recipes.ipynb #fff391df
@@ -268,17 +292,17 @@ PR610_AS_RUN = replace(PR610, name="pr610-as-run", title="#610 as its code ran")
 
 # %% ../nbs/50_recipes.ipynb #ce5747b0
 def per_row(top, low=0, **kw): return Grid(low or -top, top, quantiles=CLIPS, **kw)
-INT8_FLOOR = Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False) # tables, as four of the five ran
+INT8_FLOOR = Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False) # tables, as three of the five ran: #610, #576, #601
 PR576 = replace(PR610, name="pr576", title="33.6 M parameters, int5 GPTQ, AdamW TTT", full_steps=6203,
     claims=(Claim("raw", None, 1.1295, "seed 7, blocks of 2048"), Claim("averaged", None, 1.1284, "seed 7"),
-        Claim("sliding", 1.1271, 1.12823, "seed 7; logged at temperature 0.98"), Claim("adapted", 1.1204, 1.12042, "seed 7, legal"),
+        Claim("sliding", 1.1271, 1.12823, "seed 7; logged at temperature 0.98; 15.6 MB is the mean of three seeds", "15.6MB", 15_576_393), Claim("adapted", 1.1204, 1.12042, "seed 7, legal"),
         Claim("rescored", 1.1172, 1.11717, "seed 7; scored again after training on the same targets"))).but(
     activation="leaky_relu2", num_kv_heads=8, mlp_mult=3.5, bigram_vocab_size=8192, xsa_last_n=11, max_wallclock_seconds=600.,
     late_qat_threshold=.5, qat_rules=((r"\.(attn|mlp)\.", Grid(-15, 15)),), prune=.02, rules=((r"\.(attn|mlp)\.", per_row(15)), (".*", Grid(-127, 127))),
-    ttt_optimizer="adamw", ttt_lr=1e-4, ttt_weight_decay=0., ttt_chunk_tokens=131_072, ttt_freeze_blocks=9, ttt_only=r"^blocks\.", ttt_always="scale",
+    ttt_optimizer="adamw", ttt_lr=1e-4, ttt_weight_decay=0., ttt_chunk_tokens=131_072, ttt_batch_seqs=64, ttt_freeze_blocks=9, ttt_only=r"^blocks\.", ttt_always="scale",
     ttt_temperatures=tuple(round(.9+i/100, 2) for i in range(21)))
 PR576_AS_RUN = replace(PR576, name="pr576-as-run", title="#576 as its code ran").but(
-    activation="relu2", late_qat_threshold=0., rules=((r"\.(attn|mlp)\.", per_row(15, scale_floor=1/15)), (".*", INT8_FLOOR)),
+    activation="relu2", late_qat_threshold=0., rules=((r"\.(attn|mlp)\.", per_row(15, scale_floor=1/15, half_first=False)), (".*", INT8_FLOOR)),
     order="ascending", rule="plain_inverse", codec="zstd", zstd_level=22, ttt_temperatures=(), rescore_temperature=.98046875)
 
 # %% ../nbs/50_recipes.ipynb #2112b6d9
@@ -292,19 +316,20 @@ GROUPS_598 = (
     Group("other", "", "adamw", "scalar_lr"))
 PR598 = replace(PR610, name="pr598", title="mixed int6/int8, ten-epoch TTT", full_steps=7000,
     claims=(Claim("raw", 1.1476, 1.1476, "described as averaged; logged for the last weights, blocks of 2048"),
-        Claim("adapted", 1.1334, 1.13343, "the only logged score of the artifact"))).but(
+        Claim("adapted", 1.1334, 1.13343, "the only logged score of the artifact", "15.70 MB", 15_703_198))).but(
     activation="star_relu", skip_gate=True, iterations=7000, max_wallclock_seconds=0., decay="cosine", groups=GROUPS_598, seed=42, use_gptq=False,
     qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), rules=((r"\.(attn|mlp)\.", per_row(31, -32)), (".*", Grid(-127, 127, scale_per="tensor"))),
     keep_float32=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_", ttt_epochs=10, ttt_freeze_embeddings=False)
 PR598_AS_RUN = replace(PR598, name="pr598-as-run", title="#598 as its code ran").but(
-    decay="linear", late_qat_threshold=0., codec="zstd", zstd_level=22, groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True, ttt_rules=((".", Grid(-32, 31, scale_floor=1/31)),),
-    rules=((r"\.(attn|mlp)\.", per_row(31, -32, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, scale_per="tensor"))))
+    decay="linear", late_qat_threshold=0., codec="zstd", zstd_level=22, groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True, ttt_rules=((".", Grid(-32, 31, scale_floor=1/31, half_first=False)),),
+    rules=((r"\.(attn|mlp)\.", per_row(31, -32, search="tensor", scale_floor=1/31, half_first=False)), (".*", Grid(-127, 127, scale_per="tensor"))))
 
 # %% ../nbs/50_recipes.ipynb #6b431880
 GRIDS_1123 = ((r"attn\.c_[qk]\.", Grid(-32, 31, peak=32)), (r"attn\.(c_v|proj)\.", Grid(-16, 15, peak=16)),
     (r"mlp\.fc\.", Grid(-2, 2, rule="pentanary")), (r"mlp\.proj\.", Grid(-8, 7, peak=8)))
+def in_float32(rules): return tuple((p, g if g.rule=="pentanary" else replace(g, scale_floor=1e-5/g.peak, half_first=False)) for p,g in rules)
 PR1123 = replace(PR610, name="pr1123", title="int6/5/4/pentanary from step 0, rANS", full_steps=10_000,
-    claims=(Claim("averaged", 1.2420, 1.2420, "SWA weights, blocks of 1024, int6 to int4 not rounded"), Claim("sliding", 1.2100, 1.20996, "artifact, stride 64"),
+    claims=(Claim("averaged", 1.2420, 1.2420, "SWA weights, blocks of 1024, int6 to int4 not rounded"), Claim("sliding", 1.2100, 1.20996, "artifact, stride 64", "15,132,719 bytes", 15_132_719),
         Claim("adapted", 1.1986, 1.19856, "all chunks"))).but(
     mlp_mult=4., xsa_last_n=11, value_residual=True, qk_gain_init=2., logit_softcap=15., skip_init=.1, norm_eps=1e-6, rope_train_seq_len=0, ve_zero_init=True, init_bf16=False,
     matrix_lr=.01, tied_embed_lr=.0125, scalar_lr=.01, muon_weight_decay=0., adam_weight_decay=0.,
@@ -312,6 +337,7 @@ PR1123 = replace(PR610, name="pr1123", title="int6/5/4/pentanary from step 0, rA
     train_batch_tokens=524_288, train_seq_len=1024, num_spans=32, warmup_steps=0, grad_clip_norm=1., eval_seq_len=1024,
     average="swa", swa_every=50, late_qat_threshold=2., qat_rules=GRIDS_1123, use_gptq=False, rules=(*GRIDS_1123, (".*", None)), ttt_freeze_embeddings=False)
 PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run", title="#1123 as its code ran").but(bigram_zero_init=True, codec="rans", eval_rules=GRIDS_1123[2:3], ttt_train_mode=True,
+    qat_rules=in_float32(GRIDS_1123), rules=(*in_float32(GRIDS_1123), (".*", None)),
     groups=(Group("token table", r"^tok_emb", "adamw", "tied_embed_lr"), Group("all other matrices", r"\.weight$|skip_weights|resid_mix", "muon", "matrix_lr"), Group("scalars", "", "adamw", "scalar_lr")))
 
 # %% ../nbs/50_recipes.ipynb #57c77227
@@ -319,7 +345,7 @@ _601_REST = ((r"^tok_emb", None), (r"blocks\.<last 2>\.attn\.c_k", None))
 GROUPS_601 = (Group("matrices", r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^bigram\.proj", "muon", "matrix_lr"),
     Group("tables", r"^(tok_emb|bigram\.embed)\.weight$", "adamw", "tied_embed_lr"), Group("scalars", "", "adamw", "scalar_lr"))
 PR601 = replace(PR610, name="pr601", title="value residual, gated attention, int5 MLP", full_steps=9500,
-    claims=(Claim("artifact", 1.1696, None, "described at stride 128, very likely blocks of 1024; int6"), Claim("sliding", 1.1418, None, "stride 128; no log"),
+    claims=(Claim("artifact", 1.1696, None, "described at stride 128, very likely blocks of 1024; int6"), Claim("sliding", 1.1418, None, "stride 128; no log; 16,442,824 bytes in its submission.json, very likely weights alone: 15.7 MiB", "15.7 MB", 16_442_824),
         Claim("adapted", 1.1721, None, "control tensors, very likely without overlap; no log"))).but(
     activation="relu2", bigram_vocab_size=1024, ve_dim=0, ve_layers=(), value_residual=True, gated_attention=True, rope_train_seq_len=0, row_norm=True, groups=GROUPS_601,
     iterations=9500, max_wallclock_seconds=0., train_batch_tokens=524_288, train_seq_len=1024, eval_seq_len=1024, eval_stride=128, samples=51_200,
@@ -327,19 +353,23 @@ PR601 = replace(PR610, name="pr601", title="value residual, gated attention, int
     rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15)), (r"\.attn\.", Grid(-32, 31)), (".*", Grid(-127, 127))),
     ttt_epochs=2, ttt_batch_seqs=1, ttt_decay="steps", ttt_freeze_blocks=0, ttt_lr_mult=((r"mlp\.proj", 3.), (r"mlp\.fc", .5)))
 PR601_AS_RUN = replace(PR601, name="pr601-as-run", title="#601 as its code ran").but(
-    rope_bf16=True, codec="zstd", zstd_level=22, qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), use_gptq=False, first_rules=(*_601_REST, (r"\.(mlp|attn)\.", Grid(-32, 31)), (".*", INT8_FLOOR)),
-    rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15)), (r"\.attn\.", Grid(-32, 31)), (".*", INT8_FLOOR)),
+    rope_bf16=True, codec="zstd", zstd_level=22, qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), use_gptq=False, first_rules=(*_601_REST, (r"\.(mlp|attn)\.", Grid(-32, 31, scale_floor=2**-14)), (".*", INT8_FLOOR)),
+    rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15, scale_floor=2**-14)), (r"\.attn\.", Grid(-32, 31, scale_floor=2**-14)), (".*", INT8_FLOOR)),
     ttt_local=True, ttt_freeze_embeddings=False, ttt_only=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|smear\.gate|bigram\.scale")
+VARIANTS = {r.name:r for r in (
+    replace(PR601, name="pr601-v0", title="#601, values of block 0 in float16").but(rules=((r"blocks\.0\.attn\.c_v\.", None), *PR601.quant.rules)),
+    replace(PR601, name="pr601-bh10240", title="#601, 10,240 bigram buckets").but(bigram_vocab_size=10_240))}
 RECIPES = {r.name:r for r in (PR610,PR610_AS_RUN,PR576,PR576_AS_RUN,PR598,PR598_AS_RUN,PR1123,PR1123_AS_RUN,PR601,PR601_AS_RUN)}
 
 # %% ../nbs/50_recipes.ipynb #50646baf
 def get_recipe(
-    name:str, # key of `RECIPES`
+    name:str, # key of `RECIPES` or `VARIANTS`
 )->Recipe:
     "Look a recipe up by name."
-    if name in RECIPES: return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=.4)
-    raise ValueError(f"unknown recipe {name!r}; near matches: {', '.join(near) or 'none'}; there are: {', '.join(RECIPES)}")
+    known = RECIPES | VARIANTS
+    if name in known: return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=.4)
+    raise ValueError(f"unknown recipe {name!r}; near matches: {', '.join(near) or 'none'}; there are: {', '.join(known)}")
 
 # %% ../nbs/50_recipes.ipynb #b0341cec
 @dataclass(frozen=True)
