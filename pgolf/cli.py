@@ -224,13 +224,13 @@ def execute(
     "Execute a notebook with papermill; when a cell fails, the partial notebook stays and the error says where."
     import papermill as pm # takes a second, so only where it is needed
     out.mkdir(parents=True, exist_ok=True)
-    done = out/notebook.name
+    done,part = out/notebook.name,out/f"{notebook.stem}.partial.ipynb"
     _check_names(notebook, parameters, pm.inspect_notebook(notebook))
-    try: pm.execute_notebook(notebook, done, parameters, progress_bar=False, kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr)
-    except pm.PapermillExecutionError as e: raise RuntimeError(f"{notebook}: cell {e.cell_index} failed with {e.ename}: {e.evalue}; the partial notebook is {done}") from None
+    try: pm.execute_notebook(notebook, part, parameters, progress_bar=False, kernel_name="python3", stdout_file=sys.stdout, stderr_file=sys.stderr)
+    except pm.PapermillExecutionError as e: raise RuntimeError(f"{notebook}: cell {e.cell_index} failed with {e.ename}: {e.evalue}; the partial notebook is {part}") from None
     finally:
-        if done.exists(): tidy(done)
-    return done
+        if part.exists(): tidy(part)
+    return part.replace(done)
 
 def _check_names(notebook, parameters, known):
     for n in parameters.keys()-known.keys():
@@ -498,8 +498,11 @@ def bench(
     compile:Annotated[bool, typer.Option("--compile", help="compile models, ours and the peer's")]=False,
     json:Annotated[Path, typer.Option(help="file for the measurements")]=None,
     figure:Annotated[Path, typer.Option(help="file for a figure of the ratios, .png or .svg")]=None,
+    overwrite:Overwrite=False,
 ):
     "Measure every part of a run: times, rates, shares of a step, memory."
+    for file,option in ((json,"--json"),(figure,"--figure")):
+        if file: keep_free(file, overwrite, option)
     device,settings = pipeline.pick_device(device),parse_overrides(override)
     extra = peer_bench(peer, system[0], scale, device, quick, compile, settings)
     benches = BENCHES | extra | (SECTIONS if only or not quick else {})

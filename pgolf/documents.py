@@ -6,14 +6,22 @@
 __all__ = ['PACKED', 'NOT_TEXT', 'READS', 'JSONL', 'PACKERS', 'unpacked', 'read_documents']
 
 # %% ../nbs/03_documents.ipynb #a3f90364
-import bz2, gzip, io, json, lzma, re, zlib
+import bz2, gzip, json, lzma, re, zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import zstandard
 
 # %% ../nbs/03_documents.ipynb #51e0f655
-def _zstd(data): return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True).read()
+def _zstd(data):
+    "All frames of a file, each whole."
+    out = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        out.append(frame.decompress(data))
+        if not frame.eof: raise EOFError("a frame is cut off")
+        data = frame.unused_data
+    return b"".join(out)
 
 PACKED = {b"\x1f\x8b": gzip.decompress, b"\x28\xb5\x2f\xfd": _zstd, b"BZh": bz2.decompress, b"\xfd7zXZ\0": lzma.decompress} # first bytes -> how to unpack; all take joined frames
 NOT_TEXT = {b"PAR1": "a Parquet table", b"ARROW1": "an Arrow table", b"PK\3\4": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
@@ -28,7 +36,7 @@ def unpacked(
         unpack = next((f for magic,f in PACKED.items() if data.startswith(magic)), None)
         if unpack is None: break
         try: data = unpack(data)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as e: raise ValueError(f"{path}: its compression is damaged or cut off ({e}): fetch it again") from None
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as e: raise ValueError(f"{path}: its compression is damaged or cut off ({e}): fetch it again") from None
     what = next((w for magic,w in NOT_TEXT.items() if data.startswith(magic)), "a tar archive" if data[257:262] == b"ustar" else None)
     if what: raise ValueError(f"{path} is {what}, which pgolf does not read: write it as {READS}")
     return data

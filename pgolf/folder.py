@@ -45,6 +45,7 @@ def _lock(f)->bool: # whether the lock is ours now
     except (BlockingIOError, PermissionError): return False
     except OSError: return True # a file system without locks: nothing can be known
 
+# %% ../nbs/45_folder.ipynb #c3d1c0e1
 def claim(
     out, # folder, there already
 ):
@@ -66,6 +67,7 @@ def _is_there(f, path):
     try: return os.path.samestat(os.fstat(f.fileno()), os.stat(path/"lock"))
     except FileNotFoundError: return False
 
+# %% ../nbs/45_folder.ipynb #c3d1c0e2
 def release(
     out, # folder
 ):
