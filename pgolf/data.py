@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'HEADER_BYTES', 'AUSTEN', 'PROBE', 'HASHED', 'LONG_LINE', 'ShardError', 'write_shard',
            'read_shard', 'TokenStream', 'BatchLoader', 'austen_text', 'austen_documents', 'Dataset', 'check_charge',
-           'open_dataset', 'file_sum', 'read_sums', 'write_sums', 'is_as_kept', 'check_sums', 'text_stats',
-           'data_notes', 'build_dataset', 'austen']
+           'check_bytes', 'open_dataset', 'file_sum', 'read_sums', 'write_sums', 'is_as_kept', 'check_sums',
+           'text_stats', 'data_notes', 'build_dataset', 'austen']
 
 # %% ../nbs/02_data.ipynb #ef0b8b57
 import hashlib, json, re, shutil, uuid
@@ -169,12 +169,10 @@ class Dataset:
         return load_tokenizer(self.tokenizer_path, self.vocab_size)
 
     def byte_tables(self)->ByteTables: # of vocab_size rows
-        "What the validation tokens are charged: the sidecar if there is one, else the tables of the tokenizer, tried on the first documents."
+        "What validation tokens are charged: the sidecar if there is one, else by the tokenizer."
         sp = self.tokenizer()
         tables = byte_tables(sp, self.vocab_size)
-        if self.val_bytes: return _with_sidecar(tables, sp, self.val_tokens(), _head(self.val_bytes, None, None), self.val_bytes[0])
-        check_charge(sp, tables, self.val_tokens(), self.path)
-        return tables
+        return _with_sidecar(tables, sp, self) if self.val_bytes else tables
 
     def train_tokens(self,
         n:int, # tokens wanted; fewer come back if there are fewer
@@ -212,13 +210,23 @@ def check_charge(
     if marked > .005*seen: raise ValueError(f"{where}: {marked:,} of {seen:,} characters are private-use marks, so the text was rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add them")
 
 # %% ../nbs/02_data.ipynb #7e4ca5ff
-def _with_sidecar(tables, sp, tokens, counts, path):
+def _with_sidecar(tables, sp, dataset):
     "Tables that answer from a sidecar, after a look at what it says."
-    control = ~torch.isin(tokens, torch.tensor([i for i in range(sp.vocab_size()) if not (sp.is_control(i) or sp.is_unknown(i))]))
+    tokens,path = dataset.val_tokens(),dataset.val_bytes[0]
+    counts = _head(dataset.val_bytes, None, None)
+    text = [i for i in range(sp.vocab_size()) if not (sp.is_control(i) or sp.is_unknown(i))]
     if len(counts) != len(tokens): raise ShardError(f"{path}: bytes of {len(counts):,} tokens, the validation split has {len(tokens):,}: take the sidecar of these shards")
-    if counts[control].any(): raise ShardError(f"{path}: charges bytes to control tokens, which stand for no text: not a sidecar of these shards")
+    if counts[~torch.isin(tokens, torch.tensor(text))].any(): raise ShardError(f"{path}: charges bytes to control tokens, which stand for no text: not a sidecar of these shards")
     if not counts.any(): raise ShardError(f"{path}: charges no bytes at all: not a sidecar of these shards")
     return SidecarBytes(tables.base_bytes, tables.has_leading_space, tables.is_boundary, tokens, counts)
+
+def check_bytes(
+    dataset:Dataset, # whose validation tokens shall be scored
+):
+    "Raise if they are not charged the bytes of the text that they stand for."
+    tables = dataset.byte_tables()
+    if not dataset.val_bytes: check_charge(dataset.tokenizer(), tables, dataset.val_tokens(), dataset.path)
+
 
 # %% ../nbs/02_data.ipynb #bbcedc54
 def _head(shards, n, vocab_size):

@@ -19,7 +19,7 @@ import pgolf
 from .artifact import ArtifactError,load_artifact,save_artifact
 from .audit import LATER
 from .averaging import EMA,HMA,SWA
-from .data import Dataset,austen,open_dataset
+from .data import Dataset,austen,check_bytes,open_dataset
 from .device import best_dtype,close_ranks,setup_ranks
 from .folder import claim,fingerprint,read_json,release,remember_data,set_aside,write_json
 from .gpt import GPT,ModelConfig,count_parameters,param_groups
@@ -173,7 +173,7 @@ def check_start(recipe, dataset, out, eval_tokens, nproc):
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another folder for the run")
     if (n := len(dataset.train_tokens(T)))<T: raise ValueError(f"{dataset.path}: {n} training tokens, one window has {T}: give more data, or a smaller train_seq_len")
     if len(dataset.val_tokens(2))<2: raise ValueError(f"{dataset.path}: the held-out text has no target to score: give more data")
-    dataset.byte_tables() # or an error that names the tokenizer
+    check_bytes(dataset)
     check_recipe(r)
 
 def check_recipe(recipe):

@@ -14,7 +14,8 @@ import numpy as np, torch
 
 from .artifact import ArtifactError, load_artifact, peek
 from .audit import ABSENT, Finding, all_is_scored, audit, bytes_are_text, calibration_apart, documents_apart, model_evaluation, passes, reported_sum
-from .data import Dataset
+from .bpb import byte_tables
+from .data import Dataset, check_bytes
 from .folder import fingerprint, own_data, read_json, same_data, same_tokenizer, write_json
 from .gpt import ModelConfig
 from .pipeline import Report, open_corpus, read_artifact
@@ -55,10 +56,14 @@ def data_for(
     corpus="", # "austen", or the folder of a dataset; "": the run's own, else austen
 )->Dataset:
     "Open the data that a model is asked about."
-    if corpus: return open_corpus(corpus)
-    if own := own_data(path): return own
-    data,made_on = open_corpus("austen"),_corpus_of(path)
-    if made_on in (None, data.name): return data
+    data = open_corpus(corpus) if corpus else own_data(path) or _novels(path)
+    check_bytes(data)
+    return data
+
+def _novels(path):
+    "The embedded novels, unless something else is known of a model."
+    made_on = _corpus_of(path)
+    if made_on in (None, "austen_sp1024"): return open_corpus("austen")
     raise ValueError(f"{path} was made on {made_on} and does not say where that is: "
                      "name its data with --corpus")
 
@@ -163,7 +168,8 @@ def evaluation_of(
     length:int,     # targets it will be asked about
 ):# an `Evaluation`
     "The evaluation of a stage, on a stretch: chunks of one window, learnt from at most twice."
-    r,tables,bos = recipe,dataset.byte_tables(),dataset.tokenizer().bos_id()
+    r,sp = recipe,dataset.tokenizer()
+    tables,bos = byte_tables(sp, dataset.vocab_size),sp.bos_id() # an audit changes tokens, of which no sidecar knows
     cfg = replace(r.score, eval_stride=r.score.eval_seq_len) if stage == "artifact" else replace(r.score, eval_compile=False)
     if stage not in ("adapted","rescored"): return model_evaluation(model, tables, cfg, length, bos_id=bos)
     ttt = replace(r.ttt, ttt_chunk_tokens=cfg.eval_seq_len, ttt_epochs=min(2, r.ttt.ttt_epochs), ttt_coverage=1., ttt_max_chunks=0)

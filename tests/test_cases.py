@@ -562,7 +562,7 @@ def test_lost_whitespace_is_said_when_built(main, tmp_path):
     code = "\n".join(f"def f{i}(x):\n        if x:\n                return {i}" for i in range(400))
     (tmp_path/"a.txt").write_text(code)
     (tmp_path/"v.txt").write_text(prose(1, 3))
-    args = ("--train", tmp_path/"a.txt", "--val", tmp_path/"v.txt", "--vocab-size", 320)
+    args = ("--train", tmp_path/"a.txt", "--val", tmp_path/"v.txt", "--vocab-size", 300)
     assert "bytes of the training text are in its tokens" in main("data", "build", tmp_path/"d", *args)[1]
     assert data_notes(made(tmp_path/"clean", 3)) == []
 
