@@ -1,36 +1,40 @@
 # Two commands to know: `make reproduce` and `make test`. Everything they need goes into .venv.
 PYTHON ?= python3
 SYSTEM ?=
-BIN    := .venv/bin
-READY  := .venv/.ready
+# A Python that is named gets an environment of its own: .venv-python3.12.
+VENV   := .venv$(if $(filter command environment,$(firstword $(origin PYTHON))),-$(notdir $(PYTHON)))
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test docs readme lab clean
+.PHONY: help reproduce test test-all test-busy docs readme lab clean bin
 
 help: ## show this list
 	@echo "pgolf: the annotated Parameter Golf"; echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo; echo "  make PYTHON=python3.12 ...  uses another Python (3.11 or newer) for .venv"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo; echo "  make PYTHON=python3.12 ...  uses another Python (3.11 or newer), in an environment of its own"
 
 # pip runs when .venv is missing or when what it installs has changed; otherwise the environment is reused.
 $(READY): settings.ini constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { \
 	  echo "pgolf needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
-	  rm -rf .venv; echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv."; exit 1; }
-	@echo "Installing what constraints.txt pins into .venv (minutes the first time, once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv."; exit 1; }
+	@echo "Installing what constraints.txt pins into $(VENV) (minutes the first time, once) ..."
 	@$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 reproduce: $(READY) ## run every system at pocket scale and print the scoreboard (SYSTEM=pr610 runs one)
 	@$(BIN)/pgolf reproduce $(SYSTEM)
 
-# One thread per notebook: nbdev already runs one notebook per core. Run notebooks (6x, 7x) are left to `make reproduce`.
-test: $(READY) ## test all chapters with nbdev_test, then tests/ with pytest
-	@echo "== chapters (nbdev_test)"
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --skip_file_re '^([_.]|[67][0-9]_)' --do_print --timing
-	@echo "== tests (pytest)"
-	@$(BIN)/python -m pytest
+test: $(READY) ## all chapters and tests/ but the slow ones, on all cores; a summary ends it
+	@$(BIN)/python .ci/test.py $(ARGS)
+
+test-all: $(READY) ## everything, the slow ones too (ARGS='-k muon' chooses, here and in test)
+	@$(BIN)/python .ci/test.py --all $(ARGS)
+
+test-busy: $(READY) ## `make test` beside four busy loops, which it starts and ends
+	@$(BIN)/python .ci/test.py --beside 4 $(ARGS)
 
 docs: $(READY) ## build the site into _docs/ (Quarto if installed, else pure Python; no network)
 	@$(BIN)/python .ci/docs.py site
@@ -41,6 +45,9 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 lab: $(READY) ## open the chapters in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-clean: ## remove .venv and everything generated; data/ and runs/ stay
-	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+bin: # where the commands of the environment are
+	@echo $(BIN)
+
+clean: ## remove the environments and everything generated; data/ and runs/ stay
+	rm -rf .venv .venv-* _docs _proc build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

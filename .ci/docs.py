@@ -67,6 +67,18 @@ def link_names(text, page, index):
     return ''.join(p if i % 2 else '\n'.join(map(line, p.split('\n'))) for i, p in enumerate(parts))
 
 
+PULLS = 'https://github.com/openai/parameter-golf/pull'
+
+
+def link_pulls(text, seen):
+    "Link a pull request where the page first names it as `PR #610`; code, headings and existing links stay as they are."
+    def link(m):
+        if not m[2] or m[2] in seen: return m[0]
+        seen.add(m[2])
+        return f'[PR #{m[2]}]({PULLS}/{m[2]})'
+    return re.sub(r'(^```.*?^```[ \t]*$|^#.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\))|\bPR #(\d+)', link, text, flags=re.M | re.S)
+
+
 def relink(text):
     "Turn links between notebooks into links between pages."
     return re.sub(r'\]\((?:\.?/?nbs/|\./)?(\w+\.ipynb)(#[^)]*)?\)', lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
@@ -77,13 +89,13 @@ def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}
 
 def stage_notebook(nb, index):
     "Write one processed notebook under its page name, exported cells framed and anchored."
-    page, done = page_name(nb), load(PROC/nb)
+    page, done, pulls = page_name(nb), load(PROC/nb), set()
     mine = {c.get('id') for c in load(ROOT/'nbs'/nb)['cells'] if exported(c)}
     cells = []
     for cell in done['cells']:
         if not source(cell).strip(): continue                     # a cell of directives alone
         if cell['cell_type'] == 'raw': cell['source'] = re.sub(r'^output-file: .*\n', '', source(cell), flags=re.M)  # the file has that name
-        if cell['cell_type'] == 'markdown': cell['source'] = link_names(relink(source(cell)), page, index)
+        if cell['cell_type'] == 'markdown': cell['source'] = link_names(link_pulls(relink(source(cell)), pulls), page, index)
         for data in (o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})):
             data['text/markdown'] = relink(''.join(data['text/markdown']))
         if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell); continue

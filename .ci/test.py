@@ -2,10 +2,15 @@
 
   python .ci/test.py          all but what is marked slow
   python .ci/test.py --all    everything
+  python .ci/test.py --beside 4    with four processes beside it that do nothing but keep a core busy
 
 What else is given goes to pytest: `python .ci/test.py tests/test_muon.py`, or `-k "chapter and muon"`.
 """
-import os, sys
+import argparse
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +33,30 @@ def cores():
     return min(len(free), 8)
 
 
+@contextmanager
+def busy(n):
+    "Keep `n` processes busy, and end them."
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try: yield
+    finally:
+        for p in loops: p.kill()
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="the slow ones too")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="busy loops beside the tests")
+    return parser
+
+
 def main(args):
     import pytest
+    ours, rest = options().parse_known_args(args)
     os.environ.update(dict.fromkeys(THREADS, "1"))  # a worker a core, so a thread a worker
     os.chdir(ROOT)
-    outcomes, chosen = Outcomes(), [] if "--all" in args else ["-m", "not slow"]
-    rest = [a for a in args if a != "--all"]
-    code = pytest.main(["-n", str(cores()), "--dist", "loadgroup", *chosen, *rest], [outcomes])
+    outcomes, chosen = Outcomes(), [] if ours.all else ["-m", "not slow"]
+    with busy(ours.beside):
+        code = pytest.main(["-n", str(cores()), "--dist", "loadgroup", *chosen, *rest], [outcomes])
     print(outcomes.line or "0 passed, 1 failed, 0 skipped", flush=True)
     return code
 

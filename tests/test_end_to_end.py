@@ -39,7 +39,7 @@ def wait_until(ready, child, seconds=HANG):
     "Poll until `ready()`; a child that ends first is an error."
     end = time.monotonic() + seconds
     while not ready():
-        assert child.poll() is None and time.monotonic() < end, child.communicate()
+        if child.poll() is not None or time.monotonic() > end: pytest.fail(child.communicate()[1])
         time.sleep(.005)
 
 

@@ -97,7 +97,7 @@ def test_page(site, browser, page):
     figures = sum("image/png" in o.get("data", {}) for c in cells(notebooks()[page]) if c["cell_type"] == "code" and shown(c) for o in c["outputs"])
     assert len(widths) >= figures and all(widths), "a figure is missing"
 
-    assert "#|" not in run("return document.body.innerText"), "a directive shows"
+    assert not re.search(r"^#\|", run("return document.body.innerText"), re.M), "a directive shows"
     text = run("const b = document.body.cloneNode(true); b.querySelectorAll('pre, code, script, style, math').forEach(e => e.remove()); return b.textContent")
     for literal in (":::", "$", r"\(", r"\[", "{.callout", "{=html}", "```"):
         assert literal not in text, f"{literal} shows as text: {text[max(0, text.find(literal)-80):][:160]!r}"
@@ -134,6 +134,66 @@ def test_roots_have_their_sign(site, browser, page):
     for root in roots:
         sign = run(SIGN, root)
         assert sign[2] > sign[0] + 2 and ink(browser, sign).any(), root.get_attribute("outerHTML")
+
+
+# What an element that scrolls or hides lets through, against what stands in it.
+CUT = """const cut = [];
+for (const part of document.querySelectorAll('math mfrac > *, math msup > *, math munderover > *')) {
+  const box = part.getBoundingClientRect();
+  for (let out = part.parentElement; out; out = out.parentElement) {
+    const style = getComputedStyle(out);
+    if (style.overflowY == 'visible' || out == document.documentElement || out == document.body) continue;
+    const room = out.getBoundingClientRect();
+    if (box.top < room.top - 1 || box.bottom > room.bottom + 1) cut.push(part.textContent);
+  }
+}
+return cut"""
+
+# How far the middle of a sign is from the middle of what it stands over or under, in widths of the latter.
+ASIDE = """return [...document.querySelectorAll('math mover, math munder')]
+  .filter(pair => pair.children[1].tagName == 'mo').map(pair => {
+  const [base, sign] = [...pair.children].map(e => e.getBoundingClientRect());
+  const far = Math.abs((base.left + base.right - sign.left - sign.right)/2)/Math.max(base.width, sign.width);
+  return [far, pair.textContent] }).filter(([far]) => far > .25)"""
+
+
+@pytest.mark.parametrize("page", [p for p in notebooks() if "$" in notebooks()[p].read_text()])
+def test_formulas_are_whole(site, browser, page):
+    "Numerators are not cut by what scrolls; hats and braces stand where they belong."
+    browser.get(f"{site}{page}.html")
+    browser.execute_script("return document.fonts.ready.then(() => true)")
+    assert not browser.execute_script(CUT)
+    assert not browser.execute_script(ASIDE)
+
+
+def test_such_faults_would_show(site, browser):
+    "The two faults that were there: a box that cuts what is above it, and a hat beside its letter."
+    cut = "<div style='overflow-y:hidden;height:9px'><math><mfrac><mi>a</mi><mi>b</mi></mfrac></math></div>"
+    aside = "<math><mover><mi>w</mi><mo style='margin-left:2em'>^</mo></mover></math>"
+    browser.get(f"{site}index.html")
+    browser.execute_script("document.querySelector('main').innerHTML = arguments[0]", cut + aside)
+    assert browser.execute_script(CUT) and browser.execute_script(ASIDE)
+
+
+FOREIGN = r"""<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+
+
+def test_no_page_asks_another_host_for_anything(site):
+    "Links lead out; scripts, styles, fonts and pictures come from the site itself."
+    def asked(html): return re.findall(FOREIGN, html)
+    found = {p.name: hosts for p in SITE.glob("*.html") if (hosts := asked(p.read_text()))}
+    assert not found
+    for path in SITE.rglob("*.css"): assert not re.findall(r"url\([\"']?(?:https?:)?//", path.read_text()), path.name
+    assert asked('<script async src="https://cdn.example.org/a.js">') == ["https://cdn.example.org/a.js"]
+
+
+def test_pull_requests_can_be_opened(site):
+    "The first mention on a page is a link; the sources of a chapter are such mentions."
+    for page, path in notebooks().items():
+        prose = "\n".join("".join(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
+        named = set(re.findall(r"(?<!\[)\bPR #(\d+)", re.sub(r"```.*?```|^#.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)", "", prose, flags=re.M | re.S)))
+        linked = set(re.findall(r'href="https://github.com/openai/parameter-golf/pull/(\d+)"', (SITE/f"{page}.html").read_text()))
+        assert named <= linked, page
 
 
 def test_staged_notebooks_are_notebooks(site):
