@@ -181,7 +181,8 @@ def check_recipe(recipe):
     with torch.device("meta"): model = GPT(recipe.model)
     param_groups(model, recipe.optim.groups)
     for name,t in model.state_dict().items():
-        for rules in (recipe.quant.rules, recipe.stages.first_rules): rules and replace(recipe.quant, rules=rules).grid(name, t)
+        recipe.quant.grid(name, t)
+        if first := recipe.stages.first_rules: replace(recipe.quant, rules=first).grid(name, t)
     if recipe.stages.use_ttt: Learner(model, recipe.ttt)
 
 # %% ../nbs/51_pipeline.ipynb #93263651

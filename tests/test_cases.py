@@ -152,11 +152,11 @@ def test_a_refused_start_gives_the_folder_back(main, done, data):
 
 
 def test_results_of_other_commands_are_kept(main, done, tmp_path):
-    squeeze = ("squeeze", done, "--budget", 200_000, "--samples", 1)
+    squeeze = ("squeeze", done, "--samples", 1, "--min-numel", 20_000)
     assert main(*squeeze)[0] == 0
     first = (done/"squeezed.pgolf").read_bytes()
     refused(main(*squeeze), "squeezed.pgolf exists", "--out", "--overwrite")
-    assert main(*squeeze, "--overwrite", "--min-numel", 512)[0] == 0
+    assert main(*squeeze, "--overwrite", "--corpus", "none")[0] == 0
     assert (done/"squeezed.pgolf.old-1").read_bytes() == first
     for name in ("bench.json", "bench.svg"):
         (tmp_path/name).write_text("mine")
@@ -192,7 +192,7 @@ def test_a_run_notebook_over_its_finished_run(data, tmp_path):
     "The result is reused; a notebook that fails over it does not replace the executed one."
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
-    head = new_code_cell("seed,corpus,out = 1337,'',''", metadata=dict(tags=["parameters"]))
+    head = new_code_cell("seed = 1337\ncorpus = ''\nout = ''", metadata=dict(tags=["parameters"]))
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     nb = new_notebook(cells=[head, new_code_cell(NOTEBOOK)], metadata=kernel)
     nbformat.write(nb, tmp_path/"60_mine.ipynb")
@@ -228,7 +228,7 @@ def test_a_run_is_scored_on_its_own_data(main, done, data, tmp_path, monkeypatch
     for source in (done, done/"model.pgolf"):
         code, out, err = main("score", source, "--tokens", 200, "--quiet")
         assert code == 0 and f"val_bpb {sliding['val_bpb']:.4f}" in out and not err
-    assert main("squeeze", done, "--samples", 1)[0] == main("audit", done, "--places", 1)[0] == 0
+    assert main("squeeze", done, "--samples", 1, "--min-numel", 20_000)[0] == main("audit", done, "--places", 1)[0] == 0
     assert peek(done/"squeezed.pgolf")[0]["tokenizer_id"] == peek(done/"model.pgolf")[0]["tokenizer_id"]
     assert not (tmp_path/"data").exists(), "the embedded novels were unpacked"
 
@@ -252,14 +252,15 @@ def test_data_that_moved_or_changed_are_named(main, data, tmp_path):
 # ---- 07: every command takes a run's folder or an artifact alike
 
 def test_folder_and_artifact_alike(main, done):
-    assert main("squeeze", done, "--budget", 150_000, "--samples", 1)[0] == 0
+    quick = ("--samples", 1, "--min-numel", 20_000)
+    assert main("squeeze", done, *quick)[0] == 0
     squeezed, own = done/"squeezed.pgolf", done/"model.pgolf"
     for command in (("score", "--tokens", 100, "--quiet"), ("audit", "--places", 1)):
         for source in (done, own, squeezed): assert main(command[0], source, *command[1:])[0] == 0
     for source in (done, own, squeezed):
         args = ("plan", "pr610", "--scale", "tiny", "-o", "vocab_size=300", "--run", source)
         assert f"{peek(own if source == done else source)[1][0].stored:,}" and main(*args)[0] == 0
-        assert main("squeeze", source, "--samples", 1, "--out", done/f"of-{source.name}")[0] == 0
+        assert main("squeeze", source, *quick, "--out", done/f"of-{source.name}")[0] == 0
     assert main("report", own)[1].count("pr610") >= 1
     packed = ("--author", "A", "--github-id", "a")
     assert main("pack", own, "--out", done/"folder", *packed)[0] == 0
@@ -386,7 +387,7 @@ def marked(text): return "".join("\ue001"+c.lower() if c.isupper() else c for c 
 def rewritten(tmp_path_factory):
     "Data whose capitals are marks, as a folder, and the original held-out text."
     text = "Alice met BOB in Paris and LEFT early. "*30
-    d = build_dataset([marked(text+prose(i, 3)) for i in range(40)], [marked(text).strip()],
+    d = build_dataset([marked(prose(i, 3).title()) for i in range(40)], [marked(text).strip()],
                       tmp_path_factory.mktemp("marked")/"d", vocab_size=300)
     return d, text.strip()
 
@@ -417,7 +418,7 @@ def test_a_sidecar_is_the_denominator(main, rewritten, tmp_path):
     for row in json.loads((tmp_path/"run"/"report.json").read_text())["rows"]:
         assert row["text_bytes"] == len(text.encode())
     code, out, _ = main("audit", tmp_path/"run", "--places", 1)
-    assert code == 0 and "by the sidecar of the shards" in out
+    assert code == 0 and "by the sidecar of the shards" in out, out
 
 
 SIDECARS = {
@@ -517,7 +518,7 @@ def test_a_failed_start_blocks_nothing(main, data, tmp_path):
 
 def test_messages_say_what_is_wrong(main, done, tmp_path, monkeypatch):
     refused(main("squeeze", done, "--samples", -3), "samples=-3", "1 window or more")
-    assert main("squeeze", done/"weights.safetensors", "--samples", 1)[0] == 0 # recipe.json lies beside it
+    assert main("squeeze", done/"weights.safetensors", "--corpus", "none")[0] == 0 # recipe.json lies beside it
     shutil.copy(done/"weights.safetensors", tmp_path/"w.safetensors")
     refused(main("squeeze", tmp_path/"w.safetensors"), "--recipe and --scale")
     def stop(*_, **__): raise KeyboardInterrupt
