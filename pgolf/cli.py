@@ -17,14 +17,14 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 from tabulate import tabulate
-from . import pipeline,scoring,submission
+from . import doctor as clinic,pipeline,scoring,submission,survey as surveys
 from .artifact import MAGIC,by_family,read_ledger
 from .bench import BENCHES,bench_figure,bench_table,run_benches
 from .bpb import BYTE_LIMIT
 from .data import Dataset,austen,build_dataset,data_notes,read_shard
 from .documents import read_documents
 from .fineweb import REPO,download_fineweb
-from .folder import claim,keep_free,release
+from .ownership import claim,keep_free,release
 from .growth import SECTIONS
 from .formats import LIMIT,describe,fitting,import_weights,read_published
 from .peer import peer_bench
@@ -419,12 +419,20 @@ def pack(
 @app.command()
 def doctor(
     folder:Annotated[Path, typer.Argument(help="folder of a submission; nothing in it is executed")],
+    all_:Annotated[bool, typer.Option("--all", help="every submission below the folder, a line each")]=False,
+    out:Annotated[Path, typer.Option("--json", help="file for what was found")]=None,
 ):
-    "Check a submission folder against the rules of the challenge."
-    found = submission.doctor(folder)
-    _table(found, submission.Check._fields)
-    print(f"\n{submission.verdict(found)}: {', '.join(f'{sum(c.status==s for c in found)} {s}' for s in ('ok','warn','fail'))}")
-    if submission.verdict(found)=="fail": raise typer.Exit(1)
+    "Check a submission folder against its own claims and the rules of the challenge."
+    if out and not out.parent.is_dir(): raise ValueError(f"{out.parent} is no folder: make it, or name another file with --json")
+    if all_: found = surveys.survey(folder, _tell)
+    else:
+        checks = clinic.doctor(folder)
+        found = dict(verdict=clinic.verdict(checks), findings=[c._asdict() for c in checks])
+        print(clinic.report_text(checks))
+    if out: pipeline.write_json(out, found)
+    if found.get("verdict")=="fail": raise typer.Exit(1)
+
+def _tell(row): print(f"{row['verdict']:8}{row['folder']}: {', '.join(f'{n} {s}' for s,n in row['counts'].items())}")
 
 # %% ../nbs/83_cli.ipynb #c3d1a0e2
 def _folder(path)->Path:

@@ -21,7 +21,7 @@ from .audit import LATER
 from .averaging import EMA,HMA,SWA
 from .data import Dataset,austen,check_bytes,open_dataset
 from .device import best_dtype,close_ranks,setup_ranks
-from .folder import claim,fingerprint,read_json,release,remember_data,set_aside,write_json
+from .ownership import claim,fingerprint,read_json,release,remember_data,set_aside,write_json
 from .gpt import GPT,ModelConfig,count_parameters,param_groups
 from .gptq import dequantize_state,quant_errors,quantize_state
 from .listeners import Checkpointer,MetricsLog,Progress

@@ -16,7 +16,7 @@ from .artifact import ArtifactError, load_artifact, peek
 from .audit import ABSENT, Finding, all_is_scored, audit, bytes_are_text, calibration_apart, documents_apart, model_evaluation, passes, reported_sum
 from .bpb import byte_tables
 from .data import Dataset, check_bytes
-from .folder import fingerprint, own_data, read_json, same_data, same_tokenizer, write_json
+from .ownership import fingerprint, own_data, read_json, same_data, same_tokenizer, write_json
 from .gpt import ModelConfig
 from .pipeline import Report, open_corpus, read_artifact
 from .quant import set_fake_quant

@@ -21,7 +21,7 @@ from pgolf.artifact import peek
 from pgolf.bpb import byte_tables
 from pgolf.data import build_dataset, check_charge, data_notes, open_dataset, write_shard
 from pgolf.documents import read_documents
-from pgolf.folder import claim, release
+from pgolf.ownership import claim, release
 from pgolf.peer import load_peer
 from pgolf.pipeline import run, start
 from pgolf.recipes import RECIPES, at_scale, check_value, get_recipe
@@ -128,7 +128,7 @@ def test_a_finished_run_without_its_artifact_is_not_begun_anew(main, done, data)
     assert (done/"weights.safetensors").exists()
 
 
-OWNER = "import sys,time; from pgolf.folder import claim; claim(sys.argv[1]); print(1, flush=True)"
+OWNER = "import sys,time; from pgolf.ownership import claim; claim(sys.argv[1]); print(1, flush=True)"
 
 
 def test_one_process_owns_a_folder(main, data, tmp_path):
