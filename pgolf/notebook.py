@@ -89,18 +89,19 @@ def execute(
     "Execute a notebook with papermill; one that ends early stays, and the error names it."
     import papermill as pm # takes a second, so only where it is needed
     notebook,done = Path(notebook), Path(out)/Path(notebook).name
+    part = done.with_name(f"{done.stem}.partial.ipynb") # until the last cell is done
     if not notebook.is_file(): raise FileNotFoundError(f"no notebook {notebook}: name another")
     _check_names(notebook, parameters, pm.inspect_notebook(notebook))
     done.parent.mkdir(parents=True, exist_ok=True)
     ctrl_c = _CtrlC()
     hear = dict(kernel_manager_class=_manager_for(ctrl_c), on_cell_start=ctrl_c.before_cell)
     show = dict(stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False)
-    try: pm.execute_notebook(notebook, done, parameters, kernel_name="python3", **show, **hear)
-    except Exception as e: raise _in_words(e, ctrl_c.heard, notebook, done) from None
+    try: pm.execute_notebook(notebook, part, parameters, kernel_name="python3", **show, **hear)
+    except Exception as e: raise _in_words(e, ctrl_c.heard, notebook, part) from None
     finally:
         ctrl_c.close()
-        if done.exists(): tidy(done)
-    return done
+        if part.exists(): tidy(part)
+    return part.replace(done)
 
 # %% ../nbs/49_notebook.ipynb #ca9b7195
 def _check_names(notebook, parameters, known):

@@ -7,7 +7,7 @@ __all__ = ['Peer', 'load_peer', 'call_by_name', 'model_offers', 'peer_model', 'p
            'peer_sliding', 'peer_quantizers', 'bench_peer', 'profile_peer', 'peer_bench']
 
 # %% ../nbs/82_peer.ipynb #6a7a49c0
-import contextlib,importlib.util,inspect,io,sys,types,warnings
+import contextlib,importlib.util,inspect,io,platform,sys,types,warnings
 from dataclasses import asdict,dataclass,replace
 from pathlib import Path
 import torch
@@ -63,6 +63,11 @@ def _importing(folder):
         sys.path.remove(str(folder))
         for n in missing: del sys.modules[n]
 
+def _newer(e):
+    "What a syntax or a name that is not known here means."
+    where = f"line {e.lineno}: " if isinstance(e, SyntaxError) else ""
+    return f"{where}{e.msg}; the script is not written for Python {platform.python_version()}, perhaps for a newer Python: run pgolf under the one that it needs"
+
 def load_peer(
     *paths, # of a published script, and of files beside it; each is executed
 )->Peer:
@@ -74,7 +79,8 @@ def load_peer(
         modules.append(importlib.util.module_from_spec(spec))
         with _importing(path.parent) as missing:
             try: spec.loader.exec_module(modules[-1])
-            except ModuleNotFoundError as e: raise ValueError(f"{path} imports the package {e.name!r}, which is not installed here: install it, or run where it is") from e
+            except ModuleNotFoundError as e: raise ValueError(f"{path} imports the package {e.name!r}, which is not installed here: install it, or run where it is; if it is Python's own, the script is for a newer Python than {platform.python_version()}") from e
+            except (SyntaxError,ImportError) as e: raise ValueError(f"{path}: {_newer(e)}") from e
             except (Exception,SystemExit) as e: raise ValueError(f"{path} cannot be imported: {type(e).__name__}: {e}; it may need a GPU, or other environment variables than are set") from e
         if missing and "flash_attn" in path.read_text(): stand_ins = missing
     return Peer(Path(paths[0]), tuple(modules), stand_ins)

@@ -54,7 +54,8 @@ class Log:
 
 def open_data(folder, tokenizer):
     "Shards and tokenizer, wherever they lie below a folder."
-    shards = [sorted(p for p in Path(folder).rglob(f"*_{{split}}_*.bin") if "_bytes_" not in p.name) for split in ("train","val")]
+    shards = [sorted(p for p in Path(folder).rglob(f"*_{{split}}_*.bin") if p.stem.rpartition("_")[0].endswith("_"+split)) for split in ("train","val")]
+    if any(Path(folder).rglob("*_val_bytes_*.bin")): raise ValueError(f"{{folder}} holds byte counts of a text that was rewritten (*_val_bytes_*.bin), which this script does not read: score it with `pgolf run`")
     places,models = {{p.parent for ps in shards for p in ps}},[Path(tokenizer)] if tokenizer else list(Path(folder).rglob("*.model"))
     if len(places)!=1 or len(models)!=1: raise ValueError(f"{{folder}} holds shards in {{len(places)}} folders and {{len(models)}} tokenizers (*.model): name a folder with the shards of one dataset, and its --tokenizer")
     return Dataset(places.pop().name, Path(folder), MODEL.vocab_size, models[0], *map(tuple, shards))
@@ -74,7 +75,7 @@ def write_artifact(path, data, state, device):
     "Weights to bytes."
     began = time.perf_counter()
     {squeeze}
-    meta = dict(recipe={name!r}, scale={scale!r}, model=asdict(MODEL), tokenizer=data.name)
+    meta = dict(recipe={name!r}, scale={scale!r}, model=asdict(MODEL), tokenizer=data.name, tokenizer_id=tokenizer_id(data.tokenizer_path))
     size,code = save_artifact(path, codes, meta, {codec}),Path(__file__).stat().st_size
     say("squeezed", bytes_artifact=size, bytes_code=code, bytes_total=size+code, seconds=time.perf_counter()-began)
 '''
@@ -184,6 +185,7 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 # %% ../nbs/54_script.ipynb #64f65a36
 UNUSED = {name:unused for names,unused in { # definition -> whether a script of the recipe never runs it
     "save_checkpoint load_checkpoint": lambda r: True, # a script starts anew
+    "SidecarBytes _with_sidecar": lambda r: True, # it refuses a text that was rewritten
     "ValueEmbedding": lambda r: not r.model.ve_dim,
     "BigramHash": lambda r: not r.model.bigram_vocab_size,
     "SmearGate": lambda r: not r.model.smear,

@@ -336,6 +336,7 @@ def calibration_windows(
     seq_len:int,    # tokens in each
 )->Tensor: # (samples or fewer, seq_len) int64
     "Windows of training text."
+    if samples < 1: raise ValueError(f"samples={samples}: calibration needs 1 window or more; --corpus none does without")
     if dataset.vocab_size != vocab_size: raise ValueError(f"{dataset.path}: its tokenizer has {dataset.vocab_size} ids, the model {vocab_size}; name the model's own data with --corpus, or --corpus none to do without")
     tokens = dataset.train_tokens(samples*seq_len)
     if len(tokens) < seq_len: raise ValueError(f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len}; give more data, or --corpus none to do without")

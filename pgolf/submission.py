@@ -89,6 +89,7 @@ def read_runs(
     return sorted(runs, key=lambda r: r.report.seed)
 
 def _finished(path):
+    if path.is_file(): raise ValueError(f"{path} is a file: packing takes the folder of a finished run, for its logs")
     report,artifact = Report.load(path/"report.json"),path/"model.pgolf"
     if not report.complete or not report.result: raise ValueError(f"{path} is an incomplete run: start the same command again, it goes on where it stopped")
     if not artifact.is_file() or artifact.stat().st_size!=report.bytes_artifact: raise ValueError(f"{artifact} is not the file of {report.bytes_artifact:,} bytes that the report tells of: run again")

@@ -17,7 +17,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from pgolf import data
 from pgolf.bpb import byte_tables, compressor_bpb
-from pgolf.data import BatchLoader, ShardError, TokenStream, austen, austen_documents, build_dataset, download_fineweb, open_dataset, read_shard
+from pgolf.data import BatchLoader, ShardError, TokenStream, austen, austen_documents, build_dataset, open_dataset, read_shard
+from pgolf.fineweb import download_fineweb
 from pgolf.tokenizer import encode_document, load_tokenizer, train_tokenizer
 
 

@@ -185,7 +185,7 @@ def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tm
     given = dict(scale="tiny", corpus=str(novels.path), out=str(tmp_path), overrides=dict(matrix_rl=.1))
     with pytest.raises(RuntimeError, match=r"ValueError: unknown setting 'matrix_rl'; near matches: .*matrix_lr.*the partial notebook is"):
         cli.execute(ROOT/"nbs"/"60_pr610.ipynb", tmp_path, given)
-    partial = nbformat.read(tmp_path/"60_pr610.ipynb", 4)
+    partial = nbformat.read(tmp_path/"60_pr610.partial.ipynb", 4)
     assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs)
 
 
@@ -196,7 +196,7 @@ def test_failing_cell_leaves_the_partial_notebook_and_a_clear_last_line(quiet, m
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     nbformat.write(nb, tmp_path/"60_pr610.ipynb")
     code, said, err = main("reproduce", "pr610", "--scale", "tiny", "--notebooks", tmp_path, "--out", tmp_path/"runs")
-    partial = tmp_path/"runs"/"tiny"/"pr610"/"60_pr610.ipynb"
+    partial = tmp_path/"runs"/"tiny"/"pr610"/"60_pr610.partial.ipynb"
     last = err.splitlines()[-1]
     assert code == 1 and last.startswith("pgolf: error: ") and "ZeroDivisionError: division by zero" in last and str(partial) in last
     assert "Traceback" not in err

@@ -13,7 +13,7 @@ from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 from test_end_to_end import STAGES, lines, numbers, tiny, wait_until
 
 from pgolf.artifact import ArtifactError, save_artifact
-from pgolf.data import Dataset, build_dataset, open_dataset, write_shard
+from pgolf.data import Dataset, build_dataset, open_dataset, read_shard, write_shard
 from pgolf.pipeline import Report, read_artifact
 from pgolf.tokenizer import train_tokenizer
 from pgolf.training import read_checkpoint
@@ -109,7 +109,10 @@ def copy(novels, tmp_path):
 
 
 def spoil_tokenizer(d:Dataset): train_tokenizer(["one two three four five six"]*50, d.tokenizer_path, 300, hard_vocab_limit=False)
-def spoil_ids(d:Dataset): write_shard(d.train_shards[0], np.full(5000, 1024))
+def spoil_ids(d:Dataset):
+    "As many ids as before, and no checksum that would tell first."
+    write_shard(d.train_shards[0], np.full(len(read_shard(d.train_shards[0])), 1024))
+    (d.path/"checksums.json").unlink()
 def cut(path): path.write_bytes(path.read_bytes()[:-100])
 
 

@@ -7,7 +7,8 @@ import torch
 
 from pgolf.audit import bytes_are_text, documents
 from pgolf.bpb import byte_tables
-from pgolf.data import austen_documents, build_dataset, read_documents, read_shard
+from pgolf.data import austen_documents, build_dataset, read_shard
+from pgolf.documents import read_documents
 from pgolf.pipeline import run, start
 from pgolf.recipes import at_scale, get_recipe
 from pgolf.tokenizer import encode_document, load_tokenizer
