@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'HEADER_BYTES', 'AUSTEN', 'PROBE', 'HASHED', 'LONG_LINE', 'ShardError', 'write_shard',
            'read_shard', 'TokenStream', 'BatchLoader', 'austen_text', 'austen_documents', 'Dataset', 'check_charge',
-           'check_bytes', 'open_dataset', 'file_sum', 'read_sums', 'write_sums', 'is_as_kept', 'check_sums',
-           'text_stats', 'data_notes', 'build_dataset', 'austen', 'bar']
+           'check_bytes', 'open_dataset', 'file_sum', 'read_sums', 'write_sums', 'is_as_kept', 'check_sums', 'bar',
+           'text_stats', 'data_notes', 'build_dataset', 'austen']
 
 # %% ../nbs/02_data.ipynb #ef0b8b57
 import hashlib, json, re, shutil, sys, uuid
@@ -347,6 +347,33 @@ def check_sums(root, files):
         read += p.stat().st_size
         if read <= HASHED and not is_as_kept(root, p, sums): raise ShardError(f"{p}: not the file that was built or fetched (its SHA-256 differs from checksums.json): build or fetch it again")
 
+# %% ../nbs/02_data.ipynb #4f54b185
+class _Lines(plain_tqdm):
+    "A bar for files and pipes: a line now and then."
+    def __init__(self, *args, seconds=5., **kw):
+        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds, maxinterval=10*seconds)
+        layout = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
+        super().__init__(*args, bar_format=layout, **kw)
+    def display(self, msg=None, pos=None): print(msg or str(self), file=self.fp, flush=True)
+    def clear(self, *_, **__): pass
+    def close(self):
+        if self.leave and not self.disable: self.display()
+        self.sp = None # what writes carriage returns; without it nothing is left to clear
+        super().close()
+    @classmethod
+    def write(cls, s, file=None, end="\n", nolock=False): print(s, file=file, end=end, flush=True)
+
+def bar(
+    iterable=None, # to go through, if any
+    file=None,     # where to write; default standard error
+    **kw,          # of tqdm
+):# a bar of tqdm
+    "Show progress: a bar in a terminal, a widget in a notebook, else lines."
+    where = sys.stderr if file is None else file
+    if tqdm.__module__ == "tqdm.auto" and where in (sys.stdout, sys.stderr): kind = tqdm # a widget
+    else: kind = plain_tqdm if where.isatty() else _Lines
+    return kind(iterable, file=file, **kw)
+
 # %% ../nbs/02_data.ipynb #31e6ace7
 def _write_split(sp, docs, folder, names, shard_size):
     buffer,fill,total,n_files = np.empty(shard_size, np.uint16),0,0,0
@@ -474,30 +501,3 @@ def austen(
     data = open_dataset(path)
     if data.vocab_size != vocab_size: raise ValueError(f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}: choose another path")
     return data
-
-# %% ../nbs/02_data.ipynb #4f54b185
-class _Lines(plain_tqdm):
-    "A bar for files and pipes: a line now and then."
-    def __init__(self, *args, seconds=5., **kw):
-        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds, maxinterval=10*seconds)
-        layout = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
-        super().__init__(*args, bar_format=layout, **kw)
-    def display(self, msg=None, pos=None): print(msg or str(self), file=self.fp, flush=True)
-    def clear(self, *_, **__): pass
-    def close(self):
-        if self.leave and not self.disable: self.display()
-        self.sp = None # what writes carriage returns; without it nothing is left to clear
-        super().close()
-    @classmethod
-    def write(cls, s, file=None, end="\n", nolock=False): print(s, file=file, end=end, flush=True)
-
-def bar(
-    iterable=None, # to go through, if any
-    file=None,     # where to write; default standard error
-    **kw,          # of tqdm
-):# a bar of tqdm
-    "Show progress: a bar in a terminal, a widget in a notebook, else lines."
-    where = sys.stderr if file is None else file
-    if tqdm.__module__ == "tqdm.auto" and where in (sys.stdout, sys.stderr): kind = tqdm # a widget
-    else: kind = plain_tqdm if where.isatty() else _Lines
-    return kind(iterable, file=file, **kw)

@@ -10,9 +10,9 @@ import json, re, shutil
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
-from .data import Dataset, ShardError, _check_shard, _entries, _expected_tokens, _read_manifest, _shard_names, file_sum, is_as_kept, open_dataset, read_sums, write_sums
+from .data import Dataset, ShardError, _check_shard, _entries, _expected_tokens
+from .data import _read_manifest, _shard_names, bar, file_sum, is_as_kept, open_dataset
+from .data import read_sums, write_sums
 from .tokenizer import load_tokenizer
 
 # %% ../nbs/04_fineweb.ipynb #78cd53d6
@@ -71,7 +71,7 @@ def download_fineweb(
     for file in filter(None, (tokenizer["model_path"], tokenizer.get("vocab_path"))):
         if not (root/file).is_file() or not is_as_kept(root, root/file, sums): _take(get(file), root, file, vocab_size=entry["vocab_size"])
     wanted = [(split,i) for split,n in (("val", entry["stats"]["files_val"]), ("train", train_shards)) for i in range(n)]
-    for split,i in tqdm(wanted, desc=name, unit="shard", delay=5):
+    for split,i in bar(wanted, desc=name, unit="shard", delay=5):
         file = Path("datasets")/name/next(islice(_shard_names(entry, split), i, None))
         want = _expected_tokens(entry, manifest.get("shard_size"), split, i)
         if not _is_whole(root, root/file, want, sums): _take(get(file.as_posix()), root, file, want, entry["vocab_size"])
