@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tqdm import tqdm
 from . import pipeline
 from .notebook import notebook_of, notebooks_folder
+from .page import FORMS
 from .plan import memory_bytes
 from .recipes import SCALES, Recipe, at_scale, get_recipe
 
@@ -34,6 +35,7 @@ class Run:
     nproc:int=1               # processes that train
     eval_tokens:int=-1        # targets scored; 0: all, -1: as the scale says
     overrides:dict=field(default_factory=dict) # setting -> value
+    forms:str="described"     # or both: beside it, as its code ran
     def resolve(self)->Recipe: # at its final scale
         "The recipe that will run."
         if "seed" in self.overrides: raise ValueError("seed is no override: give --seeds")
@@ -166,6 +168,8 @@ def _check(run, sets, data):
     "Settings, device, data and folder of one run; its state."
     r = run.resolve()
     pipeline.pick_device(run.device)
+    if run.forms not in FORMS:
+        raise ValueError(f"forms={run.forms!r}: give one of {', '.join(FORMS)}")
     if run.nproc < 1 or r.train.num_spans % run.nproc:
         raise ValueError(f"nproc={run.nproc} must divide num_spans={r.train.num_spans}")
     if Path(run.out).is_file(): raise ValueError(f"{run.out} is a file: choose another --out")
