@@ -53,7 +53,8 @@ def run_shared(
     "Run a system, taking its weights from an equal training if there was one."
     scored = eval_tokens or (SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0)
     if (out/"report.json").exists() and (old := Report.load(out/"report.json")).complete and old.rows[0]["targets"]==(scored or old.rows[0]["targets"]): return old
-    job = start(recipe, dataset, out, "cpu", scored, progress=False)
+    other = (out/"report.json").exists() # of other targets: it stays beside the new one
+    job = start(recipe, dataset, out, "cpu", scored, progress=False, overwrite=other)
     kept = weights/training_key(recipe)
     for name in ("weights.safetensors","training.json"):
         if (kept/name).exists(): shutil.copy(kept/name, out/name)

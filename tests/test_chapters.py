@@ -30,7 +30,7 @@ def parameter(path):
     return pytest.param(path, id=path.stem, marks=[*marks, pytest.mark.xdist_group(path.stem)])
 
 
-@pytest.mark.parametrize("path", map(parameter, CHAPTERS))
+@pytest.mark.parametrize("path", [parameter(p) for p in CHAPTERS])
 def test_chapter(path, tmp_path):
     child = CLEAN.Process(target=execute, args=(path, tmp_path/"log"))
     child.start()
