@@ -33,6 +33,7 @@ def no_hang(seconds):
         signal.signal(signal.SIGPROF, before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
 def pytest_collection_modifyitems(items):
     "A file stays on one worker, so that what its tests share is made once; chapters have groups of their own."
     for item in items:
