@@ -27,7 +27,7 @@ def execute(path, log):
 
 def parameter(path):
     marks = [pytest.mark.slow] if path.stem in SLOW else []
-    return pytest.param(path, id=path.stem, marks=[*marks, pytest.mark.xdist_group(path.stem)])
+    return pytest.param(path, id=path.stem, marks=marks)
 
 
 @pytest.mark.parametrize("path", [parameter(p) for p in CHAPTERS])
