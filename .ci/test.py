@@ -27,6 +27,16 @@ class Outcomes:
         self.line = f"{n.get('passed', 0) + n.get('xpassed', 0)} passed, {failed} failed, {skipped} skipped"
 
 
+class Shares:
+    "Hands out a file of tests to one worker, so that what they share is made once, and chapters one by one."
+    def pytest_xdist_make_scheduler(self, config, log):
+        from xdist.scheduler import LoadScopeScheduling
+        class ByFile(LoadScopeScheduling):
+            def _split_scope(self, nodeid):
+                return nodeid if "::test_chapter[" in nodeid else nodeid.partition("::")[0]
+        return ByFile(config, log)
+
+
 def cores():
     "Cores that this process may use, eight at most: a worker takes about a gigabyte."
     free = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -56,7 +66,7 @@ def main(args):
     os.chdir(ROOT)
     outcomes, chosen = Outcomes(), [] if ours.all else ["-m", "not slow"]
     with busy(ours.beside):
-        code = pytest.main(["-n", str(cores()), "--dist", "loadgroup", *chosen, *rest], [outcomes])
+        code = pytest.main(["-n", str(cores()), "--dist", "loadscope", *chosen, *rest], [outcomes, Shares()])
     print(outcomes.line or "0 passed, 1 failed, 0 skipped", flush=True)
     return code
 

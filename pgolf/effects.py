@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 from .data import Dataset
+from .ownership import set_aside
 from .pipeline import Report,run,start,write_json
 from .recipes import CLIPS,Recipe,SCALES,at_scale,diff,get_recipe
 
@@ -53,6 +54,7 @@ def run_shared(
     "Run a system, taking its weights from an equal training if there was one."
     scored = eval_tokens or (SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0)
     if (out/"report.json").exists() and (old := Report.load(out/"report.json")).complete and old.rows[0]["targets"]==(scored or old.rows[0]["targets"]): return old
+    if (out/"report.json").exists(): set_aside(out) # of other targets: it stays beside the new one
     job = start(recipe, dataset, out, "cpu", scored, progress=False)
     kept = weights/training_key(recipe)
     for name in ("weights.safetensors","training.json"):

@@ -205,7 +205,8 @@ def _differences(out, report, recipe, dataset, eval_tokens):
     try: old = load_recipe(out/"recipe.json")
     except (ValueError,TypeError,KeyError) as e: return [f"its recipe.json is of another version of pgolf, {e}"]
     found = [f"{k}: {x} there, {y} here" for k,x,y in (("recipe",old.name,recipe.name), ("scale",old.scale,recipe.scale)) if x!=y]
-    found += [f"{k}: {brief(x)} there, {brief(y)} here" for k,x,y in diff(old, recipe)]
+    changed = [d for d in diff(old, recipe) if report or d[0].startswith("model.")] # imported weights fix the model alone
+    found += [f"{k}: {brief(x)} there, {brief(y)} here" for k,x,y in changed]
     if report and report.data and report.data!=fingerprint(dataset): found.append(f"data: {report.corpus}, fingerprint {report.data}, there, {dataset.name}, {fingerprint(dataset)}, here")
     if report and report.complete:
         most,had = len(dataset.val_tokens())-1,max(r["targets"] for r in report.rows)

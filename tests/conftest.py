@@ -33,13 +33,6 @@ def no_hang(seconds):
         signal.signal(signal.SIGPROF, before)
 
 
-def pytest_collection_modifyitems(items):
-    "A file stays on one worker, so that what its tests share is made once; chapters have groups of their own."
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def shared():
     "Folder of the reference data beside the checkout."

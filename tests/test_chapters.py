@@ -27,10 +27,10 @@ def execute(path, log):
 
 def parameter(path):
     marks = [pytest.mark.slow] if path.stem in SLOW else []
-    return pytest.param(path, id=path.stem, marks=[*marks, pytest.mark.xdist_group(path.stem)])
+    return pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", map(parameter, CHAPTERS))
+@pytest.mark.parametrize("path", [parameter(p) for p in CHAPTERS])
 def test_chapter(path, tmp_path):
     child = CLEAN.Process(target=execute, args=(path, tmp_path/"log"))
     child.start()

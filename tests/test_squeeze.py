@@ -99,7 +99,7 @@ def test_any_checkpoint_by_the_command(main, tiny, tmp_path):
     assert out.stat().st_size <= 80_000 and f"{out.stat().st_size:,}" in text and "bits per weight" in text and "blocks.*.mlp.fc.weight" in text
     again = pipeline.read_artifact(out)
     assert set(again.state_dict()) == set(model.state_dict()) and again.cfg == r.model
-    code, _, err = main(*args, "--recipe", "pr598", "--scale", "tiny")
+    code, _, err = main(*args, "--recipe", "pr598", "--scale", "tiny", "--overwrite")
     assert code == 1 and "missing skip_gates" in err
     code, _, err = main("squeeze", tmp_path / "absent", "--recipe", "pr610")
     assert code == 1 and "absent" in err
@@ -115,7 +115,7 @@ def test_a_run_folder_by_the_command(main, tiny, novels, tmp_path):
     assert code == 0, err
     assert (folder / "squeezed.pgolf").stat().st_size <= 80_000
     pipeline.read_artifact(folder / "squeezed.pgolf")
-    code, _, err = main("squeeze", folder, "--budget", 3_000, "--code-bytes", 5_000, "--corpus", "none")
+    code, _, err = main("squeeze", folder, "--budget", 3_000, "--code-bytes", 5_000, "--corpus", "none", "--out", tmp_path / "other.pgolf")
     assert code == 1 and "budget=-2000" in err
 
 
