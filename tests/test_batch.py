@@ -169,6 +169,7 @@ def test_a_command_names_its_threads_and_its_cards():
 
 # ---- runs
 
+@pytest.mark.slow
 def test_failed_runs_stop_nothing_and_are_tried_again(fakes, novels, here, tmp_path):
     out = tmp_path/"runs"
     args = command(fakes, novels, out, "pr610", "pr576", "--seeds", 1, 3, "--jobs", 2)
@@ -188,6 +189,7 @@ def test_failed_runs_stop_nothing_and_are_tried_again(fakes, novels, here, tmp_p
     assert max(map(len, said.splitlines())) <= 100 + len(str(out)) and said.splitlines()[-1].startswith("next: ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_and_the_same_command_goes_on(fakes, novels, here, tmp_path):
     out = tmp_path/"runs"
     args = command(fakes, novels, out, "pr610", "pr576", "--seeds", 9, "--jobs", 2)

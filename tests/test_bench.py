@@ -196,6 +196,7 @@ def test_functions_are_called_with_what_they_name():
     with pytest.raises(ValueError, match="wants a"): call_by_name(lambda a: a, {})
 
 
+@pytest.mark.slow
 def test_every_bench_gives_rows_that_json_keeps(tmp_path):
     found = run_benches(("pr610", "pr1123"), "tiny", quick=True)
     assert {r["bench"] for r in found["rows"]} == set(BENCHES) and "growth" not in found
@@ -240,6 +241,7 @@ def test_the_profile_of_a_script_stands_beside_ours(case, tmp_path):
     assert all(s > 0 for s in shares), "every phase multiplies matrices"
 
 
+@pytest.mark.slow
 def test_ranks_share_a_step():
     points = growth.bench_ranks(make_case("pr610", "tiny", quick=True))
     assert [p["value"] for p in points] == [1, 2][:os.cpu_count()] and all(p["seconds"] > 0 and p["memory"] > 100_000 for p in points)

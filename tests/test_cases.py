@@ -188,6 +188,7 @@ print(f"{scores['sliding'].val_bpb:.6f}")
 """
 
 
+@pytest.mark.slow
 def test_a_run_notebook_over_its_finished_run(data, tmp_path):
     "The result is reused; a notebook that fails over it does not replace the executed one."
     import nbformat
@@ -251,6 +252,7 @@ def test_data_that_moved_or_changed_are_named(main, data, tmp_path):
 
 # ---- 07: every command takes a run's folder or an artifact alike
 
+@pytest.mark.slow
 def test_folder_and_artifact_alike(main, done):
     quick = ("--samples", 1, "--min-numel", 20_000)
     assert main("squeeze", done, *quick)[0] == 0

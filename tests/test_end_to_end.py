@@ -81,6 +81,7 @@ def test_the_same_command_gives_the_same_bits(reference, novels):
     assert (numbers(out), (out/"model.pgolf").read_bytes()) == kept[:2] and (losses(out) == kept[2]).all()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(reference, novels, tmp_path):
     one, two = reference[0], tmp_path/"two"
     code, said, err = run_pgolf(*tiny(novels, two, *LONG, "--nproc", 2))
@@ -94,6 +95,7 @@ def test_two_processes_train_as_one(reference, novels, tmp_path):
 
 # ---- interruptions
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, novels, tmp_path, nproc):
     out = tmp_path/"cut"
@@ -116,6 +118,7 @@ def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, 
     if nproc == 1: assert numbers(out) == numbers(reference[0]) and (losses(out) == losses(reference[0])).all()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(reference, novels, tmp_path):
     out = tmp_path/"killed"
     args = tiny(novels, out, *LONG, "-o", "checkpoint_every=5")
@@ -151,6 +154,7 @@ def executed(quiet, novels, tmp_path_factory):
     return out, nbformat.read(cli.execute(ROOT/"nbs"/"60_pr610.ipynb", out, given), 4)
 
 
+@pytest.mark.slow
 def test_papermill_parameters_reach_the_run(executed):
     out, nb = executed
     report = Report.load(out/"report.json")
@@ -161,6 +165,7 @@ def test_papermill_parameters_reach_the_run(executed):
     assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1, "papermill found no parameters cell"
 
 
+@pytest.mark.slow
 def test_executed_notebook_tells_the_run(executed):
     out, nb = executed
     shown = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
@@ -174,6 +179,7 @@ def test_executed_notebook_tells_the_run(executed):
     assert half_written(out) == []
 
 
+@pytest.mark.slow
 def test_report_prints_scoreboard_and_paths(executed, main):
     out = executed[0]
     code, said, _ = main("report", out)
@@ -189,6 +195,7 @@ def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tm
     assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs)
 
 
+@pytest.mark.slow
 def test_failing_cell_leaves_the_partial_notebook_and_a_clear_last_line(quiet, main, tmp_path):
     cell = nbformat.v4.new_code_cell
     known = "\n".join(f"{k} = None" for k in sorted(OWN | {"out"}))

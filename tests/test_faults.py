@@ -271,6 +271,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, limit, victim", [("train_weights", 300, "metrics.jsonl"), ("write_artifact", 20_000, "model.pgolf"), ("score_all", 2_000, "report.json"), ("score_all", 15_000, "scores.npz")])
 def test_disk_that_fills_up_late(finished, novels, tmp_path, stage, limit, victim):
     "The limit falls when a stage begins; with space again, the same command ends the run."

@@ -14,6 +14,8 @@ from pgolf.recipes import at_scale, get_recipe
 from pgolf.tokenizer import encode_document, load_tokenizer
 from pgolf.verdict import audit_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sp(shared): return load_tokenizer(shared/"data/fineweb_1024_bpe.model", 1024)

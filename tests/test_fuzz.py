@@ -24,6 +24,8 @@ from pgolf.artifact import ArtifactError, ledger, load_artifact, pack, peek, unp
 from pgolf.entropy import encode
 from pgolf.quant import Quantized
 
+pytestmark = pytest.mark.slow
+
 RUNS, BYTES = 21_000, 10**9
 FAST = zstandard.ZstdCompressor(level=1)
 

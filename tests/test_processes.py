@@ -100,6 +100,7 @@ def test_ranks_of_unequal_speed_agree_on_clock_and_rate(job):
     assert a["lr"] == b["lr"] and a["lr"][-1] < 1 and a["weights"] == b["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_ctrl_c_writes_a_checkpoint_that_can_be_resumed(job, world):
     started = process, out = job("cut", world=world, lag=.02, plan=dict(iterations=100_000, warmdown_iters=4))

@@ -83,6 +83,7 @@ def test_script_trains_without_pgolf_to_the_same_bytes(finished, clean, novels, 
     assert log["trained"][0]["steps"] == 12 and [s["loss"] for s in log["step"] if "loss" in s]
 
 
+@pytest.mark.slow
 def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finished, clean, novels, tmp_path):
     for name in SYSTEMS:
         (tmp_path/name).mkdir()
