@@ -12,7 +12,7 @@ class WithNotebooks(build_py):
         if self.editable_mode: return
         target = Path(self.build_lib)/cfg['lib_path']/'notebooks'
         target.mkdir(parents=True, exist_ok=True)
-        for p in sorted(Path(cfg['nbs_path']).glob('6*_*.ipynb')): self.copy_file(str(p), str(target/p.name))
+        for p in sorted((Path(cfg['nbs_path'])/'runs').glob('*.ipynb')): self.copy_file(str(p), str(target/p.name))
 
 
 

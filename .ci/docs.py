@@ -19,13 +19,13 @@ def source(cell): return ''.join(cell['source'])
 def lines(text): return text.splitlines(True)  # how the notebook format stores text; Quarto joins one long string without its line ends
 def load(path): return json.loads(path.read_text(encoding='utf-8'))
 def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', Path(nb).stem)  # 00_bpb.ipynb -> bpb, as nbdev names pages
-def chapters(): return list(dict.fromkeys(re.findall(r'nbs/(\w+\.ipynb)', (ROOT/'_quarto.yml').read_text(encoding='utf-8'))))
+def chapters(): return list(dict.fromkeys(re.findall(r'nbs/([\w/]+\.ipynb)', (ROOT/'_quarto.yml').read_text(encoding='utf-8'))))
 
 
 def digest():
     "Name the state of every input of the site."
     sums = hashlib.sha256()
-    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini', *filter(Path.is_file, (ROOT/'nbs').iterdir())]):
+    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini', *filter(Path.is_file, (ROOT/'nbs').rglob('*'))]):
         sums.update(p.name.encode() + b'\0' + p.read_bytes())
     return sums.hexdigest()
 
@@ -81,7 +81,7 @@ def link_pulls(text, seen):
 
 def relink(text):
     "Turn links between notebooks into links between pages."
-    return re.sub(r'\]\((?:\.?/?nbs/|\./)?(\w+\.ipynb)(#[^)]*)?\)', lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
+    return re.sub(r'\]\(([\w./]+\.ipynb)(#[^)]*)?\)', lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
 
 
 def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}, source=text)  # the format demands an id
@@ -139,8 +139,8 @@ def stage(notebooks):
     for p in (ROOT/'nbs').iterdir():
         if p.suffix in ('.css', '.svg', '.png'): shutil.copy(p, STAGE)
     config = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
-    kept = [s for s in config.splitlines(True) if not (m := re.match(r'\s*- nbs/(\w+\.ipynb)', s)) or m[1] in notebooks]
-    flat = re.sub(r'nbs/(?:(\w+)\.ipynb|(?=\w))', lambda m: f'{page_name(m[1])}.ipynb' if m[1] else '', ''.join(kept))
+    kept = [s for s in config.splitlines(True) if not (m := re.match(r'\s*- nbs/([\w/]+\.ipynb)', s)) or m[1] in notebooks]
+    flat = re.sub(r'nbs/(?:([\w/]+)\.ipynb|(?=\w))', lambda m: f'{page_name(m[1])}.ipynb' if m[1] else '', ''.join(kept))
     (STAGE/'_quarto.yml').write_text(flat, encoding='utf-8')
 
 
@@ -252,7 +252,7 @@ def readme_text():
     "Turn nbs/index.ipynb into Markdown for README.md: its prose and the Markdown its cells show."
     parts = []
     for cell in load(ROOT/'nbs'/'index.ipynb')['cells']:
-        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', source(cell)).strip())
+        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', source(cell)).strip())
         if cell['cell_type'] != 'code' or re.match(r'#\|\s*hide\b', source(cell)): continue
         if not re.search(r'^#\|\s*echo:\s*false', source(cell), re.M): parts.append(f'```python\n{source(cell).strip()}\n```')
         for out in cell['outputs']:

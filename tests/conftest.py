@@ -60,7 +60,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def novels(tmp_path_factory):
     "The embedded novels as a dataset."
-    from pgolf.data import austen
+    from pgolf.game.data import austen
     return austen(tmp_path_factory.mktemp("austen") / "austen_sp1024")
 
 
@@ -94,8 +94,8 @@ def half_written(folder):
     "What an atomic writer would have removed, and JSON, checkpoints and artifacts that cannot be read."
     import json
 
-    from pgolf.artifact import load_artifact
-    from pgolf.training import read_checkpoint
+    from pgolf.squeeze.artifact import load_artifact
+    from pgolf.train.loop import read_checkpoint
     readers = {".json": lambda p: json.loads(p.read_text()), ".safetensors": read_checkpoint, ".pgolf": load_artifact, ".npz": lambda p: dict(np.load(p))}
     bad = [p.name for p in folder.rglob("*") if p.name.startswith(".")]
     for p in sorted(folder.rglob("*")):

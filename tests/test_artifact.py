@@ -15,10 +15,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf import artifact
-from pgolf.artifact import ArtifactError, family, ledger, load_artifact, pack, peek, save_artifact, squeeze, unpack
-from pgolf.entropy import encode, entropy
-from pgolf.quant import Quantized
+from pgolf.squeeze import artifact
+from pgolf.squeeze.artifact import ArtifactError, family, ledger, load_artifact, pack, peek, save_artifact, squeeze, unpack
+from pgolf.squeeze.entropy import encode, entropy
+from pgolf.squeeze.quant import Quantized
 
 
 def example():
@@ -139,7 +139,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
 
 def test_same_weights_same_file_in_another_process(tmp_path):
     save_artifact(tmp_path/"a", example_fixed())
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom pgolf.artifact import *\nt, m = load_artifact({str(tmp_path/'a')!r})\nsave_artifact({str(tmp_path/'b')!r}, t, m)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom pgolf.squeeze.artifact import *\nt, m = load_artifact({str(tmp_path/'a')!r})\nsave_artifact({str(tmp_path/'b')!r}, t, m)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path/"a").read_bytes() == (tmp_path/"b").read_bytes()
 
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old_file(tmp_path):
     before = path.read_bytes()
     code = f"""
 import resource, signal, torch
-from pgolf.artifact import save_artifact
+from pgolf.squeeze.artifact import save_artifact
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)) # the system refuses to let a file grow beyond this
 try: save_artifact({str(path)!r}, dict(x=torch.randn(10_000)))
@@ -345,10 +345,10 @@ def test_the_whole_file_of_each_system_is_smaller_than_its_payload_under_any_gen
     "A small model of each, some steps trained, rounded by its rules; header and checksums are part of our size and not of theirs."
     import lzma
 
-    from pgolf.gpt import GPT
-    from pgolf.gptq import quantize_state
-    from pgolf.muon import make_optimizers
-    from pgolf.recipes import at_scale, get_recipe
+    from pgolf.model.gpt import GPT
+    from pgolf.squeeze.gptq import quantize_state
+    from pgolf.train.muon import make_optimizers
+    from pgolf.systems.recipes import at_scale, get_recipe
     r = at_scale(get_recipe(name), "mini")
     model, gen = GPT(r.model, r.train.seed), torch.Generator().manual_seed(0)
     optims = make_optimizers(model, r.optim)

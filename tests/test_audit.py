@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf.audit import (Evaluation, UpdateLog, all_is_scored, audit, bos_is_blank, bytes_are_text, calibration_apart, counted_once, documents_apart, every_candidate, future_flip,
+from pgolf.score.audit import (Evaluation, UpdateLog, all_is_scored, audit, bos_is_blank, bytes_are_text, calibration_apart, counted_once, documents_apart, every_candidate, future_flip,
                          gates_are_blind, learning_is_late, learns_after_scoring, model_evaluation, passes, pick_places, prefix_only, reported_sum, sums_to_one, windows_advance)
-from pgolf.bpb import ByteTables, byte_tables
-from pgolf.data import austen_documents
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.scoring import ScoreConfig, plan_windows, score
-from pgolf.tokenizer import encode_document, train_tokenizer
-from pgolf.ttt import Learner, ScoredChunk, TTTConfig, adapt, chunk_plan
+from pgolf.game.bpb import ByteTables, byte_tables
+from pgolf.game.data import austen_documents
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.score.windows import ScoreConfig, plan_windows, score
+from pgolf.game.tokenizer import encode_document, train_tokenizer
+from pgolf.score.ttt import Learner, ScoredChunk, TTTConfig, adapt, chunk_plan
 
 V = 32
 CFG = ModelConfig(vocab_size=V, num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, skip_init=1., smear=True, bigram_vocab_size=64, bigram_dim=64)
@@ -249,8 +249,8 @@ def test_a_document_in_both_splits(small):
 
 @pytest.fixture(scope="module")
 def finished(novels, tmp_path_factory):
-    from pgolf.pipeline import run, start
-    from pgolf.recipes import at_scale, get_recipe
+    from pgolf.systems.pipeline import run, start
+    from pgolf.systems.recipes import at_scale, get_recipe
     out = tmp_path_factory.mktemp("audited")/"run"
     run(start(at_scale(get_recipe("pr610"), "tiny").but(iterations=5), novels, out, "cpu", eval_tokens=512, progress=False))
     return out

@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_end_to_end import wait_until
 
-from pgolf import batch, pipeline
-from pgolf.batch import Local, Run, check_plan, jobs_for, make_plan, read_plan, run_plan
+from pgolf.scale import batch
+from pgolf.systems import pipeline
+from pgolf.scale.batch import Local, Run, check_plan, jobs_for, make_plan, read_plan, run_plan
 
 FAKE = """
 from pathlib import Path
-from pgolf import pipeline
-from pgolf.batch import Run
+from pgolf.systems import pipeline
+from pgolf.scale.batch import Run
 import time
 run = Run(recipe, out, scale, corpus, device, seed, nproc, eval_tokens, overrides)
 job = pipeline.start(run.resolve(), pipeline.open_corpus(corpus), out, device)
@@ -57,7 +58,7 @@ def notebook(folder, name, *sources):
 def fakes(tmp_path_factory):
     "Folder of two quick run notebooks: of pr610 and pr576."
     folder = tmp_path_factory.mktemp("fakes")
-    for name in ("60_pr610.ipynb", "61_pr576.ipynb"): notebook(folder, name, FAKE, ENDS, LAST)
+    for name in ("pr610.ipynb", "pr576.ipynb"): notebook(folder, name, FAKE, ENDS, LAST)
     return folder
 
 
@@ -246,8 +247,8 @@ def test_settings_are_not_mixed_into_one_mean(tmp_path):
 
 
 def test_other_recipes_have_the_general_notebook(novels, tmp_path):
-    from pgolf.notebook import notebook_of
-    assert notebook_of("pr610-as-run").name == "60_pr610.ipynb" and notebook_of("baseline").name.endswith("_any.ipynb")
+    from pgolf.scale.notebook import notebook_of
+    assert notebook_of("pr610-as-run").name == "pr610.ipynb" and notebook_of("baseline").name == "any.ipynb"
 
 
 # ---- the terminal
@@ -298,12 +299,12 @@ def test_the_wheel_carries_the_run_notebooks(tmp_path):
     done = subprocess.run(pip, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
-    wanted = {p.name for p in (ROOT/"nbs").glob("6*_*.ipynb")}
+    wanted = {p.name for p in (ROOT/"nbs"/"runs").glob("*.ipynb")}
     with zipfile.ZipFile(wheel) as z:
         assert {Path(n).name for n in z.namelist() if n.startswith("pgolf/notebooks/")} == wanted and len(wanted) >= 6
         z.extractall(tmp_path/"site")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(PYTHONPATH=str(tmp_path/"site"))
-    code = "from pgolf.notebook import own_notebooks; print(*own_notebooks().values(), sep='\\n')"
+    code = "from pgolf.scale.notebook import own_notebooks; print(*own_notebooks().values(), sep='\\n')"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert [Path(p).parent for p in found.stdout.split()] == [tmp_path/"site"/"pgolf"/"notebooks"]*5

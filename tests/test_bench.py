@@ -7,10 +7,11 @@ from textwrap import dedent
 import pytest
 import torch
 
-from pgolf import bench, growth
-from pgolf import peer as peer_module
-from pgolf.bench import BENCHES, Row, bench_figure, bench_table, make_case, peak_memory, read_bench, run_benches
-from pgolf.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
+from pgolf.speed import bench
+from pgolf.speed import growth
+from pgolf.speed import peer as peer_module
+from pgolf.speed.bench import BENCHES, Row, bench_figure, bench_table, make_case, peak_memory, read_bench, run_benches
+from pgolf.speed.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,16 +16,17 @@ import zstandard
 from conftest import ROOT
 from test_faults import refused
 
-from pgolf import cli, scoring
-from pgolf.artifact import peek
-from pgolf.bpb import byte_tables
-from pgolf.data import build_dataset, check_charge, data_notes, open_dataset, write_shard
-from pgolf.documents import read_documents
-from pgolf.ownership import claim, release
-from pgolf.peer import load_peer
-from pgolf.pipeline import run, start
-from pgolf.recipes import RECIPES, at_scale, check_value, get_recipe
-from pgolf.tokenizer import encode_document, train_tokenizer
+from pgolf import cli
+from pgolf.score import windows as scoring
+from pgolf.squeeze.artifact import peek
+from pgolf.game.bpb import byte_tables
+from pgolf.game.data import build_dataset, check_charge, data_notes, open_dataset, write_shard
+from pgolf.game.documents import read_documents
+from pgolf.systems.ownership import claim, release
+from pgolf.speed.peer import load_peer
+from pgolf.systems.pipeline import run, start
+from pgolf.systems.recipes import RECIPES, at_scale, check_value, get_recipe
+from pgolf.game.tokenizer import encode_document, train_tokenizer
 
 WORDS = ("the a river house walks under light stone green seven often carries water morning "
          "paper small engine north bright").split()
@@ -128,7 +129,7 @@ def test_a_finished_run_without_its_artifact_is_not_begun_anew(main, done, data)
     assert (done/"weights.safetensors").exists()
 
 
-OWNER = "import sys,time; from pgolf.ownership import claim; claim(sys.argv[1]); print(1, flush=True)"
+OWNER = "import sys,time; from pgolf.systems.ownership import claim; claim(sys.argv[1]); print(1, flush=True)"
 
 
 def test_one_process_owns_a_folder(main, data, tmp_path):
@@ -166,7 +167,7 @@ def test_results_of_other_commands_are_kept(main, done, tmp_path):
 
 
 def test_import_leaves_an_unfinished_run_alone(main, done, tmp_path):
-    from pgolf.gpt import GPT
+    from pgolf.model.gpt import GPT
     torch.save(GPT(at_scale(get_recipe("pr610"), "tiny").model).state_dict(), tmp_path/"theirs.pt")
     for name in ("weights.safetensors", "model.pgolf"): (done/name).unlink()
     (done/"checkpoint.safetensors").write_text("hours of work")
@@ -177,7 +178,7 @@ def test_import_leaves_an_unfinished_run_alone(main, done, tmp_path):
 
 
 NOTEBOOK = """
-from pgolf import pipeline
+from pgolf.systems import pipeline
 from pgolf.cli import resolve
 r = resolve("pr610", "tiny", dict(vocab_size=300), seed, steps=1)
 job = pipeline.start(r, pipeline.open_corpus(corpus), out, "cpu", 200, lines=True)
@@ -620,6 +621,6 @@ def test_an_address_of_another_hub_is_used(monkeypatch, main, tmp_path):
     def fetch(remote, folder, repo, endpoint):
         asked.append((repo, endpoint))
         raise ConnectionError("no")
-    monkeypatch.setattr("pgolf.fineweb._fetch", fetch)
+    monkeypatch.setattr("pgolf.game.fineweb._fetch", fetch)
     refused(main("data", "fineweb", "--repo", "me/mine", "--endpoint", "http://here", "--path", tmp_path/"d"), "no")
     assert asked == [("me/mine", "http://here")]

@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
-SLOW = {"31_gptq", "34_squeeze", "51_pipeline", "55_effects", "57_submission", "58_verdict",
-        "80_bench", "81_growth", "83_cli"}
-CHAPTERS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb")
-                  if not re.match(r"[67]\d_", p.name))  # those are runs: `make reproduce`
+SLOW = {"calibration", "budget", "pipeline", "effects", "submission", "verdict", "page", "batch",
+        "bench", "growth", "cli"}
+CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
+                  if p.parent.name not in ("runs", ".ipynb_checkpoints"))  # those are runs: `make reproduce`
 CLEAN = multiprocessing.get_context("forkserver")  # every chapter forks off a process that has
 CLEAN.set_forkserver_preload(["torch", "nbdev.test"])  # loaded what they all need, and run nothing
 
@@ -26,7 +26,7 @@ def execute(path, log):
 
 
 def parameter(path):
-    marks = [pytest.mark.slow] if path.stem in SLOW else []
+    marks = [pytest.mark.slow] if re.sub(r'^\d+_', '', path.stem) in SLOW else []
     return pytest.param(path, id=path.stem, marks=marks)
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 
-from pgolf import data
-from pgolf.bpb import byte_tables, compressor_bpb
-from pgolf.data import BatchLoader, ShardError, TokenStream, austen, austen_documents, build_dataset, open_dataset, read_shard
-from pgolf.fineweb import download_fineweb
-from pgolf.tokenizer import encode_document, load_tokenizer, train_tokenizer
+from pgolf.game import data
+from pgolf.game.bpb import byte_tables, compressor_bpb
+from pgolf.game.data import BatchLoader, ShardError, TokenStream, austen, austen_documents, build_dataset, open_dataset, read_shard
+from pgolf.game.fineweb import download_fineweb
+from pgolf.game.tokenizer import encode_document, load_tokenizer, train_tokenizer
 
 
 def counted(sp, tables, text):
@@ -145,7 +145,7 @@ def test_broken_manifest_names_itself(tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from pgolf.data import austen
+from pgolf.game.data import austen
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try: austen(Path(sys.argv[1])/"austen_sp1024")

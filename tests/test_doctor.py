@@ -12,7 +12,10 @@ import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pgolf import doctor, readlogs, survey, unwrap
+from pgolf.submit import doctor
+from pgolf.submit import logs as readlogs
+from pgolf.submit import survey
+from pgolf.submit import unwrap
 
 FACTS = dict(author="A", github_id="a", name="n", blurb="b", date="2026-03-18T14:56:29Z",
     val_loss=2.07, val_bpb=1.2243, bytes_total=15863489, bytes_code=26)

@@ -10,12 +10,12 @@ import pytest
 from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 
 from pgolf import cli
-from pgolf.batch import OWN
-from pgolf.bpb import BYTE_LIMIT
-from pgolf.pipeline import Report, read_artifact
-from pgolf.plan import estimate_bytes
-from pgolf.recipes import SCALES, at_scale, get_recipe, load_recipe
-from pgolf.script import script_bytes
+from pgolf.scale.batch import OWN
+from pgolf.game.bpb import BYTE_LIMIT
+from pgolf.systems.pipeline import Report, read_artifact
+from pgolf.systems.plan import estimate_bytes
+from pgolf.systems.recipes import SCALES, at_scale, get_recipe, load_recipe
+from pgolf.submit.script import script_bytes
 
 STAGES = ["raw", "averaged", "quantized", "artifact", "sliding", "adapted"]
 LONG = ("-o", "iterations=60")  # a second or more of training: time to interrupt it
@@ -151,7 +151,7 @@ def executed(quiet, novels, tmp_path_factory):
     "The run notebook, executed with parameters that all differ from its own."
     out = tmp_path_factory.mktemp("notebook")/"pr610"
     given = dict(scale="tiny", data=str(novels.path), out=str(out), seed=7, nproc=2, eval_tokens=1024, overrides=dict(iterations=12))
-    return out, nbformat.read(cli.execute(ROOT/"nbs"/"60_pr610.ipynb", out, given), 4)
+    return out, nbformat.read(cli.execute(ROOT/"nbs"/"runs"/"pr610.ipynb", out, given), 4)
 
 
 @pytest.mark.slow
@@ -184,14 +184,14 @@ def test_report_prints_scoreboard_and_paths(executed, main):
     out = executed[0]
     code, said, _ = main("report", out)
     assert code == 0 and "pr610" in said and f"{Report.load(out/'report.json').bpb('adapted'):.4f}" in said
-    for name in ("60_pr610.ipynb", "report.json", "model.pgolf", "loss.png"): assert str(out) in said and name in said
+    for name in ("pr610.ipynb", "report.json", "model.pgolf", "loss.png"): assert str(out) in said and name in said
 
 
 def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tmp_path):
     given = dict(scale="tiny", corpus=str(novels.path), out=str(tmp_path), overrides=dict(matrix_rl=.1))
     with pytest.raises(RuntimeError, match=r"ValueError: unknown setting 'matrix_rl'; near matches: .*matrix_lr.*the partial notebook is"):
-        cli.execute(ROOT/"nbs"/"60_pr610.ipynb", tmp_path, given)
-    partial = nbformat.read(tmp_path/"60_pr610.partial.ipynb", 4)
+        cli.execute(ROOT/"nbs"/"runs"/"pr610.ipynb", tmp_path, given)
+    partial = nbformat.read(tmp_path/"pr610.partial.ipynb", 4)
     assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs)
 
 
@@ -201,9 +201,9 @@ def test_failing_cell_leaves_the_partial_notebook_and_a_clear_last_line(quiet, m
     known = "\n".join(f"{k} = None" for k in sorted(OWN | {"out"}))
     nb = nbformat.v4.new_notebook(cells=[cell(known, metadata=dict(tags=["parameters"])), cell("print('reached', out)"), cell("1/0"), cell("print('too far')")])
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
-    nbformat.write(nb, tmp_path/"60_pr610.ipynb")
+    nbformat.write(nb, tmp_path/"pr610.ipynb")
     code, said, err = main("reproduce", "pr610", "--scale", "tiny", "--notebooks", tmp_path, "--out", tmp_path/"runs")
-    partial = tmp_path/"runs"/"tiny"/"pr610"/"60_pr610.partial.ipynb"
+    partial = tmp_path/"runs"/"tiny"/"pr610"/"pr610.partial.ipynb"
     last = err.splitlines()[-1]
     assert code == 1 and last.startswith("pgolf: error: ") and "ZeroDivisionError: division by zero" in last and str(partial) in last
     assert "Traceback" not in err

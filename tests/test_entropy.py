@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgolf.entropy import EntropyError, decode, decode_published, encode, entropy, group_rows, normalise, published_cdf
-from pgolf.quant import Grid, quantize
+from pgolf.squeeze.entropy import EntropyError, decode, decode_published, encode, entropy, group_rows, normalise, published_cdf
+from pgolf.squeeze.quant import Grid, quantize
 
 TYPES = st.sampled_from([np.dtype(t) for t in ("int8", "uint8", "int16", "uint16")])
 

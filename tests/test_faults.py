@@ -12,11 +12,11 @@ import torch
 from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 from test_end_to_end import STAGES, lines, numbers, tiny, wait_until
 
-from pgolf.artifact import ArtifactError, save_artifact
-from pgolf.data import Dataset, build_dataset, open_dataset, read_shard, write_shard
-from pgolf.pipeline import Report, read_artifact
-from pgolf.tokenizer import train_tokenizer
-from pgolf.training import read_checkpoint
+from pgolf.squeeze.artifact import ArtifactError, save_artifact
+from pgolf.game.data import Dataset, build_dataset, open_dataset, read_shard, write_shard
+from pgolf.systems.pipeline import Report, read_artifact
+from pgolf.game.tokenizer import train_tokenizer
+from pgolf.train.loop import read_checkpoint
 
 
 def refused(result, *words, code=1):
@@ -259,7 +259,8 @@ def test_full_disk_while_running(novels, tmp_path, limit, victim):
 
 LATE = """
 import resource, sys
-from pgolf import cli, pipeline
+from pgolf import cli
+from pgolf.systems import pipeline
 _, stage, limit, *args = sys.argv
 real = getattr(pipeline, stage)
 def on_last_bytes(*a):

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.audit import bytes_are_text, documents
-from pgolf.bpb import byte_tables
-from pgolf.data import austen_documents, build_dataset, read_shard
-from pgolf.documents import read_documents
-from pgolf.pipeline import run, start
-from pgolf.recipes import at_scale, get_recipe
-from pgolf.tokenizer import encode_document, load_tokenizer
-from pgolf.verdict import audit_run
+from pgolf.score.audit import bytes_are_text, documents
+from pgolf.game.bpb import byte_tables
+from pgolf.game.data import austen_documents, build_dataset, read_shard
+from pgolf.game.documents import read_documents
+from pgolf.systems.pipeline import run, start
+from pgolf.systems.recipes import at_scale, get_recipe
+from pgolf.game.tokenizer import encode_document, load_tokenizer
+from pgolf.systems.verdict import audit_run
 
 pytestmark = pytest.mark.slow
 

@@ -18,11 +18,12 @@ import zstandard
 from conftest import ROOT
 from test_golden_model import ODD, batch, build, pentanary
 
-from pgolf.entropy import published_cdf
-from pgolf.formats import FormatError, fitting, import_weights, read_published, read_stored
-from pgolf.gpt import GPT, ModelConfig, load_published
-from pgolf.recipes import RECIPES, at_scale, load_recipe
-from pgolf.training import read_checkpoint
+from pgolf.squeeze.entropy import published_cdf
+from pgolf.squeeze.formats import FormatError, fitting, import_weights, read_published, read_stored
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.squeeze.formats import load_published
+from pgolf.systems.recipes import RECIPES, at_scale, load_recipe
+from pgolf.train.loop import read_checkpoint
 
 PRESS = dict(none=bytes, zlib=lambda d: zlib.compress(d, 9), zstd=zstandard.ZstdCompressor(level=22).compress, xz=lzma.compress,
              lzma=lambda d: lzma.compress(d, format=lzma.FORMAT_ALONE))
@@ -318,7 +319,7 @@ def test_bombs_are_bounded_in_memory_and_time():
     "In a process of its own, since the peak of memory is the process's."
     code = """if 1:
         import io, lzma, torch, zipfile, zlib, zstandard
-        from pgolf.formats import FormatError, read_published
+        from pgolf.squeeze.formats import FormatError, read_published
         def deflated():
             with zipfile.ZipFile(f := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('archive/data.pkl', bytes(5*10**7))
             return f.getvalue()
@@ -400,8 +401,8 @@ def test_an_imported_model_is_scored_like_a_trained_one(main, tmp_path, novels):
 
 def test_codes_survive_in_pgolfs_container():
     "What `read_stored` gives can be packed as it is."
-    from pgolf.artifact import pack, unpack
-    from pgolf.quant import Quantized
+    from pgolf.squeeze.artifact import pack, unpack
+    from pgolf.squeeze.quant import Quantized
     for name in ("pr610", "pr598", "pr1123"):
         system, write, press = WRITERS[name]
         stored = read_stored(PRESS[press](saved(write(renamed(system, own_model(system).state_dict()), KEEP)[0])))

@@ -19,10 +19,10 @@ import torch
 import zstandard
 from conftest import HANG, no_hang
 
-from pgolf import artifact
-from pgolf.artifact import ArtifactError, ledger, load_artifact, pack, peek, unpack
-from pgolf.entropy import encode
-from pgolf.quant import Quantized
+from pgolf.squeeze import artifact
+from pgolf.squeeze.artifact import ArtifactError, ledger, load_artifact, pack, peek, unpack
+from pgolf.squeeze.entropy import encode
+from pgolf.squeeze.quant import Quantized
 
 pytestmark = pytest.mark.slow
 

@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-from pgolf.embeddings import bigram_hash
-from pgolf.gpt import GPT, ModelConfig, count_parameters, load_published, published_name
-from pgolf.layers import rotary_tables
+from pgolf.model.embeddings import bigram_hash
+from pgolf.model.gpt import GPT, ModelConfig, count_parameters
+from pgolf.squeeze.formats import load_published, published_name
+from pgolf.model.layers import rotary_tables
 
 COMMON = dict(smear=True, ln_scale=True, skip_init=1.)
 ODD = { # what each system's code fixes without a field in its own configuration

@@ -1,8 +1,8 @@
 "Twelve steps of PR #610's own code (golden/train_pr610.npz), and what leaving weight decay out would do to them."
 import json
 import numpy as np, pytest, torch
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.muon import OptimConfig, make_optimizers
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.train.muon import OptimConfig, make_optimizers
 
 
 def model_config(c):

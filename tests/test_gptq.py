@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import pgolf.gptq as gptq_module
-from pgolf.bench import _Live
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.gptq import GPTQConfig, collect_hessians, damped_cholesky, dequantize_state, factor, gptq, gptq_fit, hessian_error, quantize_state, sample_tokens
-from pgolf.squeeze import calibrate
-from pgolf.quant import QuantConfig, int_grid, quantize, search_scale, to_codes
+import pgolf.squeeze.gptq as gptq_module
+from pgolf.speed.bench import _Live
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.squeeze.gptq import GPTQConfig, damped_cholesky, dequantize_state, factor, gptq, gptq_fit, hessian_error, quantize_state
+from pgolf.squeeze.calibration import collect_hessians, sample_tokens
+from pgolf.squeeze.calibration import calibrate
+from pgolf.squeeze.quant import QuantConfig, int_grid, quantize, search_scale, to_codes
 
 CLIPS = (.9, .95, .98, .995, 1.)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,15 +3,15 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import training
-from pgolf.bench import ids, make_case, toy_tables
-from pgolf.data import write_shard
-from pgolf.gpt import GPT
-from pgolf.pipeline import Job, make_average, make_listeners
-from pgolf.recipes import RECIPES, at_scale
-from pgolf.scoring import stream
-from pgolf.device import Ranks
-from pgolf.training import make_loader, train, train_step
+from pgolf.train import loop as training
+from pgolf.speed.bench import ids, make_case, toy_tables
+from pgolf.game.data import write_shard
+from pgolf.model.gpt import GPT
+from pgolf.systems.pipeline import Job, make_average, make_listeners
+from pgolf.systems.recipes import RECIPES, at_scale
+from pgolf.score.windows import stream
+from pgolf.train.device import Ranks
+from pgolf.train.loop import make_loader, train, train_step
 
 BIG = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 70e9
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from pgolf.bpb import ByteTables
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.lora import Adapters, LoRAConfig, grade_rows, learn_rows, merged, score_documents
-from pgolf.scoring import ScoreConfig, document_starts, join, score
+from pgolf.game.bpb import ByteTables
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.score.lora import Adapters, LoRAConfig, grade_rows, learn_rows, merged, score_documents
+from pgolf.score.windows import ScoreConfig, document_starts, join, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TABLES = ByteTables(torch.ones(64, dtype=torch.int16), torch.zeros(64, dtype=torch.bool), torch.zeros(64, dtype=torch.bool))

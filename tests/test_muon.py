@@ -4,8 +4,8 @@ import numpy as np, pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from pgolf import muon
-from pgolf.muon import Muon, newton_schulz
+from pgolf.train import muon
+from pgolf.train.muon import Muon, newton_schulz
 
 SHAPES = [(64, 64), (192, 64), (64, 192), (64, 64), (32, 64), (64, 64), (192, 64)]
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from conftest import HANG, ROOT
-from pgolf.data import write_shard
-from pgolf.training import read_checkpoint
+from pgolf.game.data import write_shard
+from pgolf.train.loop import read_checkpoint
 
 JOB = '''
 import json, sys, time
 from pathlib import Path
 from conftest import Hand
-from pgolf.averaging import EMA
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.listeners import Checkpointer, MetricsLog, Validate
-from pgolf.muon import OptimConfig
-from pgolf.schedule import ScheduleConfig
-from pgolf.device import close_ranks, setup_ranks
-from pgolf.training import TrainConfig, make_loader, train
+from pgolf.train.averaging import EMA
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.train.listeners import Checkpointer, MetricsLog, Validate
+from pgolf.train.muon import OptimConfig
+from pgolf.train.schedule import ScheduleConfig
+from pgolf.train.device import close_ranks, setup_ranks
+from pgolf.train.loop import TrainConfig, make_loader, train
 
 shard, out, args = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 ranks = setup_ranks("cpu")

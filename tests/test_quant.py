@@ -4,9 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.gptq import GPTQConfig, collect_hessians, dequantize_state, gptq, hessian_error, quant_errors, quantize_state
-from pgolf.quant import Grid, LateQAT, QuantConfig, Quantized, fake_quantize, int_grid, pentanary, quantize, search_scale, set_fake_quant, to_codes
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.squeeze.gptq import GPTQConfig, dequantize_state, gptq, hessian_error, quant_errors, quantize_state
+from pgolf.squeeze.calibration import collect_hessians
+from pgolf.squeeze.quant import Grid, LateQAT, QuantConfig, Quantized, fake_quantize, int_grid, pentanary, quantize, search_scale, set_fake_quant, to_codes
 from test_golden_model import build, check_gradients
 
 SHEETS = (.999, .9995, .9999, .99999, 1.)

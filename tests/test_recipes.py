@@ -7,10 +7,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from pgolf.effects import PROBES, changes
-from pgolf.quant import Grid, LateQAT, first_match, quantize
-from pgolf.recipes import RECIPES, SCALES, at_scale, claim_table, diff_table, get_recipe, load_recipe
-from pgolf.ttt import Learner, ScoredChunk, adapt
+from pgolf.systems.effects import PROBES, changes
+from pgolf.squeeze.quant import Grid, LateQAT, first_match, quantize
+from pgolf.systems.recipes import RECIPES, SCALES, at_scale, claim_table, diff_table, get_recipe, load_recipe
+from pgolf.score.ttt import Learner, ScoredChunk, adapt
 
 SYSTEMS = ("pr610", "pr576", "pr598", "pr1123", "pr601")
 CLIPS = (.999, .9995, .9999, .99999, 1.)
@@ -112,7 +112,7 @@ def test_grids_as_run_are_those_of_the_sheets(says):
 
 def test_uniform_grids_of_1123_as_run_equal_the_golden_codes(golden):
     "Trained in: fake-quantized weights bit for bit, by the grid that the recipe holds."
-    from pgolf.quant import fake_quantize
+    from pgolf.squeeze.quant import fake_quantize
     z, ran = golden("functions"), get_recipe("pr1123-as-run")
     for bits, name in ((6, "attn.c_q.weight"), (5, "attn.c_v.weight"), (4, "mlp.proj.weight")):
         for rules in ("rules", "qat_rules"):

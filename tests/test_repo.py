@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = sorted(p for p in (ROOT / "pgolf").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 
 
@@ -21,20 +21,28 @@ def directives(cell): return re.findall(r"^#\|\s*([\w-]+):?", source(cell), re.M
 def by_name(path): return path.stem
 
 
+def book_name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+def module_name(path): return ".".join(path.relative_to(ROOT / "pgolf").with_suffix("").parts)
+def listed():
+    names = re.findall(r"- (?:href: )?nbs/([\w/]+)\.ipynb", (ROOT / "_quarto.yml").read_text())
+    return list(dict.fromkeys(names))  # the first page stands in the bar at the top, too
+
+
 def order():
-    "Module -> position of the chapter that exports it."
+    "Module -> place in the book of the chapter that exports it."
     found = {}
     for p in NOTEBOOKS:
         for cell in cells(p):
-            if m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.M): found[m[1]] = p.stem
+            if m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.M): found[m[1]] = listed().index(book_name(p))
     return found
 
 
 # ---- the book
 
 def test_the_site_lists_every_chapter_once_and_in_order():
-    listed = re.findall(r"- nbs/(\w+)\.ipynb", (ROOT / "_quarto.yml").read_text())
-    assert listed == [p.stem for p in NOTEBOOKS if p.stem != "index"]
+    assert sorted(listed()) == sorted(map(book_name, NOTEBOOKS))
+    numbers = [int(n) for n in re.findall(r"(?<![^/\n])(\d\d)_", "\n".join(listed()))]
+    assert numbers == sorted(set(numbers)), "chapters stand in the order of their numbers, no number twice"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
@@ -86,7 +94,7 @@ def test_an_unquoted_colon_is_no_yaml():
 
 def test_run_notebooks_keep_their_parameters_tag():
     for p in NOTEBOOKS:
-        if re.match(r"6\d_", p.stem): assert any("parameters" in c["metadata"].get("tags", []) for c in cells(p)), p.name
+        if p.parent.name == "runs" and p.stem.startswith("pr"): assert any("parameters" in c["metadata"].get("tags", []) for c in cells(p)), p.name
 
 
 def test_readme_is_the_index():
@@ -108,32 +116,36 @@ def regenerated(tmp_path_factory):
 
 
 def test_package_is_what_the_notebooks_export(regenerated):
-    stale = [p.name for p in regenerated.joinpath("pgolf").glob("*.py") if not (ROOT / "pgolf" / p.name).exists() or p.read_text() != (ROOT / "pgolf" / p.name).read_text()]
+    fresh = {p.relative_to(regenerated): p.read_text() for p in (regenerated / "pgolf").rglob("*.py")}
+    stale = [str(p) for p, text in fresh.items() if not (ROOT / p).exists() or (ROOT / p).read_text() != text]
     assert not stale, "run: nbdev_export"
-    assert {p.stem for p in MODULES} == set(order()), "a module without a chapter, or a chapter without its module"
+    assert set(map(module_name, MODULES)) == set(order()), "a module without a chapter, or a chapter without its module"
 
 
 def test_notebooks_are_clean(regenerated):
-    assert not [p.name for p in NOTEBOOKS if p.read_text() != (regenerated / "nbs" / p.name).read_text()], "run: nbdev_clean"
+    assert not [p.name for p in NOTEBOOKS if p.read_text() != (regenerated / p.relative_to(ROOT)).read_text()], "run: nbdev_clean"
 
 
 # ---- the package
 
 def imports(path):
-    "Every module that a file imports, with the depth at which it does."
+    "Every module that a file imports, by its full name."
     tree, top = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): top |= {a.name for a in node.names}
-        if isinstance(node, ast.ImportFrom) and not node.module: top |= {f"pgolf.{a.name}" for a in node.names}
-        elif isinstance(node, ast.ImportFrom): top.add(f"pgolf.{node.module}" if node.level else node.module)
+        if not isinstance(node, ast.ImportFrom): continue
+        folder = ["pgolf", *path.relative_to(ROOT / "pgolf").parts][:-node.level] if node.level else []
+        source = ".".join([*folder, *filter(None, [node.module])])
+        is_folder = source == "pgolf" or (ROOT / source.replace(".", "/")).is_dir()
+        top |= {f"{source}.{a.name}" for a in node.names} if is_folder else {source}
     return top
 
 
 @pytest.mark.parametrize("path", MODULES, ids=by_name)
 def test_module_imports_only_earlier_chapters(path):
     place = order()
-    used = {m.split(".")[1] for m in imports(path) if m.startswith("pgolf.")}
-    assert all(place[m] < place[path.stem] for m in used), used
+    used = {m.removeprefix("pgolf.") for m in imports(path) if m.startswith("pgolf.")} - {"__version__"}
+    assert all(place[m] < place[module_name(path)] for m in used), used
 
 
 @pytest.mark.parametrize("path", MODULES, ids=by_name)
@@ -158,7 +170,7 @@ def test_importing_everything_touches_neither_network_nor_cuda_nor_what_is_slow_
         assert not torch.cuda.is_initialized()
         slow = {'torch._dynamo', 'torch._inductor', 'matplotlib', 'scipy.stats', 'papermill', 'IPython'}
         assert not (found := slow & set(sys.modules) - before), found"""
-    out = subprocess.run([sys.executable, "-c", code, *(p.stem for p in MODULES)], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code, *map(module_name, MODULES)], cwd=ROOT, capture_output=True, text=True)
     assert not out.returncode, out.stderr
 
 

@@ -15,12 +15,13 @@ from conftest import HANG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf.bpb import ByteTables
-from pgolf.gpt import GPT, ModelConfig, load_published
-from pgolf.scoring import (KINDS, ScoreConfig, batches, compare, deal, describe, document_starts, join, load_scores, plan_windows, save_scores, score, score_into,
+from pgolf.game.bpb import ByteTables
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.squeeze.formats import load_published
+from pgolf.score.windows import (KINDS, ScoreConfig, batches, compare, deal, describe, document_starts, join, load_scores, plan_windows, save_scores, score, score_into,
                            Scores, stream, token_kinds, window_table)
-from pgolf.device import can_compile
-from pgolf.ttt import Learner, TTTConfig, adapt, chunk_plan, score_and_adapt, scored_chunks
+from pgolf.train.device import can_compile
+from pgolf.score.ttt import Learner, TTTConfig, adapt, chunk_plan, score_and_adapt, scored_chunks
 
 CFG = ModelConfig(vocab_size=64, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8, skip_init=1., smear=True, bigram_vocab_size=64,
                   bigram_dim=64, ve_dim=64, ve_layers=(2, 3), xsa_last_n=2, ln_scale=True)
@@ -167,10 +168,10 @@ def test_stream_gives_the_whole_distribution(model, tokens):
 
 RANKS = """if 1:
     import sys, torch
-    from pgolf.bpb import ByteTables
-    from pgolf.gpt import GPT, ModelConfig
-    from pgolf.scoring import save_scores, describe, score
-    from pgolf.device import Ranks, close_ranks, setup_ranks
+    from pgolf.game.bpb import ByteTables
+    from pgolf.model.gpt import GPT, ModelConfig
+    from pgolf.score.windows import save_scores, describe, score
+    from pgolf.train.device import Ranks, close_ranks, setup_ranks
     ranks, n = setup_ranks("cpu"), 64
     model = GPT(ModelConfig(vocab_size=n, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=2, rope_dims=8), 3)
     torch.nn.init.normal_(model.tok_emb.weight, generator=torch.Generator().manual_seed(0))
@@ -330,7 +331,7 @@ def test_intervals_hold_what_they_promise():
 
 
 def test_kinds_of_an_official_tokenizer(shared):
-    from pgolf.tokenizer import load_tokenizer
+    from pgolf.game.tokenizer import load_tokenizer
     sp = load_tokenizer(shared/"data"/"fineweb_1024_bpe.model", 1024)
     kinds = token_kinds(sp, 1030)
     assert kinds.bincount(minlength=6)[5] == 256 and (kinds[1024:] == 0).all() and kinds[sp.bos_id()] == 0
@@ -338,9 +339,9 @@ def test_kinds_of_an_official_tokenizer(shared):
 
 
 def test_byte_totals_of_the_validation_sample_whatever_the_windows(shared):
-    from pgolf.bpb import byte_tables
-    from pgolf.data import read_shard
-    from pgolf.tokenizer import load_tokenizer
+    from pgolf.game.bpb import byte_tables
+    from pgolf.game.data import read_shard
+    from pgolf.game.tokenizer import load_tokenizer
     sp = load_tokenizer(shared/"data"/"fineweb_1024_bpe.model", 1024)
     text = torch.from_numpy(read_shard(shared/"data"/"fineweb_val_000000.sample.bin", 1024).astype(np.int64))[:40_001]
     starts = document_starts(text, sp.bos_id())

@@ -58,8 +58,8 @@ def browser(tmp_path_factory):
 
 def notebooks():
     "Page name -> notebook, for every page that _quarto.yml lists and that exists."
-    names = re.findall(r"nbs/(\w+)\.ipynb", (ROOT / "_quarto.yml").read_text())
-    return {re.sub(r"^\d+[a-z]?_", "", n): ROOT / "nbs" / f"{n}.ipynb" for n in names if (ROOT / "nbs" / f"{n}.ipynb").exists()}
+    names = re.findall(r"nbs/([\w/]+)\.ipynb", (ROOT / "_quarto.yml").read_text())
+    return {re.sub(r"^\d+[a-z]?_", "", n.rpartition("/")[2]): ROOT / "nbs" / f"{n}.ipynb" for n in names if (ROOT / "nbs" / f"{n}.ipynb").exists()}
 
 
 def cells(path): return json.loads(path.read_text())["cells"]

@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pgolf import pipeline
-from pgolf.artifact import pack, unpack
-from pgolf.entropy import entropy
-from pgolf.gpt import GPT
-from pgolf.gptq import collect_hessians, hessian_error, quantize_state
-from pgolf.quant import Grid, QuantConfig, Quantized
-from pgolf.recipes import at_scale, get_recipe
-from pgolf.squeeze import Metric, SqueezeConfig, allot, cost, importance, ladder, metrics, squeeze_model, squeeze_state
+from pgolf.systems import pipeline
+from pgolf.squeeze.artifact import pack, unpack
+from pgolf.squeeze.entropy import entropy
+from pgolf.model.gpt import GPT
+from pgolf.squeeze.gptq import hessian_error, quantize_state
+from pgolf.squeeze.calibration import collect_hessians
+from pgolf.squeeze.quant import Grid, QuantConfig, Quantized
+from pgolf.systems.recipes import at_scale, get_recipe
+from pgolf.squeeze.budget import Metric, SqueezeConfig, allot, cost, importance, ladder, metrics, squeeze_model, squeeze_state
 
 SMALL = dict(min_numel=512, sample=2048, rungs=10, slack=.02, codec="rans")
 CODE_601 = 89_118   # bytes of its script

@@ -11,9 +11,13 @@ import venv
 
 import pytest
 from conftest import HANG
-from pgolf import doctor, flatten, pipeline, script, submission
-from pgolf.bpb import BYTE_LIMIT
-from pgolf.recipes import RECIPES, at_scale, get_recipe
+from pgolf.submit import doctor
+from pgolf.submit import flatten
+from pgolf.systems import pipeline
+from pgolf.submit import script
+from pgolf.submit import submission
+from pgolf.game.bpb import BYTE_LIMIT
+from pgolf.systems.recipes import RECIPES, at_scale, get_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the script runs on one: another number gives other last bits
 

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf import device, tokenizer, training
-from pgolf.averaging import EMA, SWA
-from pgolf.data import write_shard
-from pgolf.gpt import GPT, Group, ModelConfig
-from pgolf.listeners import Checkpointer, MetricsLog, Progress, TensorBoard, Validate, expected_steps
-from pgolf.muon import OptimConfig
-from pgolf.quant import Grid, LateQAT
-from pgolf.schedule import ScheduleConfig
-from pgolf.device import can_compile
-from pgolf.training import CheckpointError, Run, TrainConfig, TrainingDiverged, make_loader, read_checkpoint, settle, train
+from pgolf.train import device
+from pgolf.game import tokenizer
+from pgolf.train import loop as training
+from pgolf.train.averaging import EMA, SWA
+from pgolf.game.data import write_shard
+from pgolf.model.gpt import GPT, Group, ModelConfig
+from pgolf.train.listeners import Checkpointer, MetricsLog, Progress, TensorBoard, Validate, expected_steps
+from pgolf.train.muon import OptimConfig
+from pgolf.squeeze.quant import Grid, LateQAT
+from pgolf.train.schedule import ScheduleConfig
+from pgolf.train.device import can_compile
+from pgolf.train.loop import CheckpointError, Run, TrainConfig, TrainingDiverged, make_loader, read_checkpoint, settle, train
 from conftest import ROOT, Hand
 from test_golden_train import model_config, run as golden_steps
 
@@ -320,7 +322,7 @@ def test_a_run_on_a_cpu_keeps_the_memory_it_has_freed():
     "In a fresh process, since the choice is the process's: once ranks are set up and the heap has found its size, hardly a page is fetched."
     code = """if 1:
         import resource, torch
-        from pgolf.device import setup_ranks
+        from pgolf.train.device import setup_ranks
         def fetched():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(5): [torch.ones(10_000_000) for _ in range(3)]
@@ -333,8 +335,8 @@ def test_a_run_on_a_cpu_keeps_the_memory_it_has_freed():
 
 def test_a_run_too_short_for_a_snapshot_keeps_its_last_weights(novels, tmp_path):
     "SWA begins late; the weights of a short run are not lost."
-    from pgolf.pipeline import start, train_weights
-    from pgolf.recipes import at_scale, get_recipe, in_steps
+    from pgolf.systems.pipeline import start, train_weights
+    from pgolf.systems.recipes import at_scale, get_recipe, in_steps
     recipe = in_steps(at_scale(get_recipe("pr1123"), "tiny"), 2)
     with pytest.warns(UserWarning, match="SWA took no snapshot"): curve = train_weights(start(recipe, novels, tmp_path/"run", "cpu", 256, progress=False))
     kept = read_checkpoint(tmp_path/"run"/"weights.safetensors")[0]

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from pgolf.bpb import ByteTables
-from pgolf.gpt import GPT, ModelConfig
-from pgolf.layers import CastLinear
-from pgolf.quant import Grid, fake_quantize
-from pgolf.scoring import ScoreConfig, join, plan_windows, score
-from pgolf.ttt import Learner, TTTConfig, adapt, chunk_plan, illegal_rescore, score_and_adapt, score_with, scored_chunks, trainable, ttt_gain
+from pgolf.game.bpb import ByteTables
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.model.layers import CastLinear
+from pgolf.squeeze.quant import Grid, fake_quantize
+from pgolf.score.windows import ScoreConfig, join, plan_windows, score
+from pgolf.score.ttt import Learner, TTTConfig, adapt, chunk_plan, illegal_rescore, score_and_adapt, score_with, scored_chunks, trainable, ttt_gain
 from test_golden_model import batch, build
 
 TABLES = ByteTables(torch.ones(64, dtype=torch.int16), torch.zeros(64, dtype=torch.bool), torch.zeros(64, dtype=torch.bool))
