@@ -292,7 +292,7 @@ def test_the_wheel_carries_the_run_notebooks(tmp_path):
     "Built from a copy of the sources; without the checkout the package finds its own notebooks."
     copy = tmp_path/"sources"
     copy.mkdir()
-    skip = shutil.ignore_patterns("__pycache__", "data", "runs", "notebooks")
+    skip = shutil.ignore_patterns("__pycache__", "data", "notebooks")
     for name in ("pgolf", "nbs"): shutil.copytree(ROOT/name, copy/name, ignore=skip)
     for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, copy)
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(copy)]
