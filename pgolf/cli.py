@@ -32,10 +32,10 @@ from .game.bpb import BYTE_LIMIT
 from .game.data import Dataset,austen,build_dataset,data_notes,read_shard
 from .game.documents import read_documents
 from .game.fineweb import REPO,download_fineweb
-from .systems.ownership import claim,keep_free,release
+from .systems.ownership import keep_free
 from .speed.growth import SECTIONS
 from .squeeze.formats import LIMIT,describe,fitting,import_weights,read_published
-from .scale.notebook import execute,notebook_of,own_notebooks,tidy
+from .scale.notebook import execute,notebook_of,own_notebooks
 from .speed.peer import peer_bench
 from .systems.plan import plan_run
 from .systems.recipes import RECIPES,SCALES,at_scale,diff,get_recipe,in_steps,load_recipe
@@ -43,7 +43,6 @@ from .submit.script import script_bytes
 from .squeeze.budget import SqueezeConfig,bits_table,open_checkpoint,squeeze_model
 from .squeeze.calibration import calibration_windows
 from .files import atomic_write
-from .game.tokenizer import tokenizer_id
 from .score.record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
 from .systems.verdict import audit_run,check_tokenizer,data_for,open_subject,tokenizer_of,verdict_line,verdict_rows
 

@@ -20,7 +20,7 @@ from test_end_to_end import wait_until
 
 from pgolf.scale import batch
 from pgolf.systems import pipeline
-from pgolf.scale.batch import Local, Run, check_plan, jobs_for, make_plan, read_plan, run_plan
+from pgolf.scale.batch import Local, Run, check_plan, jobs_for, make_plan, read_plan
 
 FAKE = """
 from pathlib import Path

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from pgolf.game import data
 from pgolf.game.bpb import byte_tables, compressor_bpb
-from pgolf.game.data import BatchLoader, ShardError, TokenStream, austen, austen_documents, build_dataset, open_dataset, read_shard
+from pgolf.game.data import BatchLoader, ShardError, austen, austen_documents, build_dataset, open_dataset, read_shard
 from pgolf.game.fineweb import download_fineweb
 from pgolf.game.tokenizer import encode_document, load_tokenizer, train_tokenizer
 

@@ -1,5 +1,4 @@
 "Bad input at every door: one line that says what is wrong and what to do, no traceback, an exit code, nothing half-written."
-import json
 import resource
 import shutil
 import signal
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
-from test_end_to_end import STAGES, lines, numbers, tiny, wait_until
+from test_end_to_end import STAGES, lines, tiny, wait_until
 
 from pgolf.squeeze.artifact import ArtifactError, save_artifact
 from pgolf.game.data import Dataset, build_dataset, open_dataset, read_shard, write_shard

@@ -1,6 +1,5 @@
 "Calibrated rounding where it could go wrong: bad Hessians, shared ones, tables, and what it may be calibrated on."
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch

@@ -111,7 +111,7 @@ def test_orders_that_grade_nothing_are_errors(model, docs):
 
 def test_merged_weights_are_the_adapted_model(model, docs):
     adapters, x = Adapters(model, LORA, 3), stream(docs)[None, 43:59].repeat(2, 1)
-    for step in range(2): learn_rows(grade_rows(model, adapters, stream(docs), [(0, 4, 0), (43, 47, 43), (93, 97, 93)], [0, 1, 2]), torch.tensor([True, True, False]))
+    for _ in range(2): learn_rows(grade_rows(model, adapters, stream(docs), [(0, 4, 0), (43, 47, 43), (93, 97, 93)], [0, 1, 2]), torch.tensor([True, True, False]))
     with torch.no_grad(), adapters.on([1, 2]): got = model(x)
     with torch.no_grad():
         same(got[0], merged(model, adapters, 1)(x[:1])[0])

@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import HANG, ROOT
 from pgolf.game.data import write_shard

@@ -1,6 +1,5 @@
 "Recipes against the sheets and the descriptions: each value is stated here, and read there where they are at hand."
 import json
-import math
 import re
 from dataclasses import asdict
 
@@ -195,7 +194,7 @@ def test_published_sizes_in_descriptions_and_sheets(says, system, pattern):
 
 
 def test_claims_and_our_choices_go_through_json(tmp_path):
-    for name, r in RECIPES.items():
+    for r in RECIPES.values():
         r.save(tmp_path/"r.json")
         assert load_recipe(tmp_path/"r.json") == r
     old = json.loads(json.dumps(asdict(get_recipe("pr610"))))

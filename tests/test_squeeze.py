@@ -12,7 +12,7 @@ from pgolf.squeeze.entropy import entropy
 from pgolf.model.gpt import GPT
 from pgolf.squeeze.gptq import hessian_error, quantize_state
 from pgolf.squeeze.calibration import collect_hessians
-from pgolf.squeeze.quant import Grid, QuantConfig, Quantized
+from pgolf.squeeze.quant import Quantized
 from pgolf.systems.recipes import at_scale, get_recipe
 from pgolf.squeeze.budget import Metric, SqueezeConfig, allot, cost, importance, ladder, metrics, squeeze_model, squeeze_state
 

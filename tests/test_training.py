@@ -13,7 +13,6 @@ import torch
 
 from pgolf.train import device
 from pgolf.game import tokenizer
-from pgolf.train import loop as training
 from pgolf.train.averaging import EMA, SWA
 from pgolf.game.data import write_shard
 from pgolf.model.gpt import GPT, Group, ModelConfig

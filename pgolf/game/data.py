@@ -13,7 +13,7 @@ import hashlib, json, re, shutil, sys, uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 
 import numpy as np, torch, zstandard
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .bpb import ByteTables, SidecarBytes, byte_tables
 from ..files import atomic_write
-from .tokenizer import encode_document, load_tokenizer, tokenizer_id, train_tokenizer
+from .tokenizer import encode_document, load_tokenizer, train_tokenizer
 
 # %% ../../nbs/game/04_data.ipynb #9be32e67
 MAGIC,VERSION,HEADER_BYTES = 20240520,1,1024

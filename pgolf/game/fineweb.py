@@ -6,7 +6,7 @@
 __all__ = ['REPO', 'download_fineweb']
 
 # %% ../../nbs/game/06_fineweb.ipynb #826ef96f
-import json, re, shutil
+import re, shutil
 from itertools import islice
 from pathlib import Path
 

@@ -7,8 +7,7 @@ __all__ = ['BASE_GROUPS', 'KINDS', 'ModelConfig', 'Block', 'GPT', 'Group', 'para
            'flops_per_token']
 
 # %% ../../nbs/model/13_gpt.ipynb #93d1cab8
-import difflib,re
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 
 import torch

@@ -8,7 +8,7 @@ __all__ = ['OWN', 'KEYS', 'BASE', 'STOP', 'PLAN_HEADS', 'Run', 'make_plan', 'rea
            'log_tail', 'plan_rows', 'plan_reports', 'visible_cards', 'share_cards', 'run_plan']
 
 # %% ../../nbs/scale/71_batch.ipynb #8e4d401b
-import difflib, hashlib, json, queue, re, shlex, signal, subprocess, sys, threading, time, tomllib
+import difflib, hashlib, json, queue, re, signal, subprocess, sys, threading, time, tomllib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tqdm import tqdm
 from ..systems import pipeline
-from .notebook import notebook_of, notebooks_folder
+from .notebook import notebook_of
 from ..systems.page import FORMS
 from ..systems.plan import memory_bytes
 from ..systems.recipes import SCALES, Recipe, at_scale, get_recipe

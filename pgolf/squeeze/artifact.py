@@ -55,7 +55,7 @@ def _parts(tensors):
         if isinstance(t, Quantized): parts += [("codes", name, t.codes), ("scale", name, t.scale)]
         elif isinstance(t, Tensor): parts.append(("tensor", name, t))
         else: raise ValueError(f"{name}: {type(t).__name__} cannot be stored; give a Tensor or a Quantized")
-    for kind, name, t in parts:
+    for _, name, t in parts:
         if len(name) > 999: raise ValueError(f"{name[:40]}...: a name of {len(name)} characters; use at most 999")
         if str(t.dtype).removeprefix("torch.") not in DTYPES: raise ValueError(f"{name}: dtype {t.dtype} cannot be stored")
     return sorted(parts, key=lambda p: (p[0], *_order(p[1])))

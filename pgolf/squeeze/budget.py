@@ -80,7 +80,8 @@ def importance(
     for row in bar(rows, desc="importance", unit="window", delay=5, leave=False, disable=not progress):
         row = row.to(device)
         loss = model.loss(row[None,:-1], row[None,1:])*(len(row)-1)   # sum over the sequence: its gradients are one draw
-        for (n,t),g in zip(total.items(), torch.autograd.grad(loss, mats.values(), allow_unused=True)):
+        grads = torch.autograd.grad(loss, mats.values(), allow_unused=True)
+        for t,g in zip(total.values(), grads):
             if g is not None: t += g.float().square().mean(1)
         count += len(row)-1
     model.train(training)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quant import Grid, QuantConfig, Quantized, candidate_scales, pentanary, prune, quantize, search_scale, store, to_codes
+from .quant import Grid, QuantConfig, Quantized, candidate_scales, pentanary, prune, quantize, search_scale, store
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def quantize_state(
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
     if gptq_cfg and not hessians: raise ValueError("gptq_cfg is given but hessians are not: call collect_hessians first")
     done,known,hessians = {},{},hessians or {}
-    for (shape,grid),names in (_groups(state, cfg, hessians) if gptq_cfg else {}).items():
+    for (_,grid),names in (_groups(state, cfg, hessians) if gptq_cfg else {}).items():
         factors = [_factor_of(n, state[n], hessians[n], gptq_cfg, known) for n in names]
         W = torch.stack([state[n].detach().to(hessians[n].device).float() for n in names])
         if cfg.prune: W = torch.stack([prune(w, cfg.prune) for w in W])

@@ -7,19 +7,16 @@ __all__ = ['GRID', 'CASES', 'LORA', 'weights_of_run', 'per_chunk', 'measure_case
            'gain_table']
 
 # %% ../../nbs/systems/56_adaptation.ipynb #e33228b5
-import copy,json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 import numpy as np
-import torch
 from tabulate import tabulate
 from ..game.data import Dataset
 from .effects import run_shared,spread,training_key
 from ..model.gpt import GPT
 from ..squeeze.gptq import dequantize_state,quantize_state
 from ..score.lora import LoRAConfig,score_documents
-from .pipeline import read_artifact,write_json
+from .pipeline import read_artifact
 from ..squeeze.quant import Grid,QuantConfig,set_fake_quant
 from .recipes import Recipe,at_scale,get_recipe
 from ..squeeze.budget import read_weights

@@ -15,7 +15,7 @@ import numpy as np
 from tabulate import tabulate
 from ..game.data import Dataset
 from .ownership import set_aside
-from .pipeline import Report,run,start,write_json
+from .pipeline import Report,run,start
 from .recipes import CLIPS,Recipe,SCALES,at_scale,diff,get_recipe
 
 # %% ../../nbs/systems/55_effects.ipynb #9ead6654

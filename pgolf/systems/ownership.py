@@ -7,7 +7,7 @@ __all__ = ['claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 'remembe
            'same_tokenizer']
 
 # %% ../../nbs/systems/51_ownership.ipynb #762ffbed
-import atexit, hashlib, json, os, platform
+import atexit, hashlib, os, platform
 from pathlib import Path
 
 from ..game.data import Dataset, austen, open_dataset

@@ -77,7 +77,9 @@ class SWA(_Average):
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
         "Averaged weights, ready for `load_state_dict`; without a snapshot the last weights, and a warning."
         if self.count: return self._cast(self._copies)
-        warnings.warn(f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier below start_scale={self.start_scale}; the last weights are kept")
+        warnings.warn(
+            f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier "
+            f"below start_scale={self.start_scale}; the last weights are kept", stacklevel=2)
         return self._cast(self._live)
 
 # %% ../../nbs/train/22_averaging.ipynb #afff1360
