@@ -307,8 +307,9 @@ def measured(
     parts = []
     for rows in (json.loads(p.read_text()) for p in files):
         first = rows[0]
-        text = f"At {first['scale']} scale, {len(first['bytes'])} seeds, {first['targets']:,} targets"
-        parts += [text + ":", effect_table(rows), stage_table(rows)]
+        scored = f", {first['targets']:,} targets" if "targets" in first else ""
+        heading = f"At {first['scale']} scale, {len(first['bytes'])} seeds{scored}:"
+        parts += [heading, effect_table(rows), stage_table(rows)]
     return Table("\n\n".join(parts) or "not measured yet: see the effects chapter")
 
 def audit(page:Page)->Table:
