@@ -145,7 +145,11 @@ def state_of(
         what = f"{report.recipe}, {report.scale}, seed {report.seed}, on {report.corpus}"
         raise ValueError(
             f"{out} holds another run ({what}, other settings or data): choose another --out")
-    return "finished" if report.complete else "unfinished"
+    return "finished" if report.complete and _has_notebook(out) else "unfinished"
+
+def _has_notebook(out):
+    "Whether a notebook came to its end there; a partial one bears its own name."
+    return any(not p.name.endswith(".partial.ipynb") for p in out.glob("*.ipynb"))
 
 # %% ../../nbs/scale/71_batch.ipynb #59b00002
 def check_plan(
