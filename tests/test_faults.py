@@ -209,7 +209,7 @@ def test_run_folder_without_what_is_asked(main, tmp_path):
     (tmp_path/"report.json").write_text('{"recipe": "pr610"}')
     refused(main("report", tmp_path), "report.json", "not a report")
     refused(main("reproduce", "--notebooks", tmp_path), "no run notebooks", "--notebooks")
-    refused(main("reproduce", "pr1", "--notebooks", ROOT/"nbs"), "unknown system 'pr1'", "pr610")
+    refused(main("reproduce", "pr1", "--notebooks", ROOT/"nbs"/"runs"), "unknown system 'pr1'", "pr610")
 
 
 @pytest.fixture(scope="session")

@@ -10,20 +10,37 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, Hand
+from test_golden_train import model_config
+from test_golden_train import run as golden_steps
 
-from pgolf.train import device
-from pgolf.game import tokenizer
-from pgolf.train.averaging import EMA, SWA
+from pgolf import files
 from pgolf.game.data import write_shard
 from pgolf.model.gpt import GPT, Group, ModelConfig
-from pgolf.train.listeners import Checkpointer, MetricsLog, Progress, TensorBoard, Validate, expected_steps
-from pgolf.train.muon import OptimConfig
 from pgolf.squeeze.quant import Grid, LateQAT
-from pgolf.train.schedule import ScheduleConfig
+from pgolf.train import device
+from pgolf.train.averaging import EMA, SWA
 from pgolf.train.device import can_compile
-from pgolf.train.loop import CheckpointError, Run, TrainConfig, TrainingDiverged, make_loader, read_checkpoint, settle, train
-from conftest import ROOT, Hand
-from test_golden_train import model_config, run as golden_steps
+from pgolf.train.listeners import (
+    Checkpointer,
+    MetricsLog,
+    Progress,
+    TensorBoard,
+    Validate,
+    expected_steps,
+)
+from pgolf.train.loop import (
+    CheckpointError,
+    Run,
+    TrainConfig,
+    TrainingDiverged,
+    make_loader,
+    read_checkpoint,
+    settle,
+    train,
+)
+from pgolf.train.muon import OptimConfig
+from pgolf.train.schedule import ScheduleConfig
 
 TINY = ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2., rope_dims=4, skip_init=1.)
 CFG = TrainConfig(train_batch_tokens=256, train_seq_len=32, num_spans=4, warmup_steps=0, log_every=2)
@@ -186,7 +203,7 @@ def test_checkpoint_faults(shard, tmp_path, monkeypatch):
     run(shard, replace(CFG, log_every=1), resume=path)  # an interval may differ
 
     def full(self, data): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(tokenizer, "open", lambda *a: type("Full", (io.BytesIO,), {"write": full})(), raising=False)
+    monkeypatch.setattr(files, "open", lambda *a: type("Full", (io.BytesIO,), {"write": full})(), raising=False)
     with pytest.raises(OSError, match=r"No space left on device while writing .*checkpoint\.safetensors.*free some space"):
         run(shard, listeners=[Checkpointer(2)], out=tmp_path)
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir() if p.is_file()] == [path.name]
