@@ -16,23 +16,30 @@ STAMP = SITE/'.inputs'
 
 
 def source(cell): return ''.join(cell['source'])
-def lines(text): return text.splitlines(True)  # how the notebook format stores text; Quarto joins one long string without its line ends
+# how the notebook format stores text; Quarto joins one long string without its line ends
+def lines(text): return text.splitlines(True)
 def load(path): return json.loads(path.read_text(encoding='utf-8'))
-def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', Path(nb).stem)  # 00_bpb.ipynb -> bpb, as nbdev names pages
-def chapters(): return list(dict.fromkeys(re.findall(r'nbs/([\w/]+\.ipynb)', (ROOT/'_quarto.yml').read_text(encoding='utf-8'))))
+# 00_bpb.ipynb -> bpb, as nbdev names pages
+def page_name(nb): return re.sub(r'^\d+[a-z]?_', '', Path(nb).stem)
+def chapters():
+    return list(
+        dict.fromkeys(re.findall(r'nbs/([\w/]+\.ipynb)',
+            (ROOT/'_quarto.yml').read_text(encoding='utf-8'))))
 
 
 def digest():
     "Name the state of every input of the site."
     sums = hashlib.sha256()
-    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini', *filter(Path.is_file, (ROOT/'nbs').rglob('*'))]):
+    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini',
+        *filter(Path.is_file, (ROOT/'nbs').rglob('*'))]):
         sums.update(p.name.encode() + b'\0' + p.read_bytes())
     return sums.hexdigest()
 
 
 # ---- names: where each exported definition stands
 
-def exported(cell): return cell['cell_type'] == 'code' and bool(re.match(r'#\|\s*exports?\b', source(cell)))
+def exported(cell):
+    return cell['cell_type'] == 'code' and bool(re.match(r'#\|\s*exports?\b', source(cell)))
 
 
 def definitions(code):
@@ -40,7 +47,8 @@ def definitions(code):
     try: body = ast.parse(code).body
     except SyntaxError: return [], False
     names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    names += [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    names += [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets
+        if isinstance(t, ast.Name)]
     only_imports = bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
     return [n for n in names if not n.startswith('_')], only_imports
 
@@ -50,19 +58,23 @@ def name_index(notebooks):
     index = {}
     for nb in notebooks:
         for cell in filter(exported, load(ROOT/'nbs'/nb)['cells']):
-            for name in definitions(source(cell))[0]: index.setdefault(name, []).append(page_name(nb))
+            for name in definitions(source(cell))[0]:
+                index.setdefault(name, []).append(page_name(nb))
     return index
 
 
 # ---- stage: the notebooks as the renderer gets them
 
 def link_names(text, page, index):
-    "Link `name` in prose to the cell that defines it; code fences, headings and existing links stay as they are."
+    """Link `name` in prose to the cell that defines it; code fences, headings and existing links
+    stay as they are."""
     def link(m):
         pages = index.get(m[1].split('.')[0], [])
         target = page if page in pages else pages[0] if len(pages) == 1 else None
         return f"[`{m[1]}`]({target}.html#{m[1].split('.')[0]})" if target else m[0]
-    def line(s): return s if s.startswith('#') else re.sub(r'(?<![\[`\w])`([A-Za-z]\w*(?:\.\w+)?)`(?![\]`])', link, s)
+    def line(s):
+        return s if s.startswith('#') else re.sub(
+            r'(?<![\[`\w])`([A-Za-z]\w*(?:\.\w+)?)`(?![\]`])', link, s)
     parts = re.split(r'(^```.*?^```[ \t]*$|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.M | re.S)
     return ''.join(p if i % 2 else '\n'.join(map(line, p.split('\n'))) for i, p in enumerate(parts))
 
@@ -71,20 +83,24 @@ PULLS = 'https://github.com/openai/parameter-golf/pull'
 
 
 def link_pulls(text, seen):
-    "Link a pull request where the page first names it as `PR #610`; code, headings and existing links stay as they are."
+    """Link a pull request where the page first names it as `PR #610`; code, headings and existing
+    links stay as they are."""
     def link(m):
         if not m[2] or m[2] in seen: return m[0]
         seen.add(m[2])
         return f'[PR #{m[2]}]({PULLS}/{m[2]})'
-    return re.sub(r'(^```.*?^```[ \t]*$|^#.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\))|\bPR #(\d+)', link, text, flags=re.M | re.S)
+    return re.sub(r'(^```.*?^```[ \t]*$|^#.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\))|\bPR #(\d+)',
+        link, text, flags=re.M | re.S)
 
 
 def relink(text):
     "Turn links between notebooks into links between pages."
-    return re.sub(r'\]\(([\w./]+\.ipynb)(#[^)]*)?\)', lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
+    return re.sub(r'\]\(([\w./]+\.ipynb)(#[^)]*)?\)',
+        lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
 
 
-def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}, source=text)  # the format demands an id
+# the format demands an id
+def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}, source=text)
 
 
 def stage_notebook(nb, index):
@@ -94,16 +110,22 @@ def stage_notebook(nb, index):
     cells = []
     for cell in done['cells']:
         if not source(cell).strip(): continue                     # a cell of directives alone
-        if cell['cell_type'] == 'raw': cell['source'] = re.sub(r'^output-file: .*\n', '', source(cell), flags=re.M)  # the file has that name
-        if cell['cell_type'] == 'markdown': cell['source'] = link_names(link_pulls(relink(source(cell)), pulls), page, index)
-        for data in (o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+        # the file has that name
+        if cell['cell_type'] == 'raw':
+            cell['source'] = re.sub(r'^output-file: .*\n', '', source(cell), flags=re.M)
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = link_names(link_pulls(relink(source(cell)), pulls), page, index)
+        for data in (o['data'] for o in cell.get('outputs', [])
+            if 'text/markdown' in o.get('data', {})):
             data['text/markdown'] = relink(''.join(data['text/markdown']))
         if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell); continue
         names, only_imports = definitions(source(cell))
-        if only_imports: cell['source'] = '#| code-fold: true\n#| code-summary: "Imports"\n' + source(cell)
+        if only_imports:
+            cell['source'] = '#| code-fold: true\n#| code-summary: "Imports"\n' + source(cell)
         anchors = ''.join(f'<a id="{n}" class="definition"></a>' for n in names)
         anchors = f'```{{=html}}\n{anchors}\n```\n\n' if anchors else ''
-        cells += [markdown(anchors + '::: {.exported}', f"{cell['id']}-opens"), cell, markdown(':::', f"{cell['id']}-ends")]
+        cells += [markdown(anchors + '::: {.exported}', f"{cell['id']}-opens"), cell,
+            markdown(':::', f"{cell['id']}-ends")]
     for cell in cells: cell['source'] = lines(source(cell))
     done['cells'] = cells
     (STAGE/f'{page}.ipynb').write_text(json.dumps(done), encoding='utf-8')
@@ -117,11 +139,13 @@ def italic(c):
 
 
 def math_font(text, path):
-    "Write the part of STIX Two Math that the formulas use: browsers without a mathematical font need it."
+    """Write the part of STIX Two Math that the formulas use: browsers without a mathematical font
+    need it."""
     import ziamath
     from fontTools import subset
     options = subset.Options(layout_features=['*'], notdef_outline=True)
-    font = subset.load_font(str(Path(ziamath.__file__).parent/'fonts'/'STIXTwoMath-Regular.ttf'), options)
+    font = subset.load_font(str(Path(ziamath.__file__).parent/'fonts'/'STIXTwoMath-Regular.ttf'),
+        options)
     subsetter = subset.Subsetter(options)
     subsetter.populate(text=text)
     subsetter.subset(font)
@@ -139,19 +163,23 @@ def stage(notebooks):
     for p in (ROOT/'nbs').iterdir():
         if p.suffix in ('.css', '.svg', '.png'): shutil.copy(p, STAGE)
     config = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
-    kept = [s for s in config.splitlines(True) if not (m := re.match(r'\s*- nbs/([\w/]+\.ipynb)', s)) or m[1] in notebooks]
-    flat = re.sub(r'nbs/(?:([\w/]+)\.ipynb|(?=\w))', lambda m: f'{page_name(m[1])}.ipynb' if m[1] else '', ''.join(kept))
+    kept = [s for s in config.splitlines(True)
+        if not (m := re.match(r'\s*- nbs/([\w/]+\.ipynb)', s)) or m[1] in notebooks]
+    flat = re.sub(r'nbs/(?:([\w/]+)\.ipynb|(?=\w))', lambda m: f'{page_name(m[1])}.ipynb' if m[1]
+        else '', ''.join(kept))
     (STAGE/'_quarto.yml').write_text(flat, encoding='utf-8')
 
 
 # ---- maths: TeX to MathML, which browsers show natively
 
 FUNCTIONS = set('ln log exp max min sup inf arg sin cos tan tanh det dim lim argmin argmax'.split())
-TIGHT = set('<>=≤≥∈+−-→×,')  # relations and operators lose their space in sub- and superscripts, as in TeX
+# relations and operators lose their space in sub- and superscripts, as in TeX
+TIGHT = set('<>=≤≥∈+−-→×,')
 M = '{http://www.w3.org/1998/Math/MathML}'
 
 
-# Accents as signs of their own: ASCII's ^ and ~ are too large, and combining ones stand beside their letter in Chromium.
+# Accents as signs of their own: ASCII's ^ and ~ are too large, and combining ones stand beside
+# their letter in Chromium.
 ACCENTS = {'^': 'ˆ', '~': '˜', '¯': 'ˉ', '˙': '˙'}
 # What a formula needs and no page says: roots, brackets of every size, accents and braces.
 OPERATORS = '√()[]{}|‖⟨⟩⌊⌋⌈⌉/−+=<>×·…,.′⏞⏟⎴⎵‾^~¯' + ''.join(ACCENTS.values())
@@ -159,9 +187,11 @@ SCRIPTS = {M + t for t in 'msub msup msubsup munder mover munderover'.split()}
 
 
 def settle(node):
-    "Place accents over their letter, and keep a large bracket that bears a script at the height of its partner."
+    """Place accents over their letter, and keep a large bracket that bears a script at the height
+    of its partner."""
     base = node[0]
-    if node[1].text == '―': node[1].text = '‾'  # \overline: the dash does not stretch, the overline does
+    # \overline: the dash does not stretch, the overline does
+    if node[1].text == '―': node[1].text = '‾'
     if node.tag == M + 'mover' and base.tag == M + 'mi' and node[1].text in ACCENTS:
         node[1].text = ACCENTS[node[1].text]
         node[1].set('stretchy', 'false')
@@ -178,27 +208,40 @@ def tidy(node, script=False):
     for i, child in enumerate(children):
         tidy(child, script or node.tag in SCRIPTS and i > 0)
         text = (child.text or '').strip()
-        if child.tag == M + 'mo' and (text in ('|', '/') or script and text in TIGHT): child.set('lspace', '0'); child.set('rspace', '0')
-        if child.tag == M + 'mo' and text in ('|', '‖') and 'fence' not in child.attrib: child.set('stretchy', 'false')
-        if text == '−' and (i == 0 or children[i-1].tag == M + 'mo' and children[i-1].text not in (')', ']', '|')): child.set('rspace', '0'); child.set('lspace', '0')
+        if child.tag == M + 'mo' and (text in ('|', '/') or script and text in TIGHT):
+            child.set('lspace', '0')
+            child.set('rspace', '0')
+        if child.tag == M + 'mo' and text in ('|', '‖') and 'fence' not in child.attrib:
+            child.set('stretchy', 'false')
+        if text == '−' and (i == 0 or children[i-1].tag == M + 'mo'
+            and children[i-1].text not in (')', ']', '|')):
+            child.set('rspace', '0')
+            child.set('lspace', '0')
         head = child[0] if child.tag in SCRIPTS else child
         if (head.text or '').strip() not in FUNCTIONS or node.tag in SCRIPTS: continue
-        after = children[i+1] if i+1 < len(children) else None  # a thin space after ln, but none before a bracket
-        first = next((e.text.strip() for e in after.iter() if e.text and e.text.strip()), '') if after is not None else ')'
+        # a thin space after ln, but none before a bracket
+        after = children[i+1] if i+1 < len(children) else None
+        first = next((e.text.strip() for e in after.iter() if e.text and e.text.strip()),
+            '') if after is not None else ')'
         if head.tag == M + 'mo': head.set('lspace', '0'); head.set('rspace', '0')
-        if first not in tuple('([{)]},.|'): node.insert(list(node).index(child) + 1, ET.Element(M + 'mspace', width='0.1667em'))
+        if first not in tuple('([{)]},.|'):
+            node.insert(list(node).index(child) + 1, ET.Element(M + 'mspace', width='0.1667em'))
 
 
 def mathml(tex, block):
     "Turn TeX into MathML; an unknown command is an error."
     from latex2mathml.converter import convert
-    tex = re.sub(r'\\operatorname\*\s*\{((?:[^{}]|\{[^{}]*\})*)\}', r'\\mathop{\\mathrm{\1}}', tex.strip())
-    tex = re.sub(r'\\(?:text|mathrm|texttt|mathtt)\{[^{}]*\}', lambda m: m[0].replace(r'\_', '_'), tex)
-    tex = re.sub(r'\\arg(?![A-Za-z])', r'\\mathrm{arg}\\,', tex)  # latex2mathml knows \\max but not \\arg
+    tex = re.sub(r'\\operatorname\*\s*\{((?:[^{}]|\{[^{}]*\})*)\}',
+        r'\\mathop{\\mathrm{\1}}', tex.strip())
+    tex = re.sub(r'\\(?:text|mathrm|texttt|mathtt)\{[^{}]*\}',
+        lambda m: m[0].replace(r'\_', '_'), tex)
+    # latex2mathml knows \\max but not \\arg
+    tex = re.sub(r'\\arg(?![A-Za-z])', r'\\mathrm{arg}\\,', tex)
     ET.register_namespace('', M[1:-1])
     tree = ET.fromstring(convert(tex, display='block' if block else 'inline'))
     tidy(tree)
-    if bad := re.findall(r'\\[A-Za-z]+', ''.join(tree.itertext())): raise ValueError(f"{bad[0]} in {tex!r} is not TeX that the site can show")
+    if bad := re.findall(r'\\[A-Za-z]+', ''.join(tree.itertext())):
+        raise ValueError(f"{bad[0]} in {tex!r} is not TeX that the site can show")
     tree.set('alttext', tex)
     return ET.tostring(tree, encoding='unicode')
 
@@ -212,16 +255,23 @@ def finish():
     for path in sorted(SITE.rglob('*.html')):
         def formula(m):
             try: out = mathml(html.unescape(m[2]), m[1] == 'display')
-            except Exception as e: raise SystemExit(f"{path.name}: formula {html.unescape(m[2])!r}: {e}") from e
+            except Exception as e:
+                raise SystemExit(f"{path.name}: formula {html.unescape(m[2])!r}: {e}") from e
             return f'<span class="math {m[1]}">{out}</span>'
         text = MATH.sub(formula, path.read_text(encoding='utf-8'))
         text = re.sub(r'<(?:link|script)[^>]*https://cdn[^>]*katex[^>]*>(?:</script>)?', '', text)
-        for m in re.findall(r'<math.*?</math>', text, re.S): used |= set(html.unescape(re.sub(r'<[^>]+>', '', m)))
-        if away := re.search(r'<(?:script|img|iframe|source)[^>]*\bsrc="(?:https?:)?//[^"]*"|<link(?=[^>]*stylesheet)[^>]*href="(?:https?:)?//[^"]*"', text):
+        for m in re.findall(r'<math.*?</math>', text, re.S):
+            used |= set(html.unescape(re.sub(r'<[^>]+>', '', m)))
+        if away := re.search(
+            r'<(?:script|img|iframe|source)[^>]*\bsrc="(?:https?:)?//[^"]*"|<link(?=[^>]*stylesheet)[^>]*href="(?:https?:)?//[^"]*"', text):
             raise SystemExit(f"{path.name} loads from the network: {away[0]}")
         path.write_text(text, encoding='utf-8')
-    for css in SITE.rglob('*.css'):  # themes import web fonts; styles.css names fonts that every system has
-        css.write_text(re.sub(r'''@import\s*(?:url\(https?:[^)]*\)|(?:url\()?["']https?:[^"']*["']\)?)[^;]*;''', '', css.read_text(encoding='utf-8')), encoding='utf-8')
+    # themes import web fonts; styles.css names fonts that every system has
+    for css in SITE.rglob('*.css'):
+        css.write_text(
+            re.sub(
+                r'''@import\s*(?:url\(https?:[^)]*\)|(?:url\()?["']https?:[^"']*["']\)?)[^;]*;''',
+                '', css.read_text(encoding='utf-8')), encoding='utf-8')
     math_font(OPERATORS + ''.join(c + italic(c) for c in sorted(used)), SITE/'math.ttf')
 
 
@@ -234,9 +284,11 @@ def site():
     listed = chapters()
     notebooks = [nb for nb in listed if (ROOT/'nbs'/nb).exists()]
     for nb in listed:
-        if nb not in notebooks: print(f"warning: _quarto.yml lists nbs/{nb}, which does not exist", file=sys.stderr)
+        if nb not in notebooks:
+            print(f"warning: _quarto.yml lists nbs/{nb}, which does not exist", file=sys.stderr)
     stage(notebooks)
-    if shutil.which('quarto'): subprocess.run(['quarto', 'render', str(STAGE), '--no-execute', '--quiet'], check=True)
+    if shutil.which('quarto'):
+        subprocess.run(['quarto', 'render', str(STAGE), '--no-execute', '--quiet'], check=True)
     else:
         from smalldocs.site import build
         for w in build(STAGE, quiet=True).warnings:
@@ -245,20 +297,24 @@ def site():
     shutil.copytree(STAGE/'_site', SITE)
     finish()
     STAMP.write_text(state)
-    print(f"{len(notebooks)} pages in {SITE.name}/; to read them: .venv/bin/python -m http.server -d {SITE.name}")
+    print(
+        f"{len(notebooks)} pages in {SITE.name}/; to read them: .venv/bin/python -m http.server -d {SITE.name}")
 
 
 def readme_text():
     "Turn nbs/index.ipynb into Markdown for README.md: its prose and the Markdown its cells show."
     parts = []
     for cell in load(ROOT/'nbs'/'index.ipynb')['cells']:
-        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', source(cell)).strip())
+        if cell['cell_type'] == 'markdown':
+            parts.append(re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', source(cell)).strip())
         if cell['cell_type'] != 'code' or re.match(r'#\|\s*hide\b', source(cell)): continue
-        if not re.search(r'^#\|\s*echo:\s*false', source(cell), re.M): parts.append(f'```python\n{source(cell).strip()}\n```')
+        if not re.search(r'^#\|\s*echo:\s*false', source(cell), re.M):
+            parts.append(f'```python\n{source(cell).strip()}\n```')
         for out in cell['outputs']:
             shown = out.get('data', {})
             if 'text/markdown' in shown: parts.append(''.join(shown['text/markdown']).strip())
-            elif 'text/plain' in shown: parts.append('```\n' + ''.join(shown['text/plain']).strip() + '\n```')
+            elif 'text/plain' in shown:
+                parts.append('```\n' + ''.join(shown['text/plain']).strip() + '\n```')
     return '\n\n'.join(parts) + '\n'
 
 

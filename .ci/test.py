@@ -6,6 +6,7 @@
 
 What else is given goes to pytest: `python .ci/test.py tests/test_muon.py`, or `-k "chapter and muon"`.
 """
+
 import argparse
 import os
 import subprocess
@@ -24,11 +25,14 @@ class Outcomes:
         n = {k: len(v) for k, v in terminalreporter.stats.items()}
         failed = n.get("failed", 0) + n.get("error", 0)
         skipped = n.get("skipped", 0) + n.get("xfailed", 0)
-        self.line = f"{n.get('passed', 0) + n.get('xpassed', 0)} passed, {failed} failed, {skipped} skipped"
+        self.line = (
+            f"{n.get('passed', 0) + n.get('xpassed', 0)} passed, {failed} failed, {skipped} skipped"
+        )
 
 
 class Shares:
-    "Hands out a file of tests to one worker, so that what they share is made once, and chapters one by one."
+    """Hands out a file of tests to one worker, so that what they share is made once, and chapters
+    one by one."""
     def pytest_xdist_make_scheduler(self, config, log):
         from xdist.scheduler import LoadScopeScheduling
         class ByFile(LoadScopeScheduling):
@@ -39,7 +43,8 @@ class Shares:
 
 def cores():
     "Cores that this process may use, eight at most: a worker takes about a gigabyte."
-    free = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    free = os.sched_getaffinity(0) if hasattr(os,
+        "sched_getaffinity") else range(os.cpu_count() or 1)
     return min(len(free), 8)
 
 
@@ -53,9 +58,11 @@ def busy(n):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--all", action="store_true", help="the slow ones too")
-    parser.add_argument("--beside", type=int, default=0, metavar="N", help="busy loops beside the tests")
+    parser.add_argument("--beside", type=int, default=0, metavar="N",
+        help="busy loops beside the tests")
     return parser
 
 
@@ -66,7 +73,8 @@ def main(args):
     os.chdir(ROOT)
     outcomes, chosen = Outcomes(), [] if ours.all else ["-m", "not slow"]
     with busy(ours.beside):
-        code = pytest.main(["-n", str(cores()), "--dist", "loadscope", *chosen, *rest], [outcomes, Shares()])
+        code = pytest.main(["-n", str(cores()), "--dist", "loadscope", *chosen, *rest],
+            [outcomes, Shares()])
     print(outcomes.line or "0 passed, 1 failed, 0 skipped", flush=True)
     return code
 

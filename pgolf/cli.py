@@ -44,13 +44,16 @@ from .squeeze.budget import SqueezeConfig,bits_table,open_checkpoint,squeeze_mod
 from .squeeze.calibration import calibration_windows
 from .files import atomic_write
 from .score.record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
-from .systems.verdict import audit_run,check_tokenizer,data_for,open_subject,tokenizer_of,verdict_line,verdict_rows
+from .systems.verdict import (audit_run, check_tokenizer, data_for, open_subject, tokenizer_of,
+                                   verdict_line, verdict_rows)
 
 # %% ../nbs/90_cli.ipynb #f5f3266c
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings=dict(help_option_names=["-h", "--help"]),
     help="pgolf: small language models under 16,000,000 bytes, from text to a scored artifact.")
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make or fetch token shards and a tokenizer.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
+    help="Make or fetch token shards and a tokenizer.")
 app.add_typer(data_app, name="data")
 
 # %% ../nbs/90_cli.ipynb #83b00001
@@ -79,7 +82,8 @@ def main():
 
 @contextmanager
 def resumable(
-    kept:str="finished stages are kept, the same command goes on", # said unless the exception says more
+    # said unless the exception says more
+    kept:str="finished stages are kept, the same command goes on",
 ):
     "Turn Ctrl-C into a line and exit code 130."
     try: yield
@@ -116,7 +120,8 @@ def parse_overrides(
 )->dict[str,str]: # field -> text
     "Split overrides at the first '='."
     for i in items:
-        if "=" not in i: raise ValueError(f"override {i!r}: write field=value, for example -o ttt_lr=0.001")
+        if "=" not in i:
+            raise ValueError(f"override {i!r}: write field=value, for example -o ttt_lr=0.001")
     return dict(i.split("=", 1) for i in items)
 
 def resolve(
@@ -124,7 +129,8 @@ def resolve(
     scale:str,             # "full", "pocket" or "tiny"
     overrides:dict,        # setting -> value
     seed:int|None=None,    # replaces the recipe's
-    steps:int|None=None,   # optimizer steps, in place of every other limit; the schedule shrinks with them
+    # optimizer steps, in place of every other limit; the schedule shrinks with them
+    steps:int|None=None,
 ):# the recipe that will run
     "A recipe at its scale and length, with its overrides."
     r = at_scale(get_recipe(recipe), scale)
@@ -134,37 +140,58 @@ def resolve(
 # %% ../nbs/90_cli.ipynb #8a526e53
 Name = Annotated[str, typer.Argument(help="recipe, for example pr610 or pr610-as-run")]
 ScaleOption = Annotated[str, typer.Option(help=f"size: full, {', '.join(SCALES)}")]
-Overrides = Annotated[list[str], typer.Option("-o", "--override", help="field=value; repeat for more")]
+Overrides = (
+    Annotated[list[str], typer.Option("-o", "--override", help="field=value; repeat for more")])
 Corpus = Annotated[str, typer.Option(help="austen (embedded), or the folder of a dataset")]
 OwnCorpus = Annotated[str, typer.Option("--corpus", "--data",
     help="austen (embedded), or the folder of a dataset; default: the run's own")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="what is there moves to a neighbour, NAME.old-1")]
+Overwrite = (
+    Annotated[bool,
+        typer.Option("--overwrite", help="what is there moves to a neighbour, NAME.old-1")])
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda")]
 
 def _table(rows, headers): print(as_table(rows, headers))
 
+
 @app.command()
 def run(
-    recipe:Name,
-    scale:ScaleOption="pocket",
-    out:Annotated[Path, typer.Option(help="folder for everything that the run writes; default runs/SCALE/RECIPE-SEED")]=None,
-    corpus:Corpus="austen",
-    override:Overrides=[],
-    seed:Annotated[int, typer.Option(help="initial weights")]=None,
-    steps:Annotated[int, typer.Option(help="optimizer steps, in place of the recipe's limits; warmup, warmdown and averages shrink in proportion")]=None,
-    device:Device="auto",
-    nproc:Annotated[int, typer.Option(help="processes that train")]=1,
-    eval_tokens:Annotated[int, typer.Option(help="targets scored; 0: all; default by scale")]=None,
-    overwrite:Overwrite=False,
-    quiet:Annotated[bool, typer.Option("--quiet", help="no progress, only the result")]=False,
+    recipe: Name,
+    scale: ScaleOption = "pocket",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="folder for everything that the run writes; default runs/SCALE/RECIPE-SEED"
+        ),
+    ] = None,
+    corpus: Corpus = "austen",
+    override: Overrides = [],
+    seed: Annotated[int, typer.Option(help="initial weights")] = None,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "optimizer steps, in place of the recipe's limits; warmup, warmdown and averages"
+                " shrink in proportion"
+            )
+        ),
+    ] = None,
+    device: Device = "auto",
+    nproc: Annotated[int, typer.Option(help="processes that train")] = 1,
+    eval_tokens: Annotated[
+        int, typer.Option(help="targets scored; 0: all; default by scale")
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the result")] = False,
 ):
     "Train, quantize, write, read back, score and adapt one system."
     r = resolve(recipe, scale, parse_overrides(override), seed, steps)
-    limit = eval_tokens if eval_tokens is not None else SCALES[scale].eval_tokens if scale in SCALES else 0
+    limit = (eval_tokens if eval_tokens is not None else SCALES[scale].eval_tokens
+        if scale in SCALES else 0)
     out = out or Path("runs")/scale/f"{r.name}-{r.train.seed}"
     with resumable():
         data = _open(corpus)
-        job = pipeline.start(r, data, out, device, limit, nproc, progress=not quiet, overwrite=overwrite)
+        job = pipeline.start(r, data, out, device, limit, nproc, progress=not quiet,
+            overwrite=overwrite)
         if job.report.complete: _say(f"{out} holds this run, finished: nothing was run", 0)
         report = pipeline.run(job)
     _show_run(r, report, out)
@@ -183,7 +210,10 @@ def _show_run(r, report, out):
     keys,code = ["stage","what","val_loss","val_bpb","targets","seconds"],script_bytes(r)
     _table([[x[k] for k in keys] for x in report.rows], keys)
     size = report.bytes_artifact
-    print(f"artifact {size:,} bytes + script {code:,} bytes (`pgolf pack`) = {size+code:,} of {BYTE_LIMIT:,}")
+    print(
+        f"artifact {size:,} bytes + script {code:,} bytes (`pgolf pack`) = {size+code:,} of"
+        f" {BYTE_LIMIT:,}"
+    )
     print(f"files in {out}")
 
 
@@ -202,15 +232,20 @@ def plan(
     device:Device="auto",
     against:Annotated[str, typer.Option(help="another recipe: list the settings that differ")]=None,
     settings:Annotated[bool, typer.Option("--settings", help="list every setting")]=False,
-    run:Annotated[Path, typer.Option(help="finished run, its folder or an artifact: show the measured ledger")]=None,
+    run:Annotated[Path,
+        typer.Option(
+            help="finished run, its folder or an artifact: show the measured ledger")]=None,
 ):
     "Say what a run will cost, before any training."
     r = resolve(recipe, scale, parse_overrides(override))
     if settings: return _table(r.settings().items(), ["setting","value"])
-    if against: return _table(diff(r, at_scale(get_recipe(against), scale)), ["setting",r.name,against])
+    if against:
+        return _table(diff(r, at_scale(get_recipe(against), scale)), ["setting",r.name,against])
     p = plan_run(r, pipeline.pick_device(device))
     print_plan(r, p)
-    if run: _table(by_family(read_ledger(run/"model.pgolf" if run.is_dir() else run)), ["measured","stored as","raw bytes","bytes"])
+    if run:
+        _table(by_family(read_ledger(run/"model.pgolf" if run.is_dir() else run)),
+            ["measured","stored as","raw bytes","bytes"])
     _next(f"`pgolf run {recipe} --scale {scale}` trains it; where -o was given, give it there, too")
 
 
@@ -218,15 +253,23 @@ def plan(
 def print_plan(r, p):
     "Show the plan `p` of recipe `r`."
     print(f"{r.name} ({r.scale}): {r.title}\n")
-    _table([*p["parameters"].items(), ("total",sum(p["parameters"].values()))], ["kind","parameters"])
+    _table([*p["parameters"].items(), ("total",sum(p["parameters"].values()))],
+        ["kind","parameters"])
     steps,tokens,flops = p["steps"],p["tokens_per_step"],p["flops_per_token"]
-    print(f"\n{flops:,} FLOPs per training token, {tokens:,} tokens per step, about {steps:,} steps: {steps*tokens:,} tokens, {steps*tokens*flops:.3g} FLOPs\n")
-    _table([*p["memory"].items(), ("total",sum(p["memory"].values()))], ["memory of one process","bytes"])
+    print(
+        f"\n{flops:,} FLOPs per training token, {tokens:,} tokens per step, about {steps:,} steps:"
+        f" {steps*tokens:,} tokens, {steps*tokens*flops:.3g} FLOPs\n"
+    )
+    _table([*p["memory"].items(), ("total",sum(p["memory"].values()))],
+        ["memory of one process","bytes"])
     total,code = sum(b for *_,b in p["bytes"]),script_bytes(r)
     print()
     _table([*p["bytes"], ("total","","",total)], ["estimated","stored as","weights","bytes"])
     print(f"\n{p['payload']:,} bytes of codes, steps and kept tensors before coding")
-    print(f"estimated artifact {total:,} + script {code:,} = {total+code:,} of {BYTE_LIMIT:,} bytes ({BYTE_LIMIT-total-code:+,} left)")
+    print(
+        f"estimated artifact {total:,} + script {code:,} = {total+code:,} of {BYTE_LIMIT:,} bytes"
+        f" ({BYTE_LIMIT-total-code:+,} left)"
+    )
 
 # %% ../nbs/90_cli.ipynb #0d025fe8
 @data_app.command("austen")
@@ -240,7 +283,8 @@ def data_austen(
 @data_app.command("fineweb")
 def data_fineweb(
     variant:Annotated[str, typer.Option(help="tokenizer of the export: sp1024, ...")]="sp1024",
-    train_shards:Annotated[int, typer.Option(help="training shards, a prefix of the frozen order")]=1,
+    train_shards:Annotated[int,
+        typer.Option(help="training shards, a prefix of the frozen order")]=1,
     path:Annotated[Path, typer.Option(help="folder to fill; complete files are kept")]=Path("data"),
     repo:Annotated[str, typer.Option(help="dataset of the hub, or a folder that mirrors it")]=REPO,
     endpoint:Annotated[str, typer.Option(help="address of another hub")]=None,
@@ -251,18 +295,38 @@ def data_fineweb(
 # %% ../nbs/90_cli.ipynb #34ba775a
 @data_app.command("build")
 def data_build(
-    out:Annotated[Path, typer.Argument(help="folder to make")],
-    train:Annotated[list[Path], typer.Option(help="text or JSONL file with training documents, plain or compressed; repeat for more")],
-    val:Annotated[list[Path], typer.Option(help="text or JSONL file with held-out documents; repeat for more")],
-    vocab_size:Annotated[int, typer.Option(help="pieces of the tokenizer trained on the training documents; default 1024, or what --tokenizer has")]=None,
-    tokenizer:Annotated[Path, typer.Option(help="SentencePiece model to use instead")]=None,
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    train: Annotated[
+        list[Path],
+        typer.Option(
+            help="text or JSONL file with training documents, plain or compressed; repeat for more"
+        ),
+    ],
+    val: Annotated[
+        list[Path], typer.Option(help="text or JSONL file with held-out documents; repeat for more")
+    ],
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            help=(
+                "pieces of the tokenizer trained on the training documents; default 1024, or what"
+                " --tokenizer has"
+            )
+        ),
+    ] = None,
+    tokenizer: Annotated[Path, typer.Option(help="SentencePiece model to use instead")] = None,
 ):
     "Make shards and a tokenizer from text or JSONL files."
     _describe(build_dataset(read_documents(train), read_documents(val), out, vocab_size, tokenizer))
 
+
 def _describe(d):
-    train,val = (sum(len(read_shard(p)) for p in shards) for shards in (d.train_shards,d.val_shards))
-    print(f"{d.path}: {train:,} training tokens in {len(d.train_shards)} shard(s), {val:,} held out, vocabulary {d.vocab_size}")
+    train,val = (sum(len(read_shard(p)) for p in shards)
+        for shards in (d.train_shards,d.val_shards))
+    print(
+        f"{d.path}: {train:,} training tokens in {len(d.train_shards)} shard(s), {val:,} held out,"
+        f" vocabulary {d.vocab_size}"
+    )
     for note in data_notes(d): print(f"note: {note}")
     _next(f"`pgolf run pr610 --corpus {d.path}` trains on it")
 
@@ -276,7 +340,8 @@ def execute_(notebook:Path, out:Path, parameters:str):
 
 # %% ../nbs/90_cli.ipynb #83b00006
 class ManySeeds(TyperCommand):
-    "A command whose option `--seeds` takes several numbers: `--seeds 1 2` is `--seeds 1 --seeds 2`."
+    """A command whose option `--seeds` takes several numbers: `--seeds 1 2` is `--seeds 1 --seeds
+    2`."""
     def parse_args(self, ctx, args):
         seeds,out = False,[]
         for i,a in enumerate(args):
@@ -293,19 +358,38 @@ Notebooks = Annotated[Path, typer.Option(
 # %% ../nbs/90_cli.ipynb #83b00007
 @app.command(cls=ManySeeds)
 def batch(
-    runs:Annotated[list[str], typer.Argument(help="recipes, for example pr610 pr576-as-run; or a YAML or TOML file that lists runs")],
-    seeds:Annotated[list[int], typer.Option(help="initial weights: a run for each; several may follow  [default: 1337]")]=None,
-    override:Overrides=[],
-    scale:Annotated[str, typer.Option(help=f"size: full, {', '.join(SCALES)}  [default: pocket]")]=None,
-    corpus:Annotated[str, typer.Option(help="austen (embedded), or the folder of a dataset  [default: austen]")]=None,
-    device:Annotated[str, typer.Option(help="auto, cpu, cuda  [default: auto]")]=None,
-    nproc:Annotated[int, typer.Option(help="processes that train, of each run  [default: 1]")]=None,
-    eval_tokens:Annotated[int, typer.Option(help="targets scored; 0: all; default by scale")]=None,
-    jobs:Jobs="auto",
-    threads:Threads=1,
-    out:Annotated[Path, typer.Option(help="folder of the runs; each is in OUT/SCALE/NAME-SEED  [default: runs]")]=None,
-    notebooks:Notebooks=None,
-    dry_run:Annotated[bool, typer.Option("--dry-run", help="print the plan and end")]=False,
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="recipes, for example pr610 pr576-as-run; or a YAML or TOML file that lists runs"
+        ),
+    ],
+    seeds: Annotated[
+        list[int],
+        typer.Option(help="initial weights: a run for each; several may follow  [default: 1337]"),
+    ] = None,
+    override: Overrides = [],
+    scale: Annotated[
+        str, typer.Option(help=f"size: full, {', '.join(SCALES)}  [default: pocket]")
+    ] = None,
+    corpus: Annotated[
+        str, typer.Option(help="austen (embedded), or the folder of a dataset  [default: austen]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda  [default: auto]")] = None,
+    nproc: Annotated[
+        int, typer.Option(help="processes that train, of each run  [default: 1]")
+    ] = None,
+    eval_tokens: Annotated[
+        int, typer.Option(help="targets scored; 0: all; default by scale")
+    ] = None,
+    jobs: Jobs = "auto",
+    threads: Threads = 1,
+    out: Annotated[
+        Path,
+        typer.Option(help="folder of the runs; each is in OUT/SCALE/NAME-SEED  [default: runs]"),
+    ] = None,
+    notebooks: Notebooks = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and end")] = False,
 ):
     "Make many runs side by side; those that are finished are not made again, those begun go on."
     said = dict(seeds=seeds, overrides=parse_overrides(override), scale=scale, corpus=corpus,
@@ -366,7 +450,8 @@ def say_ends(
 def print_board(
     reports:list, # of `Report`
 ):
-    "The scoreboard, a table for each size and text; where there are several seeds, their mean and spread."
+    """The scoreboard, a table for each size and text; where there are several seeds, their mean and
+    spread."""
     drop = ("scale", "corpus", "coverage", "bytes_total", "complete")
     for scale,corpus in dict.fromkeys((r.scale, r.corpus) for r in reports):
         mine = [r for r in reports if (r.scale, r.corpus) == (scale, corpus)]
@@ -382,7 +467,8 @@ def print_board(
         if groups:
             print("\nover seeds, mean and standard deviation; loss in nats per token:\n")
             names = ("system", "stage", "seeds", "bpb", "bpb_std", "val_loss", "loss_std")
-            _table([[g[k] for k in names] for g in groups], ["system", "stage", "seeds", "bpb", "+-", "loss", "+-"])
+            _table([[g[k] for k in names] for g in groups],
+                ["system", "stage", "seeds", "bpb", "+-", "loss", "+-"])
 
 # %% ../nbs/90_cli.ipynb #5b76883a
 @app.command()
@@ -392,15 +478,18 @@ def reproduce(
     corpus:Corpus="austen",
     device:Device="auto",
     notebooks:Notebooks=None,
-    out:Annotated[Path, typer.Option(help="folder of the runs; each is in OUT/SCALE/SYSTEM")]=Path("runs"),
+    out:Annotated[Path, typer.Option(help="folder of the runs; each is in OUT/SCALE/SYSTEM")]=Path(
+        "runs"),
     jobs:Jobs="auto",
     threads:Threads=1,
 ):
     "Execute the run notebooks, side by side, and print the scoreboard."
     found = own_notebooks(notebooks)
-    if system and system not in found: raise ValueError(f"unknown system {system!r}; there are {', '.join(found)}")
+    if system and system not in found:
+        raise ValueError(f"unknown system {system!r}; there are {', '.join(found)}")
     names = [system] if system else found
-    run_batch([Run(n, str(out/scale/n), scale, corpus, device) for n in names], jobs, threads, notebooks)
+    run_batch([Run(n, str(out/scale/n), scale, corpus, device) for n in names], jobs,
+        threads, notebooks)
 
 # %% ../nbs/90_cli.ipynb #120a844a
 @app.command()
@@ -414,7 +503,9 @@ def report(
     print_board(reports)
     for r in runs:
         print(f"\n{r}:")
-        for f in sorted(p for p in r.rglob("*") if p.suffix in (".ipynb",".png",".pgolf") or p.name=="report.json"): print(f"  {f} ({f.stat().st_size:,} bytes)")
+        for f in sorted(p for p in r.rglob("*") if p.suffix in (".ipynb",".png",".pgolf")
+            or p.name=="report.json"):
+            print(f"  {f} ({f.stat().st_size:,} bytes)")
 
 def _folder_of(path)->Path: # the folder of a run, for its artifact too
     "Where a run is."
@@ -423,29 +514,62 @@ def _folder_of(path)->Path: # the folder of a run, for its artifact too
 # %% ../nbs/90_cli.ipynb #377ef356
 @app.command("import")
 def import_(
-    file:Annotated[Path, typer.Argument(help="model file of a published system: a torch-saved dictionary, plain or under zlib, zstd or lzma")],
-    recipe:Annotated[str, typer.Option(help="system it belongs to, for example pr610-as-run; without it, list those that fit")]=None,
-    scale:ScaleOption="full",
-    override:Overrides=[],
-    out:Annotated[Path, typer.Option(help="folder that receives weights.safetensors and recipe.json; default runs/SCALE/RECIPE-imported")]=None,
-    limit:Annotated[int, typer.Option(help="most bytes that the file may unpack to")]=LIMIT,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help=(
+                "model file of a published system: a torch-saved dictionary, plain or under zlib,"
+                " zstd or lzma"
+            )
+        ),
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="system it belongs to, for example pr610-as-run; without it, list those that fit"
+        ),
+    ] = None,
+    scale: ScaleOption = "full",
+    override: Overrides = [],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help=(
+                "folder that receives weights.safetensors and recipe.json; default"
+                " runs/SCALE/RECIPE-imported"
+            )
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="most bytes that the file may unpack to")] = LIMIT,
 ):
     "Read a published system's model into a folder from which the other commands go on."
     state,about = read_published(file, limit)
     print(describe(about))
-    known = {f"--recipe {n} --scale {s}":at_scale(r, s).model for s in ("full",*SCALES) for n,r in RECIPES.items()}
+    known = {f"--recipe {n} --scale {s}":at_scale(r, s).model for s in ("full",*SCALES)
+        for n,r in RECIPES.items()}
     if recipe is None: return _say_fits(file, fitting(state, known), out)
     r = resolve(recipe, scale, parse_overrides(override))
     out = out or Path("runs")/scale/f"{r.name}-imported"
-    if made := [m for m in pipeline.MADE if (out/m).exists()]: raise ValueError(f"{out/made[0]} exists: choose another folder with --out")
+    if made := [m for m in pipeline.MADE if (out/m).exists()]:
+        raise ValueError(f"{out/made[0]} exists: choose another folder with --out")
     import_weights(state, about, r.model, out, known)
     r.save(out/"recipe.json")
-    pipeline.write_json(out/"training.json", dict(steps=0, tokens=0, elapsed=0., stopped_by="imported", compiled=False, losses=[], seconds=[], lr_scales=[]))
-    _next(f"weights and recipe are in {out}; to quantize and score them: {' '.join(('pgolf run', recipe, '--scale', scale, '--out', str(out), *(f'-o {o}' for o in override)))}")
+    pipeline.write_json(out/"training.json",
+        dict(steps=0, tokens=0, elapsed=0., stopped_by="imported", compiled=False, losses=[],
+            seconds=[], lr_scales=[]))
+    _next(
+        f"weights and recipe are in {out}; to quantize and score them:"
+        f" {' '.join(('pgolf run', recipe, '--scale', scale, '--out', str(out), *(f'-o {o}' for o in override)))}"
+    )
+
 
 def _say_fits(file, fits, out):
     "List the recipes; writing needs one of them."
-    if not fits: raise ValueError(f"{file} fits no recipe at any scale by its names and shapes; where settings differ, say --recipe NAME -o field=value, and the error tells what is still missing")
+    if not fits:
+        raise ValueError(
+            f"{file} fits no recipe at any scale by its names and shapes; where settings differ,"
+            " say --recipe NAME -o field=value, and the error tells what is still missing"
+        )
     if out: raise ValueError(f"--out needs a --recipe; {file} fits {', '.join(fits)}")
     print("fits", *fits, sep="\n  ")
 
@@ -455,17 +579,26 @@ def audit(
     path:Annotated[Path, typer.Argument(help="folder of a finished run, or an artifact")],
     system:Annotated[str, typer.Option(help="recipe of an artifact; default: the one it names")]="",
     corpus:OwnCorpus="",
-    stage:Annotated[str, typer.Option(help="score to audit: artifact, sliding, adapted, rescored; default: the result")]="",
+    stage:Annotated[str,
+        typer.Option(
+            help="score to audit: artifact, sliding, adapted, rescored; default: the result")]="",
     device:Device="cpu",
-    places:Annotated[int, typer.Option(help="targets that are changed; each costs four evaluations of the stretch")]=3,
+    places:Annotated[int,
+        typer.Option(
+            help="targets that are changed; each costs four evaluations of the stretch")]=3,
     seed:Annotated[int, typer.Option(help="choice of these targets")]=0,
 ):
-    "Check that a score is legal and is what the report says; writes audit.json into the run's folder."
-    verdict = audit_run(path, data_for(path, corpus), system, stage, pipeline.pick_device(device), places, seed)
+    """Check that a score is legal and is what the report says; writes audit.json into the run's
+    folder."""
+    verdict = audit_run(path, data_for(path, corpus), system, stage,
+        pipeline.pick_device(device), places, seed)
     _table(verdict_rows(verdict), ["","property","","found"])
     print(f"\n{verdict['about']}\n{verdict_line(verdict)}")
     if not verdict["passed"]: raise typer.Exit(1)
-    _next(f"`pgolf pack {path} --out FOLDER --author NAME --github-id ID` makes a submission folder of a run")
+    _next(
+        f"`pgolf pack {path} --out FOLDER --author NAME --github-id ID` makes a submission folder"
+        " of a run"
+    )
 
 # %% ../nbs/90_cli.ipynb #2fbd8032
 class ManyValues(TyperCommand):
@@ -478,41 +611,87 @@ class ManyValues(TyperCommand):
             if a.startswith("--"): name = a
         return super().parse_args(ctx, out)
 
+
 @app.command(cls=ManyValues)
 def record(
-    new:Annotated[list[str], typer.Option(help="seeds of the new system: val_loss in nats per token, report.json or folder of a run")],
-    old:Annotated[list[str], typer.Option(help="the same of the system to beat")],
-    stage:Annotated[str, typer.Option(help="row of the reports; default: the last legal one")]="",
-    margin:Annotated[float, typer.Option(help="lead that a record needs, nats per token")]=MARGIN,
-    alpha:Annotated[float, typer.Option(help="largest p of a record")]=ALPHA,
-    bytes_per_token:Annotated[float, typer.Option(help="of the text, if the seeds are numbers")]=BYTES_PER_TOKEN,
+    new: Annotated[
+        list[str],
+        typer.Option(
+            help=(
+                "seeds of the new system: val_loss in nats per token, report.json or folder of"
+                " a run"
+            )
+        ),
+    ],
+    old: Annotated[list[str], typer.Option(help="the same of the system to beat")],
+    stage: Annotated[
+        str, typer.Option(help="row of the reports; default: the last legal one")
+    ] = "",
+    margin: Annotated[
+        float, typer.Option(help="lead that a record needs, nats per token")
+    ] = MARGIN,
+    alpha: Annotated[float, typer.Option(help="largest p of a record")] = ALPHA,
+    bytes_per_token: Annotated[
+        float, typer.Option(help="of the text, if the seeds are numbers")
+    ] = BYTES_PER_TOKEN,
 ):
-    "Put seeds of two systems to the challenge's record rule, and say how many seeds the lead needs."
+    """Put seeds of two systems to the challenge's record rule, and say how many seeds the lead
+    needs."""
     (a,size),(b,other) = read_seeds(new, stage),read_seeds(old, stage)
-    if size and other and size != other: raise ValueError(f"the two systems scored different texts: {size:.6f} and {other:.6f} bytes per token")
+    if size and other and size != other:
+        raise ValueError(
+            f"the two systems scored different texts: {size:.6f} and {other:.6f} bytes per token")
     _table(compare_seeds(a, b, margin, alpha, size or other or bytes_per_token).rows(), ["",""])
 
 # %% ../nbs/90_cli.ipynb #4a390aa4
 @app.command()
 def score(
-    a:Annotated[Path, typer.Argument(help="folder of a run, whose artifact is scored; an artifact; or a file of scores, .npz")],
-    against:Annotated[Path, typer.Option(help="another of these: say how the two differ, and where")]=None,
-    save:Annotated[Path, typer.Option(help="file for the scores of A, .npz; one that was interrupted is completed")]=None,
-    corpus:OwnCorpus="",
-    stride:Annotated[int, typer.Option(help="targets newly scored per window; default the recipe's")]=None,
-    seq_len:Annotated[int, typer.Option(help="longest window, tokens; default the recipe's")]=None,
-    tokens:Annotated[int, typer.Option(help="targets scored; 0: all")]=0,
-    documents:Annotated[bool, typer.Option("--documents", help="windows stay inside documents")]=False,
-    temperature:Annotated[float, typer.Option(help="divides the logits; default the recipe's")]=None,
-    device:Device="auto",
-    compile:Annotated[bool, typer.Option("--compile/--no-compile", help="compile the forward pass: faster, after a minute's work; default on a GPU alone")]=None,
-    quiet:Annotated[bool, typer.Option("--quiet", help="no progress, only the result")]=False,
+    a: Annotated[
+        Path,
+        typer.Argument(
+            help="folder of a run, whose artifact is scored; an artifact; or a file of scores, .npz"
+        ),
+    ],
+    against: Annotated[
+        Path, typer.Option(help="another of these: say how the two differ, and where")
+    ] = None,
+    save: Annotated[
+        Path,
+        typer.Option(help="file for the scores of A, .npz; one that was interrupted is completed"),
+    ] = None,
+    corpus: OwnCorpus = "",
+    stride: Annotated[
+        int, typer.Option(help="targets newly scored per window; default the recipe's")
+    ] = None,
+    seq_len: Annotated[
+        int, typer.Option(help="longest window, tokens; default the recipe's")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="targets scored; 0: all")] = 0,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="windows stay inside documents")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="divides the logits; default the recipe's")
+    ] = None,
+    device: Device = "auto",
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="compile the forward pass: faster, after a minute's work; default on a GPU alone",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, only the result")] = False,
 ):
     "Score an artifact token by token, and compare it with another."
-    given = dict(eval_stride=stride, eval_seq_len=seq_len, eval_temperature=temperature, eval_compile=compile)
-    how = (corpus, tokens, documents, {k:v for k,v in given.items() if v is not None}, pipeline.pick_device(device), not quiet)
-    kept = "the same command goes on" if save else "nothing is kept; with --save FILE a score goes on where it stopped"
-    with resumable(kept): first,second = (_scores(p, to, *how) if p else None for p,to in ((a,save),(against,None)))
+    given = dict(eval_stride=stride, eval_seq_len=seq_len, eval_temperature=temperature,
+        eval_compile=compile)
+    how = (corpus, tokens, documents, {k:v for k,v in given.items() if v is not None},
+        pipeline.pick_device(device), not quiet)
+    kept = ("the same command goes on" if save
+        else "nothing is kept; with --save FILE a score goes on where it stopped")
+    with resumable(kept):
+        first,second = (_scores(p, to, *how) if p else None for p,to in ((a,save),(against,None)))
     print(f"{a}: {first.scores}")
     if second: print(f"{against}: {second.scores}"); _say_where(scoring.compare(first, second))
 
@@ -520,25 +699,39 @@ def score(
 def _scores(source, save, corpus, tokens, documents, given, device, progress):
     "Scores of a file, or of the artifact of a run."
     if source.suffix==".npz": return scoring.load_scores(source)
-    if tokens<0: raise ValueError(f"tokens={tokens}: give the number of targets to score, or 0 for all")
+    if tokens<0:
+        raise ValueError(f"tokens={tokens}: give the number of targets to score, or 0 for all")
     (recipe,artifact,_),data = open_subject(source, finished=False),data_for(source, corpus)
     if note := check_tokenizer(source, data): _say(note, 0)
     model = pipeline.read_artifact(artifact, device, recipe.stages.eval_rules)
-    if model.cfg.vocab_size!=data.vocab_size: raise ValueError(f"{source} has a vocabulary of {model.cfg.vocab_size}, {data.path} of {data.vocab_size}: name the run's own data with --corpus")
+    if model.cfg.vocab_size!=data.vocab_size:
+        raise ValueError(
+            f"{source} has a vocabulary of {model.cfg.vocab_size}, {data.path} of"
+            f" {data.vocab_size}: name the run's own data with --corpus"
+        )
     sp,text = data.tokenizer(),data.val_tokens(tokens+1 if tokens else None)
-    about = dict(recipe=recipe.name, scale=recipe.scale, seed=recipe.train.seed, artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()[:16])
-    starts,kinds = scoring.document_starts(text, sp.bos_id()),scoring.token_kinds(sp, data.vocab_size)
-    return scoring.score_into(save, model, text, data.byte_tables(), replace(recipe.score, **given), kinds, starts, documents, about, progress)
+    about = dict(recipe=recipe.name, scale=recipe.scale, seed=recipe.train.seed,
+        artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()[:16])
+    starts,kinds = scoring.document_starts(text, sp.bos_id()),scoring.token_kinds(sp,
+        data.vocab_size)
+    return scoring.score_into(save, model, text, data.byte_tables(),
+        replace(recipe.score, **given), kinds, starts, documents, about, progress)
 
 def _say_where(found):
     d = found.pop("all")
-    print(f"a - b: {d.bpb:+.4f} bpb, 95 % interval {d.low:+.4f} to {d.high:+.4f}, from {d.blocks} documents or blocks; below zero a is better\n")
-    for name,rows in found.items(): _table([[*r.values()] for r in rows], [name,*list(rows[0])[1:]]); print()
+    print(
+        f"a - b: {d.bpb:+.4f} bpb, 95 % interval {d.low:+.4f} to {d.high:+.4f}, from {d.blocks}"
+        " documents or blocks; below zero a is better\n"
+    )
+    for name,rows in found.items():
+        _table([[*r.values()] for r in rows], [name,*list(rows[0])[1:]])
+        print()
 
 # %% ../nbs/90_cli.ipynb #64bdcb79
 @app.command()
 def pack(
-    runs:Annotated[list[Path], typer.Argument(help="finished runs of one recipe, one per seed: their folders")],
+    runs:Annotated[list[Path],
+        typer.Argument(help="finished runs of one recipe, one per seed: their folders")],
     out:Annotated[Path, typer.Option(help="folder to make")],
     author:Annotated[str, typer.Option(help="who is credited")],
     github_id:Annotated[str, typer.Option(help="account that submits")],
@@ -546,7 +739,8 @@ def pack(
     blurb:Annotated[str, typer.Option(help="one paragraph; default: the recipe's title")]="",
 ):
     "Write a submission folder: one script, metadata, README, logs, artifacts."
-    folder = submission.pack_submission([_folder_of(r) for r in runs], out, author, github_id, name, blurb)
+    folder = submission.pack_submission([_folder_of(r) for r in runs], out, author,
+        github_id, name, blurb)
     _table([[p.name, p.stat().st_size] for p in sorted(folder.iterdir())], ["file","bytes"])
     print(f"\nfiles in {folder}")
     _next(f"`pgolf doctor {folder}` checks them")
@@ -554,12 +748,15 @@ def pack(
 # %% ../nbs/90_cli.ipynb #3f611dab
 @app.command()
 def doctor(
-    folder:Annotated[Path, typer.Argument(help="folder of a submission; nothing in it is executed")],
-    all_:Annotated[bool, typer.Option("--all", help="every submission below the folder, a line each")]=False,
+    folder:Annotated[Path,
+        typer.Argument(help="folder of a submission; nothing in it is executed")],
+    all_:Annotated[bool,
+        typer.Option("--all", help="every submission below the folder, a line each")]=False,
     out:Annotated[Path, typer.Option("--json", help="file for what was found")]=None,
 ):
     "Check a submission folder against its own claims and the rules of the challenge."
-    if out and not out.parent.is_dir(): raise ValueError(f"{out.parent} is no folder: make it, or name another file with --json")
+    if out and not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder: make it, or name another file with --json")
     if all_: found = surveys.survey(folder, _tell)
     else:
         checks = clinic.doctor(folder)
@@ -568,7 +765,11 @@ def doctor(
     if out: pipeline.write_json(out, found)
     if found.get("verdict")=="fail": raise typer.Exit(1)
 
-def _tell(row): print(f"{row['verdict']:8}{row['folder']}: {', '.join(f'{n} {s}' for s,n in row['counts'].items())}")
+def _tell(row):
+    print(
+        f"{row['verdict']:8}{row['folder']}:"
+        f" {', '.join(f'{n} {s}' for s,n in row['counts'].items())}"
+    )
 
 # %% ../nbs/90_cli.ipynb #c3d1a0e2
 def _folder(path)->Path:
@@ -584,10 +785,15 @@ def _recipe_beside(path, name, scale):
     "Recipe of weights: the one that is named, or the artifact's, or the one in the folder."
     if name: return at_scale(get_recipe(name), scale)
     if path.is_dir() or _is_artifact(path): return open_subject(path, finished=False)[0]
-    if not path.is_file(): raise ValueError(f"{path} is not there: give the folder of a run, a safetensors file, or an artifact")
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not there: give the folder of a run, a safetensors file, or an artifact")
     beside = path.parent/"recipe.json"
     if beside.is_file(): return load_recipe(beside)
-    raise ValueError(f"{path} does not say which model it is of, and there is no {beside}: name it with --recipe and --scale")
+    raise ValueError(
+        f"{path} does not say which model it is of, and there is no {beside}: name it with --recipe"
+        " and --scale"
+    )
 
 def _model(path, r):
     "The model of a run's weights, or of an artifact."
@@ -597,18 +803,43 @@ def _model(path, r):
 # %% ../nbs/90_cli.ipynb #d8d1e8ba
 @app.command()
 def squeeze(
-    checkpoint:Annotated[Path, typer.Argument(help="folder of a run, a safetensors file, or an artifact")],
-    budget:Annotated[int, typer.Option(help="bytes of artifact and code together")]=BYTE_LIMIT,
-    code_bytes:Annotated[int, typer.Option(help="bytes of the code; default: the recipe's script, as `pgolf pack` writes it")]=None,
-    recipe:Annotated[str, typer.Option(help="recipe whose model a safetensors file holds; default: the one beside it")]=None,
-    scale:Annotated[str, typer.Option(help=f"size of that model: full, {', '.join(SCALES)}")]="full",
-    corpus:Annotated[str, typer.Option("--corpus", "--data",
-        help="training text to calibrate on: austen (embedded), the folder of a dataset, or none; default: the run's own")]="",
-    samples:Annotated[int, typer.Option(help="windows to calibrate on")]=64,
-    min_numel:Annotated[int, typer.Option(help="smaller matrices stay float16")]=4096,
-    device:Device="auto",
-    overwrite:Overwrite=False,
-    out:Annotated[Path, typer.Option(help="file to write; default: squeezed.pgolf beside the weights")]=None,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="folder of a run, a safetensors file, or an artifact")
+    ],
+    budget: Annotated[int, typer.Option(help="bytes of artifact and code together")] = BYTE_LIMIT,
+    code_bytes: Annotated[
+        int,
+        typer.Option(
+            help="bytes of the code; default: the recipe's script, as `pgolf pack` writes it"
+        ),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="recipe whose model a safetensors file holds; default: the one beside it"
+        ),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help=f"size of that model: full, {', '.join(SCALES)}")
+    ] = "full",
+    corpus: Annotated[
+        str,
+        typer.Option(
+            "--corpus",
+            "--data",
+            help=(
+                "training text to calibrate on: austen (embedded), the folder of a dataset, or"
+                " none; default: the run's own"
+            ),
+        ),
+    ] = "",
+    samples: Annotated[int, typer.Option(help="windows to calibrate on")] = 64,
+    min_numel: Annotated[int, typer.Option(help="smaller matrices stay float16")] = 4096,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    out: Annotated[
+        Path, typer.Option(help="file to write; default: squeezed.pgolf beside the weights")
+    ] = None,
 ):
     "Fit a checkpoint to a number of bytes, each matrix with the bits that buy the most."
     r = _recipe_beside(checkpoint, recipe, scale)
@@ -622,28 +853,66 @@ def squeeze(
     if data: meta["tokenizer"] = data.name
     if known := tokenizer_of(checkpoint): meta["tokenizer_id"] = known
     with resumable("nothing is written; the same command starts again"):
-        s = squeeze_model(model.to(pipeline.pick_device(device)), budget-code, ids, SqueezeConfig(min_numel=min_numel), meta, progress=True)
+        s = squeeze_model(model.to(pipeline.pick_device(device)), budget-code, ids,
+            SqueezeConfig(min_numel=min_numel), meta, progress=True)
     with atomic_write(out) as f: f.write(s.data)
     _table(bits_table(s.data), ["family","weights","bits per weight","bytes"])
     total = len(s.data)+code
-    print(f"\n{out}: {len(s.data):,} bytes + code {code:,} = {total:,} of {budget:,} ({budget-total:,} left)")
+    print(
+        f"\n{out}: {len(s.data):,} bytes + code {code:,} = {total:,} of {budget:,}"
+        f" ({budget-total:,} left)"
+    )
     if r: _next(f"`pgolf audit {out} --system {r.name}` scores and checks it")
 
 
 # %% ../nbs/90_cli.ipynb #90c1c396
 @app.command()
 def bench(
-    system:Annotated[list[str], typer.Option(help="recipe; repeat for more training steps, all else is measured for the first")]=["pr610"],
-    scale:ScaleOption="pocket",
-    only:Annotated[list[str], typer.Option(help=f"measure this alone; repeat for more: {', '.join(BENCHES|SECTIONS)}, peer, peer_profile")]=[],
-    quick:Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, growth, ranks and profile only if named: under a minute")]=False,
-    peer:Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, timed beside ours; it is executed; repeat for files beside it")]=[],
-    override:Overrides=[],
-    device:Device="auto",
-    compile:Annotated[bool, typer.Option("--compile", help="compile models, ours and the peer's")]=False,
-    json:Annotated[Path, typer.Option(help="file for the measurements")]=None,
-    figure:Annotated[Path, typer.Option(help="file for a figure of the ratios, .png or .svg")]=None,
-    overwrite:Overwrite=False,
+    system: Annotated[
+        list[str],
+        typer.Option(
+            help="recipe; repeat for more training steps, all else is measured for the first"
+        ),
+    ] = ["pr610"],
+    scale: ScaleOption = "pocket",
+    only: Annotated[
+        list[str],
+        typer.Option(
+            help=(
+                f"measure this alone; repeat for more: {', '.join(BENCHES|SECTIONS)}, peer,"
+                " peer_profile"
+            )
+        ),
+    ] = [],
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help=(
+                "fewer repeats, smaller inputs, growth, ranks and profile only if named: under a"
+                " minute"
+            ),
+        ),
+    ] = False,
+    peer: Annotated[
+        list[Path],
+        typer.Option(
+            help=(
+                "a published train_gpt.py of the first system, timed beside ours; it is executed;"
+                " repeat for files beside it"
+            )
+        ),
+    ] = [],
+    override: Overrides = [],
+    device: Device = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile models, ours and the peer's")
+    ] = False,
+    json: Annotated[Path, typer.Option(help="file for the measurements")] = None,
+    figure: Annotated[
+        Path, typer.Option(help="file for a figure of the ratios, .png or .svg")
+    ] = None,
+    overwrite: Overwrite = False,
 ):
     "Measure every part of a run: times, rates, shares of a step, memory."
     for file,option in ((json,"--json"),(figure,"--figure")):
@@ -651,9 +920,12 @@ def bench(
     device,settings = pipeline.pick_device(device),parse_overrides(override)
     extra = peer_bench(peer, system[0], scale, device, quick, compile, settings)
     benches = BENCHES | extra | (SECTIONS if only or not quick else {})
-    out = run_benches(tuple(system), scale, device, tuple(only), quick, settings, compile, True, benches)
-    out["command"] = " ".join(["pgolf","bench",*("--quick" for _ in range(quick)),*(f"--system {s}" for s in system),*(f"--only {n}" for n in only),f"--scale {scale}"])
-    print(", ".join(f"{k} {v}" for k,v in out["machine"].items()), "", bench_table(out["rows"]), sep="\n")
+    out = run_benches(tuple(system), scale, device, tuple(only), quick, settings,
+        compile, True, benches)
+    out["command"] = " ".join(["pgolf","bench",*("--quick" for _ in range(quick)),
+        *(f"--system {s}" for s in system),*(f"--only {n}" for n in only),f"--scale {scale}"])
+    print(", ".join(f"{k} {v}" for k,v in out["machine"].items()), "",
+        bench_table(out["rows"]), sep="\n")
     if json: pipeline.write_json(json, out)
     if figure: bench_figure(out["rows"], figure)
 
@@ -663,12 +935,14 @@ def _with_version(command):
     @functools.wraps(command)
     def call(*args, version=False, **kw): return command(*args, **kw)
     own = inspect.signature(command)
-    option = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Version)
+    option = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False,
+        annotation=Version)
     call.__signature__ = own.replace(parameters=[*own.parameters.values(), option])
     call.__annotations__ = command.__annotations__ | dict(version=Version)
     return call
 
-for _c in (*app.registered_commands, *data_app.registered_commands): _c.callback = _with_version(_c.callback)
+for _c in (*app.registered_commands, *data_app.registered_commands):
+    _c.callback = _with_version(_c.callback)
 
 # %% ../nbs/90_cli.ipynb #03bbfe42
 if __name__=="__main__" and globals().get("__spec__"): main()

@@ -24,8 +24,13 @@ def atomic_write(
         with open(tmp, "xb") as f: yield f
         os.replace(tmp, path)
     except OSError as e:
-        raise OSError(e.errno, f"{e.strerror or e} while writing {path}: nothing was left there; free some space or choose another folder") from e
-    finally: tmp.unlink(missing_ok=True)
+        raise OSError(
+            e.errno,
+            f"{e.strerror or e} while writing {path}: nothing was left there; free some space or"
+            " choose another folder",
+        ) from e
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_files.ipynb #13443727
 def write_json(

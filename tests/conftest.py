@@ -14,7 +14,8 @@ HANG = 900  # seconds for a child that takes less than 20: it stops what hangs, 
 
 
 class Hand:
-    "A time source that moves when told to: by `step` seconds in every step of a run, and by `move`."
+    """A time source that moves when told to: by `step` seconds in every step of a run, and by
+    `move`."""
     def __init__(self, step=0.): self.time, self.step = 0., step
     def __call__(self): return self.time
     def before_step(self, run): self.move(self.step)
@@ -68,7 +69,8 @@ def start_pgolf(*args, **kw):
     "The command as a child in a process group of its own, on one thread."
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     command = [sys.executable, "-m", "pgolf.cli", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True, **kw)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=env, start_new_session=True, **kw)
 
 
 def run_pgolf(*args, **kw):
@@ -80,7 +82,8 @@ def run_pgolf(*args, **kw):
 
 @pytest.fixture
 def main(monkeypatch, capsys):
-    "The command in this process: `main('plan', 'pr610')` gives exit code, standard output, standard error."
+    """The command in this process: `main('plan', 'pr610')` gives exit code, standard output,
+    standard error."""
     def call(*args):
         from pgolf import cli
         monkeypatch.setattr(sys, "argv", ["pgolf", *map(str, args)])
@@ -91,14 +94,16 @@ def main(monkeypatch, capsys):
 
 
 def half_written(folder):
-    "What an atomic writer would have removed, and JSON, checkpoints and artifacts that cannot be read."
+    """What an atomic writer would have removed, and JSON, checkpoints and artifacts that cannot be
+    read."""
     import json
 
     from pgolf.squeeze.artifact import load_artifact
     from pgolf.train.loop import read_checkpoint
-    readers = {".json": lambda p: json.loads(p.read_text()), ".safetensors": read_checkpoint, ".pgolf": load_artifact, ".npz": lambda p: dict(np.load(p))}
+    readers = {".json": lambda p: json.loads(p.read_text()), ".safetensors": read_checkpoint,
+        ".pgolf": load_artifact, ".npz": lambda p: dict(np.load(p))}
     bad = [p.name for p in folder.rglob("*") if p.name.startswith(".")]
     for p in sorted(folder.rglob("*")):
-        try: readers.get(p.suffix, str)(p)
+        try:readers.get(p.suffix, str)(p)
         except Exception as e: bad.append(f"{p.name}: {e}")
     return bad

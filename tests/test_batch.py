@@ -1,4 +1,6 @@
-"Many runs side by side: plans, their order, failures, signals, the scoreboard, and the notebooks in the wheel."
+"""Many runs side by side: plans, their order, failures, signals, the scoreboard, and the notebooks
+in the wheel."""
+
 import json
 import os
 import re
@@ -48,7 +50,8 @@ job.report.save(job.out/"report.json")
 
 def notebook(folder, name, *sources):
     "A run notebook that trains nothing."
-    cells = [nbformat.v4.new_code_cell(s) for s in ("\n".join(f"{f} = None" for f in sorted(batch.OWN | {"out"})), *sources)]
+    cells = [nbformat.v4.new_code_cell(s)
+        for s in ("\n".join(f"{f} = None" for f in sorted(batch.OWN | {"out"})), *sources)]
     cells[0].metadata["tags"] = ["parameters"]
     meta = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), folder/name)
@@ -70,7 +73,8 @@ def here(monkeypatch):
 
 
 def command(fakes, novels, out, *more):
-    return ("batch", *more, "--scale", "tiny", "--corpus", novels.path, "--device", "cpu", "--notebooks", fakes, "--out", out)
+    return ("batch", *more, "--scale", "tiny", "--corpus", novels.path, "--device", "cpu",
+        "--notebooks", fakes, "--out", out)
 
 
 # ---- plans
@@ -84,25 +88,34 @@ def test_a_plan_is_all_recipes_with_all_seeds(recipes, seeds):
 
 
 def test_the_same_plan_from_names_yaml_and_toml(tmp_path):
-    (tmp_path/"a.yaml").write_text("scale: tiny\nout: there\noverrides: {matrix_lr: 0.02}\nruns: [pr610, {recipe: pr576, seeds: [1, 2]}]")
-    (tmp_path/"a.toml").write_text('scale = "tiny"\nout = "there"\noverrides.matrix_lr = 0.02\nruns = ["pr610", {recipe = "pr576", seeds = [1, 2]}]')
+    (tmp_path / "a.yaml").write_text(
+        "scale: tiny\nout: there\noverrides: {matrix_lr: 0.02}\nruns: [pr610, {recipe: pr576,"
+        " seeds: [1, 2]}]"
+    )
+    (tmp_path / "a.toml").write_text(
+        'scale = "tiny"\nout = "there"\noverrides.matrix_lr = 0.02\nruns = ["pr610", {recipe ='
+        ' "pr576", seeds = [1, 2]}]'
+    )
     entries = ["pr610", dict(recipe="pr576", seeds=[1, 2])]
     plan = make_plan(entries, "there", scale="tiny", overrides=dict(matrix_lr=.02))
     assert read_plan(tmp_path/"a.yaml") == read_plan(tmp_path/"a.toml") == plan
-    assert [r.out for r in plan] == [f"there/tiny/{n}" for n in ("pr610-matrix_lr=0.02-1337", "pr576-matrix_lr=0.02-1", "pr576-matrix_lr=0.02-2")]
+    assert [r.out for r in plan] == [f"there/tiny/{n}"
+        for n in ("pr610-matrix_lr=0.02-1337", "pr576-matrix_lr=0.02-1", "pr576-matrix_lr=0.02-2")]
     more = read_plan(tmp_path/"a.yaml", seeds=[5], out="here", overrides=dict(ttt_lr=.1))
     assert [(r.seed, r.out.split("/")[0]) for r in more] == [(5, "here"), (1, "here"), (2, "here")]
     assert more[0].overrides == dict(matrix_lr=.02, ttt_lr=.1)
 
 
 def test_long_settings_make_short_folders_that_differ():
-    many = [make_plan(["pr610"], overrides={f"a_long_name_{i}": v for i in range(20)})[0].out for v in (1, 2)]
+    many = [make_plan(["pr610"], overrides={f"a_long_name_{i}": v for i in range(20)})[0].out
+        for v in (1, 2)]
     assert many[0] != many[1] and all(len(Path(m).name) < 100 for m in many)
 
 
 @pytest.mark.parametrize("text, words", [
     ("runs: [pr61]", ["run 1 of 1", "unknown recipe 'pr61'", "pr610"]),
-    ("runs: [pr610, {recipe: pr576, overrides: {matrx_lr: 1}}]", ["run 2 of 2", "'matrx_lr'", "matrix_lr"]),
+    ("runs: [pr610, {recipe: pr576, overrides: {matrx_lr: 1}}]",
+        ["run 2 of 2", "'matrx_lr'", "matrix_lr"]),
     ("runs: [{recipe: pr610, overrides: {num_heads: 5}}]", ["num_heads=5"]),
     ("runs: [{recipe: pr610, overrides: 3}]", ["overrides=3", "ttt_lr: 0.001"]),
     ("runs: [{recipe: pr610, overrides: {seed: 3}}]", ["--seeds"]),
@@ -123,15 +136,18 @@ def test_what_cannot_run_is_refused_before_anything_runs(main, tmp_path, monkeyp
     Path("plan.yaml").write_text(text)
     for dry in ([], ["--dry-run"]):
         code, _, err = main("batch", "plan.yaml", *dry)
-        assert code == 1 and err.splitlines()[-1].startswith("pgolf: error: ") and "Traceback" not in err
+        assert (code == 1 and err.splitlines()[-1].startswith("pgolf: error: ")
+            and "Traceback" not in err)
         assert all(w in err for w in words), err
     assert not Path("runs").exists()
 
 
 def test_other_mistakes_of_the_command_line(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for args, word in ((("absent.yaml",), "no plan absent.yaml"), (("a.yaml", "pr610"), "one file"), (("pr610", "--jobs", "0"), "jobs='0'"),
-                       (("pr610", "--threads", "0"), "threads=0"), (("pr610", "-o", "ttt_lr"), "write field=value"),
+    for args, word in ((("absent.yaml",), "no plan absent.yaml"),
+        (("a.yaml", "pr610"), "one file"), (("pr610", "--jobs", "0"), "jobs='0'"),
+                       (("pr610", "--threads", "0"), "threads=0"),
+                       (("pr610", "-o", "ttt_lr"), "write field=value"),
                        (("pr610", "--notebooks", tmp_path), "no run notebooks")):
         code, _, err = main("batch", *args, "--dry-run")
         assert code == 1 and word in err, err
@@ -139,10 +155,12 @@ def test_other_mistakes_of_the_command_line(main, tmp_path, monkeypatch):
 
 def test_dry_run_prints_the_plan_and_writes_nothing(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, said, _ = main("batch", "pr610", "pr576", "--seeds", 1337, 1, 2, "-o", "matrix_lr=0.02", "--jobs", "auto", "--dry-run")
+    code, said, _ = main("batch", "pr610", "pr576", "--seeds", 1337, 1, 2, "-o", "matrix_lr=0.02",
+        "--jobs", "auto", "--dry-run")
     assert code == 0 and list(tmp_path.iterdir()) == []
     rows = [line.split() for line in said.splitlines()[2:8]]
-    assert [(r[1], r[2], r[3]) for r in rows] == [(r, "pocket", s) for r in ("pr610", "pr576") for s in ("1337", "1", "2")]
+    assert [(r[1], r[2], r[3]) for r in rows] == [(r, "pocket", s) for r in ("pr610", "pr576")
+        for s in ("1337", "1", "2")]
     assert max(map(len, said.splitlines())) <= 100 and said.splitlines()[-1].startswith("next: ")
 
 
@@ -163,7 +181,8 @@ def test_jobs_fill_the_machine_and_no_more(cores, threads, memory, runs):
 def test_a_command_names_its_threads_and_its_cards():
     run = Run("pr610", "there", overrides=dict(ttt_lr="0.1"))
     words = batch.command(run, Path("a b.ipynb"), 3, "GPU-1,GPU-2")
-    assert words[0] == "env" and {"OMP_NUM_THREADS=3", "CUDA_VISIBLE_DEVICES=GPU-1,GPU-2"} < set(words)
+    assert words[0] == "env" and {"OMP_NUM_THREADS=3",
+        "CUDA_VISIBLE_DEVICES=GPU-1,GPU-2"} < set(words)
     assert Run(**json.loads(words[-1])) == run and "a b.ipynb" in words
     assert not [w for w in batch.command(run, Path("a")) if w.startswith("CUDA")]
 
@@ -175,19 +194,28 @@ def test_failed_runs_stop_nothing_and_are_tried_again(fakes, novels, here, tmp_p
     out = tmp_path/"runs"
     args = command(fakes, novels, out, "pr610", "pr576", "--seeds", 1, 3, "--jobs", 2)
     code, said, err = run_pgolf(*args)
-    assert code == 1 and "Traceback (most recent call last)" not in err and "IPKernelApp" not in err + said, err
+    assert (
+        code == 1
+        and "Traceback (most recent call last)" not in err
+        and "IPKernelApp" not in err + said
+    ), err
     last = err.splitlines()[-1]
-    assert last.startswith("pgolf: error: 2 of 4 run(s) finished; failed: ") and "ValueError: the third seed fails" in last
+    assert (last.startswith("pgolf: error: 2 of 4 run(s) finished; failed: ")
+        and "ValueError: the third seed fails" in last)
     assert str(out/"tiny"/"pr576-3"/"run.log") in err and "the same command" in last
     assert said.count("2.0000") + said.count("3.0000") >= 2
-    def started(): return {p.parent.name: len(re.findall(r"^seed \d", p.read_text(), re.M)) for p in out.rglob("run.log")}
+    def started():
+        return {p.parent.name: len(re.findall(r"^seed \d", p.read_text(), re.M))
+            for p in out.rglob("run.log")}
     assert started() == {f"{r}-{s}": 1 for r in ("pr610", "pr576") for s in (1, 3)}
     code, said, err = run_pgolf(*args)
     assert code == 0, err
-    assert started() == {"pr610-1": 1, "pr576-1": 1, "pr610-3": 2, "pr576-3": 2}, "finished runs are not run again"
+    assert started() == {"pr610-1": 1, "pr576-1": 1, "pr610-3": 2,
+        "pr576-3": 2}, "finished runs are not run again"
     [a, b] = [line.split() for line in said.split("over seeds")[1].splitlines()[4:6]]
     assert {a[0], b[0]} == {"pr610", "pr576"} and a[2:5] == b[2:5] == ["2", "4.0000", "1.4142"]
-    assert max(map(len, said.splitlines())) <= 100 + len(str(out)) and said.splitlines()[-1].startswith("next: ")
+    assert (max(map(len, said.splitlines())) <= 100 + len(str(out))
+        and said.splitlines()[-1].startswith("next: "))
 
 
 @pytest.mark.slow
@@ -200,7 +228,9 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(fakes, novels, here, tmp_
     child.send_signal(signal.SIGINT)
     said, err = child.communicate(timeout=HANG)
     assert child.returncode == 130, said + err
-    assert err.splitlines()[-1] == "pgolf: interrupted: 0 of 2 run(s) finished; the same command goes on"
+    assert (
+        err.splitlines()[-1]
+        == "pgolf: interrupted: 0 of 2 run(s) finished; the same command goes on")
     for m in marks:
         assert not pipeline.Report.load(m.parent/"report.json").complete
         assert "interrupted" in (m.parent/"run.log").read_text().splitlines()[-1]
@@ -211,9 +241,12 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(fakes, novels, here, tmp_
 
 
 def test_what_does_not_hear_an_interrupt_is_ended(tmp_path):
-    "One that ignores SIGINT hears SIGTERM, one that ignores both is killed; the rest is not started."
-    shells = [f"trap '' {s}; touch {tmp_path}/{i}; while :; do sleep .05; done" for i, s in enumerate(("INT", "INT TERM"))]
-    todo = [(lambda _, s=s: ["sh", "-c", s], tmp_path/f"{i}.log") for i, s in enumerate([*shells, "true"])]
+    """One that ignores SIGINT hears SIGTERM, one that ignores both is killed; the rest is not
+    started."""
+    shells = [f"trap '' {s}; touch {tmp_path}/{i}; while :; do sleep .05; done"
+        for i, s in enumerate(("INT", "INT TERM"))]
+    todo = [(lambda _, s=s: ["sh", "-c", s], tmp_path/f"{i}.log")
+        for i, s in enumerate([*shells, "true"])]
     pool = Local(2, patience=.2)
     def press():
         while not all((tmp_path/n).exists() for n in "01"): time.sleep(.02)
@@ -227,14 +260,17 @@ def test_folder_of_another_run_is_refused_and_kept(novels, tmp_path):
     pipeline.start(run.resolve(), novels, run.out, "cpu")
     assert check_plan([run]) == ["unfinished"]
     other = Run("pr610", run.out, "tiny", str(novels.path), "cpu", seed=2)
-    with pytest.raises(ValueError, match=r"run 1 of 1 .*holds another run.*--out"): check_plan([other])
+    with pytest.raises(ValueError, match=r"run 1 of 1 .*holds another run.*--out"):
+        check_plan([other])
     (tmp_path/"file").touch()
-    with pytest.raises(ValueError, match="is a file"): check_plan([Run("pr610", str(tmp_path/"file"), "tiny", str(novels.path))])
+    with pytest.raises(ValueError, match="is a file"):
+        check_plan([Run("pr610", str(tmp_path/"file"), "tiny", str(novels.path))])
 
 
 def test_settings_are_not_mixed_into_one_mean(tmp_path):
     "Seeds are averaged per settings: another matrix_lr is another system."
-    plans = [make_plan(["pr610"], tmp_path, scale="tiny", seeds=[1, 2], overrides=o) for o in ({}, dict(matrix_lr=.02))]
+    plans = [make_plan(["pr610"], tmp_path, scale="tiny", seeds=[1, 2], overrides=o)
+        for o in ({}, dict(matrix_lr=.02))]
     for i, plan in enumerate(plans):
         for run in plan:
             job = pipeline.Report("pr610", "", "tiny", "x", run.seed, "cpu", 1, 1, complete=True)
@@ -242,13 +278,16 @@ def test_settings_are_not_mixed_into_one_mean(tmp_path):
             Path(run.out).mkdir(parents=True)
             job.save(Path(run.out)/"report.json")
     done = [batch.Outcome(r, "finished") for plan in plans for r in plan]
-    groups = pipeline.by_system(batch.plan_reports([*done, batch.Outcome(Run("pr576", "absent"), "failed")]))
-    assert [(g["system"], g["seeds"], g["bpb"]) for g in groups] == [("pr610", 2, 1.), ("pr610-matrix_lr=0.02", 2, 2.)]
+    groups = pipeline.by_system(
+        batch.plan_reports([*done, batch.Outcome(Run("pr576", "absent"), "failed")]))
+    assert [(g["system"], g["seeds"], g["bpb"]) for g in groups] == [("pr610", 2, 1.),
+        ("pr610-matrix_lr=0.02", 2, 2.)]
 
 
 def test_other_recipes_have_the_general_notebook(novels, tmp_path):
     from pgolf.scale.notebook import notebook_of
-    assert notebook_of("pr610-as-run").name == "pr610.ipynb" and notebook_of("baseline").name == "any.ipynb"
+    assert notebook_of("pr610-as-run").name == "pr610.ipynb" and notebook_of(
+        "baseline").name == "any.ipynb"
 
 
 # ---- the terminal
@@ -271,17 +310,22 @@ def test_ctrl_c_while_modules_load_is_a_line():
             "    def find_spec(self, name, *_):\n"
             "        if name == 'torch.nn': os.kill(os.getpid(), signal.SIGINT)\n"
             "sys.meta_path.insert(0, Finder())\n")
-    for start in ("import pgolf; sys.argv = ['pgolf', 'plan', 'pr610']; pgolf.main()",
-                  "sys.argv[0] = '-m'; sys.orig_argv = ['python', '-m', 'pgolf.cli']; import pgolf.cli"):
-        out = subprocess.run([sys.executable, "-c", hook + start], cwd=ROOT, capture_output=True, text=True)
-        assert out.returncode == 130 and out.stderr.startswith("pgolf: interrupted while loading") and out.stderr.count("\n") == 1
+    for start in (
+        "import pgolf; sys.argv = ['pgolf', 'plan', 'pr610']; pgolf.main()",
+        "sys.argv[0] = '-m'; sys.orig_argv = ['python', '-m', 'pgolf.cli']; import pgolf.cli",
+    ):
+        out = subprocess.run([sys.executable, "-c", hook + start], cwd=ROOT,
+            capture_output=True, text=True)
+        assert (out.returncode == 130 and out.stderr.startswith("pgolf: interrupted while loading")
+            and out.stderr.count("\n") == 1)
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     code = "import pgolf, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for given_, want in (({}, "passive"), (dict(OMP_WAIT_POLICY="active"), "active")):
-        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | given_, capture_output=True, text=True)
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | given_,
+            capture_output=True, text=True)
         assert out.stdout.split() == [want, "False"], out.stderr
 
 
@@ -294,17 +338,26 @@ def test_the_wheel_carries_the_run_notebooks(tmp_path):
     copy.mkdir()
     skip = shutil.ignore_patterns("__pycache__", "data", "notebooks")
     for name in ("pgolf", "nbs"): shutil.copytree(ROOT/name, copy/name, ignore=skip)
-    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, copy)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(copy)]
+    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in",
+        "README.md", "LICENSE"):
+        shutil.copy(ROOT/name, copy)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+        "--wheel-dir", str(tmp_path), str(copy)]
     done = subprocess.run(pip, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("*.whl")
     wanted = {p.name for p in (ROOT/"nbs"/"runs").glob("*.ipynb")}
     with zipfile.ZipFile(wheel) as z:
-        assert {Path(n).name for n in z.namelist() if n.startswith("pgolf/notebooks/")} == wanted and len(wanted) >= 6
+        assert ({Path(n).name for n in z.namelist() if n.startswith("pgolf/notebooks/")} == wanted
+            and len(wanted) >= 6)
         z.extractall(tmp_path/"site")
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(PYTHONPATH=str(tmp_path/"site"))
-    code = "from pgolf.scale.notebook import own_notebooks; print(*own_notebooks().values(), sep='\\n')"
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items()
+        if k != "PYTHONPATH"} | dict(PYTHONPATH=str(tmp_path/"site"))
+    code = (
+        "from pgolf.scale.notebook import own_notebooks; print(*own_notebooks().values(),"
+        " sep='\\n')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
+        capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert [Path(p).parent for p in found.stdout.split()] == [tmp_path/"site"/"pgolf"/"notebooks"]*5

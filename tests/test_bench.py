@@ -1,4 +1,6 @@
-"`pgolf bench`: rows that can be read again, and a published script beside ours, here a stand-in of our own."
+"""`pgolf bench`: rows that can be read again, and a published script beside ours, here a stand-in
+of our own."""
+
 import json
 import os
 import re
@@ -10,12 +12,14 @@ import torch
 from pgolf.speed import bench
 from pgolf.speed import growth
 from pgolf.speed import peer as peer_module
-from pgolf.speed.bench import BENCHES, Row, bench_figure, bench_table, make_case, peak_memory, read_bench, run_benches
+from pgolf.speed.bench import (BENCHES, Row, bench_figure, bench_table, make_case, peak_memory,
+                               read_bench, run_benches)
 from pgolf.speed.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The naive baseline in our own words, with the parts a benchmark looks for. FAULT is what a test puts wrong.
+# The naive baseline in our own words, with the parts a benchmark looks for. FAULT is what a test
+# puts wrong.
 BASELINE = dedent('''
     import math
     import torch
@@ -122,7 +126,9 @@ BASELINE = dedent('''
 
     if __name__ == "__main__": raise SystemExit("main must not run")
     ''')
-SETTINGS = dict(num_layers=4, activation="relu2", mlp_mult=2., rope_dims=16, rope_train_seq_len=0, xsa_last_n=0, ln_scale=False, skip_init=1., smear=False, bigram_vocab_size=0, ve_dim=0, ve_layers=())
+SETTINGS = dict(num_layers=4, activation="relu2", mlp_mult=2., rope_dims=16, rope_train_seq_len=0,
+    xsa_last_n=0, ln_scale=False, skip_init=1., smear=False, bigram_vocab_size=0,
+    ve_dim=0, ve_layers=())
 
 
 def script(folder, imports="", square="square", update='p.grad + g["momentum"]*buf', tail="[]"):
@@ -147,39 +153,50 @@ def test_a_published_script_is_timed_beside_ours(case, tmp_path):
     rows = {r.name: r for r in bench_peer(case, load_peer(script(tmp_path)))}
     for what in ("forward", "forward and backward", "Muon", "sliding", "round to nearest"):
         ours, theirs = rows[f"{what}: ours"], rows[f"{what}: theirs"]
-        assert ours.ratio > 0 and ours.against == "theirs" and ours.work == theirs.work > 0 and theirs.ratio is None
+        assert (ours.ratio > 0 and ours.against == "theirs" and ours.work == theirs.work > 0
+            and theirs.ratio is None)
     assert rows["forward and backward: theirs"].memory > 0 and "GPTQ: ours" not in rows
 
 
 def test_sliding_windows_are_compared_one_by_one(case, tmp_path, monkeypatch):
-    "A script that runs as many windows again takes twice our time, and per window as long: what is compared."
+    """A script that runs as many windows again takes twice our time, and per window as long: what
+    is compared."""
     def sliding(**changes):
         peer = load_peer(script(tmp_path, **changes))
         at, model, theirs, _ = peer_module._both_models(case, peer)
         return peer_module.peer_sliding(at, peer, model.eval(), theirs)[0]
     def half_the_time(case, name, ours, theirs, **kw):
         ours(), theirs()
-        return [bench.Row("peer", name, case.system, case.scale, ratio=.5, ratio_low=.5, ratio_high=.5, ratio_cpu=.5) for _ in range(2)]
+        return [bench.Row("peer", name, case.system, case.scale, ratio=.5, ratio_low=.5,
+            ratio_high=.5, ratio_cpu=.5) for _ in range(2)]
     monkeypatch.setattr(peer_module, "_pair", half_the_time)
     once, twice = sliding(), sliding(tail="[length, *range(length + stride, n + 1, stride)]")
     assert "33 windows here, 33 there" in once.what and "33 windows here, 66 there" in twice.what
     assert (once.ratio, twice.ratio) == (.5, 1.)
 
 
-@pytest.mark.parametrize("fault,error", [(dict(square="abs"), "difference of"), (dict(update="buf"), "moves the weights elsewhere"),
-    (dict(imports="import a_package_that_is_not_there"), "'a_package_that_is_not_there', which is not installed"), (dict(imports="1/0"), "ZeroDivisionError")])
+@pytest.mark.parametrize("fault,error",
+    [(dict(square="abs"), "difference of"), (dict(update="buf"), "moves the weights elsewhere"),
+    (dict(imports="import a_package_that_is_not_there"),
+        "'a_package_that_is_not_there', which is not installed"),
+        (dict(imports="1/0"), "ZeroDivisionError")])
 def test_what_computes_something_else_is_not_timed(case, tmp_path, fault, error):
-    with pytest.raises(ValueError, match=error): bench_peer(case, load_peer(script(tmp_path, **fault)))
+    with pytest.raises(ValueError, match=error):
+        bench_peer(case, load_peer(script(tmp_path, **fault)))
 
 
 def test_a_peer_is_one_more_bench(tmp_path):
     extra = peer_bench([script(tmp_path)], "pr610", "tiny", quick=True, overrides=SETTINGS)
-    found = run_benches(("pr610",), "tiny", quick=True, only=("loader", "peer"), benches=BENCHES | extra)
-    assert list(extra) == ["peer", "peer_profile"] and [r["bench"] for r in found["rows"]][:2] == ["loader", "peer"] and {r["system"] for r in found["rows"]} == {"pr610", "pr610-as-run"}
+    found = run_benches(("pr610",), "tiny", quick=True, only=("loader", "peer"),
+        benches=BENCHES | extra)
+    assert list(extra) == ["peer", "peer_profile"] and [r["bench"]
+        for r in found["rows"]][:2] == ["loader", "peer"] and {r["system"]
+        for r in found["rows"]} == {"pr610", "pr610-as-run"}
 
 
 def test_another_system_is_told_by_its_parameters(tmp_path):
-    with pytest.raises(ValueError, match="missing bigram"): bench_peer(make_case("pr610-as-run", "tiny", quick=True), load_peer(script(tmp_path)))
+    with pytest.raises(ValueError, match="missing bigram"):
+        bench_peer(make_case("pr610-as-run", "tiny", quick=True), load_peer(script(tmp_path)))
 
 
 def test_flash_attention_is_stood_in_for_while_importing(case, tmp_path):
@@ -189,7 +206,8 @@ def test_flash_attention_is_stood_in_for_while_importing(case, tmp_path):
     assert "flash_attn_interface" not in sys.modules and str(tmp_path) not in sys.path
     q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
     y = peer.find("flash_attn_func")(q, k, k, causal=True)
-    assert y.shape == q.shape and torch.allclose(y[:, 0], k[:, 0].repeat_interleave(2, 1), atol=1e-6), "the first position sees itself alone"
+    assert y.shape == q.shape and torch.allclose(y[:, 0], k[:, 0].repeat_interleave(2, 1),
+        atol=1e-6), "the first position sees itself alone"
 
 
 def test_functions_are_called_with_what_they_name():
@@ -205,7 +223,8 @@ def test_every_bench_gives_rows_that_json_keeps(tmp_path):
     (tmp_path/"b.json").write_text(json.dumps(found))
     again = read_bench(tmp_path/"b.json")
     assert again == found and len(bench_table(again["rows"]).splitlines()) == len(found["rows"]) + 2
-    for r in (Row(**r) for r in again["rows"]): assert sorted(q := [r.low, r.seconds, r.high]) == q and r.repeats >= 3, r
+    for r in (Row(**r) for r in again["rows"]):
+        assert sorted(q := [r.low, r.seconds, r.high]) == q and r.repeats >= 3, r
     bench_figure(again["rows"], tmp_path/"b.png")
     assert (tmp_path/"b.png").stat().st_size > 1000
 
@@ -213,22 +232,26 @@ def test_every_bench_gives_rows_that_json_keeps(tmp_path):
 def test_shares_of_a_step_are_rows():
     rows = {r.name: r for r in bench.bench_step(make_case("pr610", "tiny", quick=True))}
     assert {"loader", "listeners", "clip", "optimizer: Muon", "optimizer: AdamW"} <= set(rows)
-    assert 0 < rows["loader"].ratio < 1 and 0 < rows["listeners"].ratio < 1 and rows["listeners"].against == "step of 1,024 tokens"
-    assert 0 < rows["forward and backward"].utilisation and rows["forward and backward"].memory > 100_000
+    assert (0 < rows["loader"].ratio < 1 and 0 < rows["listeners"].ratio < 1
+        and rows["listeners"].against == "step of 1,024 tokens")
+    assert (0 < rows["forward and backward"].utilisation
+        and rows["forward and backward"].memory > 100_000)
 
 
 def test_memory_counts_what_is_alive_at_once():
     def held(n): return lambda: [torch.ones(1000) for _ in range(n)]
     assert [peak_memory(held(n)) for n in (1, 2, 7)] == [4000, 8000, 28_000]
     x = torch.ones(1000)
-    assert peak_memory(lambda: x.add_(1)) == 0 and peak_memory(lambda: x.view(10, 100).mul(2)) == 4000
+    assert peak_memory(lambda: x.add_(1)) == 0 and peak_memory(lambda: x.view(10,
+        100).mul(2)) == 4000
 
 
 def test_growth_follows_flops_and_memory_the_batch():
     points = growth.bench_growth(make_case("pr610", "tiny", quick=True))
     for axis in growth.AXES:
         mine = [p for p in points if p["axis"] == axis]
-        assert len(mine) == 3 and all(a["flops"] < b["flops"] and a["memory"] < b["memory"] for a, b in zip(mine, mine[1:]))
+        assert len(mine) == 3 and all(a["flops"] < b["flops"] and a["memory"] < b["memory"]
+            for a, b in zip(mine, mine[1:]))
     growth.growth_figure(points)
 
 
@@ -245,7 +268,8 @@ def test_the_profile_of_a_script_stands_beside_ours(case, tmp_path):
 @pytest.mark.slow
 def test_ranks_share_a_step():
     points = growth.bench_ranks(make_case("pr610", "tiny", quick=True))
-    assert [p["value"] for p in points] == [1, 2][:os.cpu_count()] and all(p["seconds"] > 0 and p["memory"] > 100_000 for p in points)
+    assert [p["value"] for p in points] == [1, 2][:os.cpu_count()] and all(p["seconds"] > 0
+        and p["memory"] > 100_000 for p in points)
     assert [p["flops"]*p["value"] for p in points] == [points[0]["flops"]]*len(points)
 
 
@@ -255,8 +279,10 @@ def test_names_that_are_not_there_are_refused():
 
 
 def test_the_command_measures_and_writes(main, tmp_path):
-    code, out, err = main("bench", "--only", "loader", "--only", "step", "--quick", "--scale", "tiny", "--json", tmp_path/"b.json")
+    code, out, err = main("bench", "--only", "loader", "--only", "step", "--quick", "--scale",
+        "tiny", "--json", tmp_path/"b.json")
     assert code == 0, err
-    assert "listeners" in out and "step of 1,024 tokens" in out and read_bench(tmp_path/"b.json")["quick"]
+    assert "listeners" in out and "step of 1,024 tokens" in out and read_bench(
+        tmp_path/"b.json")["quick"]
     code, _, err = main("bench", "--only", "nothing")
     assert code == 1 and "choose among" in err

@@ -35,19 +35,22 @@ WORDS = ("the a river house walks under light stone green seven often carries wa
 def prose(seed, lines, words=WORDS):
     "Lines of forty words."
     pick = random.Random(seed).choice
-    return "\n".join(" ".join(pick(words) for _ in range(40)).capitalize() + "." for _ in range(lines))
+    return "\n".join(" ".join(pick(words) for _ in range(40)).capitalize() + "."
+        for _ in range(lines))
 
 
 def made(path, seed, tail=""):
     "A small dataset; with another tail its tokenizer has as many pieces and other ones."
     other = [w + tail for w in WORDS]
-    return build_dataset([prose(seed, 150, other)], [prose(seed+1, 12, other)], path, vocab_size=300)
+    return build_dataset([prose(seed, 150, other)], [prose(seed+1, 12, other)],
+        path, vocab_size=300)
 
 
 def small(data, out, *more):
     "A run of one step."
     about = ("--scale", "tiny", "--steps", 1, "--eval-tokens", 200, "--quiet")
-    return "run", "pr610", *about, "--corpus", data.path, "-o", "vocab_size=300", "--out", out, *more
+    return ("run", "pr610", *about, "--corpus", data.path, "-o", "vocab_size=300",
+        "--out", out, *more)
 
 
 def contents(folder):
@@ -99,7 +102,8 @@ OTHER_RUNS = {
 def test_another_run_leaves_a_finished_one_alone(name, main, done, data):
     more, says = OTHER_RUNS[name]
     before = contents(done)
-    refused(main(*small(data, done, *more)), str(done), "finished run", says, "--out", "--overwrite")
+    refused(main(*small(data, done, *more)), str(done), "finished run", says,
+        "--out", "--overwrite")
     assert contents(done) == before
 
 
@@ -129,7 +133,10 @@ def test_a_finished_run_without_its_artifact_is_not_begun_anew(main, done, data)
     assert (done/"weights.safetensors").exists()
 
 
-OWNER = "import sys,time; from pgolf.systems.ownership import claim; claim(sys.argv[1]); print(1, flush=True)"
+OWNER = (
+    "import sys,time; from pgolf.systems.ownership import claim; claim(sys.argv[1]); print(1,"
+    " flush=True)"
+)
 
 
 def test_one_process_owns_a_folder(main, data, tmp_path):
@@ -216,7 +223,8 @@ def test_no_command_takes_data_of_another_tokenizer(main, done, twin, tmp_path):
     before = contents(done)
     for source in (done, done/"model.pgolf", shutil.copy(done/"model.pgolf", tmp_path/"a.pgolf")):
         for command in (("score",), ("squeeze", "--samples", 1), ("audit",)):
-            said = refused(main(command[0], source, "--corpus", twin.path, *command[1:]), "--corpus")
+            said = refused(main(command[0], source, "--corpus", twin.path, *command[1:]),
+                "--corpus")
             assert "another tokenizer" in said or "was not run on the data" in said
     weights = ("squeeze", done/"weights.safetensors", "--corpus", twin.path)
     refused(main(*weights), "another tokenizer")
@@ -230,8 +238,10 @@ def test_a_run_is_scored_on_its_own_data(main, done, data, tmp_path, monkeypatch
     for source in (done, done/"model.pgolf"):
         code, out, err = main("score", source, "--tokens", 200, "--quiet")
         assert code == 0 and f"val_bpb {sliding['val_bpb']:.4f}" in out and not err
-    assert main("squeeze", done, "--samples", 1, "--min-numel", 20_000)[0] == main("audit", done, "--places", 1)[0] == 0
-    assert peek(done/"squeezed.pgolf")[0]["tokenizer_id"] == peek(done/"model.pgolf")[0]["tokenizer_id"]
+    assert main("squeeze", done, "--samples", 1, "--min-numel", 20_000)[0] == main("audit", done,
+        "--places", 1)[0] == 0
+    assert peek(done/"squeezed.pgolf")[0]["tokenizer_id"] == peek(
+        done/"model.pgolf")[0]["tokenizer_id"]
     assert not (tmp_path/"data").exists(), "the embedded novels were unpacked"
 
 
@@ -267,7 +277,8 @@ def test_folder_and_artifact_alike(main, done):
     assert main("report", own)[1].count("pr610") >= 1
     packed = ("--author", "A", "--github-id", "a")
     assert main("pack", own, "--out", done/"folder", *packed)[0] == 0
-    refused(main("pack", squeezed, "--out", done/"no", *packed), "squeezed.pgolf", "folder of a finished run")
+    refused(main("pack", squeezed, "--out", done/"no", *packed), "squeezed.pgolf",
+        "folder of a finished run")
     refused(main("score", done/"nothing"), "nothing")
 
 
@@ -323,7 +334,8 @@ def test_a_list_and_a_mark_of_byte_order(tmp_path):
 
 
 STRANGE = {
-    "parquet": (b"PAR1"+bytes(99), "a Parquet table"), "zip": (b"PK\3\4"+bytes(99), "a zip archive"),
+    "parquet": (b"PAR1"+bytes(99), "a Parquet table"),
+    "zip": (b"PK\3\4"+bytes(99), "a zip archive"),
     "UTF-16": ("text".encode("utf-16"), "UTF-16"), "zeros": (bytes(300), "zero bytes"),
     "Latin-1": (b"caf\xe9", "not UTF-8"), "empty": (b" \n", "is empty"),
     "half a character": (b'{"text": "a \\ud83d b"}', "half a character"),
@@ -425,7 +437,8 @@ def test_a_sidecar_is_the_denominator(main, rewritten, tmp_path):
 
 
 SIDECARS = {
-    "another length": (lambda n: n[:-1], "has "), "the tokens themselves": (lambda n: n+3, "control tokens"),
+    "another length": (lambda n: n[:-1], "has "),
+    "the tokens themselves": (lambda n: n+3, "control tokens"),
     "nothing": (lambda n: 0*n, "charges no bytes"),
 }
 
@@ -441,9 +454,11 @@ def test_a_sidecar_that_is_none(name, main, rewritten, tmp_path):
 TOKENIZERS = {
     "as here": {}, "words in one piece": dict(split_by_whitespace=False),
     "many spaces": dict(user_defined_symbols=["▁▁▁▁", "▁▁"], remove_extra_whitespaces=False),
-    "no space in front": dict(add_dummy_prefix=False), "identity": dict(normalization_rule_name="identity"),
+    "no space in front": dict(add_dummy_prefix=False),
+    "identity": dict(normalization_rule_name="identity"),
     "space behind": dict(treat_whitespace_as_suffix=True), "unigram": dict(model_type="unigram"),
-    "characters": dict(model_type="char"), "words of its own": dict(user_defined_symbols=["<cap>", "é"]),
+    "characters": dict(model_type="char"),
+    "words of its own": dict(user_defined_symbols=["<cap>", "é"]),
     "no bytes": dict(byte_fallback=False, vocab_size=90), "no BOS": dict(bos_id=-1),
     "a unit for unknown": dict(byte_fallback=False, vocab_size=90, unk_surface="?"),
     "spaces kept": dict(remove_extra_whitespaces=False, escape_whitespaces=True),
@@ -474,21 +489,26 @@ def test_marks_spelt_in_bytes_are_refused(tmp_path):
     "A tokenizer that has never seen the marks spells them byte by byte."
     sp = train_tokenizer(prose(1, 60).splitlines(), tmp_path/"t.model", 300)
     ids = torch.from_numpy(encode_document(sp, marked("Alice Met Bob ")*9).astype(np.int64))
-    with pytest.raises(ValueError, match="rewritten"): check_charge(sp, byte_tables(sp), ids, "here")
+    with pytest.raises(ValueError, match="rewritten"):
+        check_charge(sp, byte_tables(sp), ids, "here")
 
 
 # ---- 14: every override is validated before any work
 
 TUPLES = ["eval_rules=[('attn',31)]", "rules=[('attn',31)]", "ve_layers=('a',)", "ve_layers=[99]",
-    "ttt_temperatures=('a',)", "ttt_temperatures=[0]", "groups=[1]", "groups=()", "ttt_lr_mult=[('x',)]",
-    "rules=[('(',None)]", "rules=()", "rules=5", "qat_rules=[('x',{'lo':3})]", "keep_float32=(", "ttt_only=zzz",
-    "matrix_lr=nan", "ema_decay=2", "grad_clip_norm=-inf", "swa_every=-1", "seed=-1", "seed=1e3", "rules=["]
+    "ttt_temperatures=('a',)", "ttt_temperatures=[0]", "groups=[1]", "groups=()",
+    "ttt_lr_mult=[('x',)]",
+    "rules=[('(',None)]", "rules=()", "rules=5", "qat_rules=[('x',{'lo':3})]",
+    "keep_float32=(", "ttt_only=zzz",
+    "matrix_lr=nan", "ema_decay=2", "grad_clip_norm=-inf", "swa_every=-1", "seed=-1",
+    "seed=1e3", "rules=["]
 
 
 @pytest.mark.parametrize("override", TUPLES)
 def test_overrides_are_checked_before_any_work(override, main, data, tmp_path):
     name = override.split("=")[0]
-    refused(main(*small(data, tmp_path/"run", "-o", override)), "no rule matches" if override == "rules=()" else name)
+    refused(main(*small(data, tmp_path/"run", "-o", override)),
+        "no rule matches" if override == "rules=()" else name)
     assert not (tmp_path/"run").exists()
 
 
@@ -513,7 +533,8 @@ def test_a_failed_start_blocks_nothing(main, data, tmp_path):
     refused(main(*small(data, out, "-o", "rules=[('attn',31)]")), "rules")
     refused(main(*small(data, out, "--seed", 99999999999999999999)), "seed=", "expected 0 to")
     out.mkdir()
-    for name in ("report.json", "recipe.json"): (out/name).write_text("{}") # an older version's failed start
+    # an older version's failed start
+    for name in ("report.json", "recipe.json"): (out/name).write_text("{}")
     assert main(*small(data, out))[0] == 0
 
 
@@ -521,7 +542,8 @@ def test_a_failed_start_blocks_nothing(main, data, tmp_path):
 
 def test_messages_say_what_is_wrong(main, done, tmp_path, monkeypatch):
     refused(main("squeeze", done, "--samples", -3), "samples=-3", "1 window or more")
-    assert main("squeeze", done/"weights.safetensors", "--corpus", "none")[0] == 0 # recipe.json lies beside it
+    # recipe.json lies beside it
+    assert main("squeeze", done/"weights.safetensors", "--corpus", "none")[0] == 0
     shutil.copy(done/"weights.safetensors", tmp_path/"w.safetensors")
     refused(main("squeeze", tmp_path/"w.safetensors"), "--recipe and --scale")
     def stop(*_, **__): raise KeyboardInterrupt
@@ -534,16 +556,19 @@ def test_messages_say_what_is_wrong(main, done, tmp_path, monkeypatch):
 
 def test_a_given_tokenizer_says_its_size(main, data, tmp_path):
     (tmp_path/"t.txt").write_text(prose(1, 9))
-    args = ("--train", tmp_path/"t.txt", "--val", tmp_path/"t.txt", "--tokenizer", data.tokenizer_path)
+    args = ("--train", tmp_path/"t.txt", "--val", tmp_path/"t.txt", "--tokenizer",
+        data.tokenizer_path)
     assert main("data", "build", tmp_path/"d", *args)[0] == 0
     assert open_dataset(tmp_path/"d").vocab_size == 300
     refused(main("data", "build", tmp_path/"e", *args, "--vocab-size", 512), "300", "512")
 
 
-@pytest.mark.parametrize("text, says", [("class A[T]: pass\ndef f(: pass", "line"), ("x = = 1", "Python")])
+@pytest.mark.parametrize("text, says",
+    [("class A[T]: pass\ndef f(: pass", "line"), ("x = = 1", "Python")])
 def test_a_script_for_another_python_is_told_so(text, says, tmp_path):
     (tmp_path/"train_gpt.py").write_text(text)
-    with pytest.raises(ValueError, match=rf"{says}.*newer Python"): load_peer(tmp_path/"train_gpt.py")
+    with pytest.raises(ValueError, match=rf"{says}.*newer Python"):
+        load_peer(tmp_path/"train_gpt.py")
     (tmp_path/"train_gpt.py").write_text("from typing import not_there_yet")
     with pytest.raises(ValueError, match="newer Python"): load_peer(tmp_path/"train_gpt.py")
 
@@ -567,22 +592,26 @@ def test_lost_whitespace_is_said_when_built(main, tmp_path):
     (tmp_path/"a.txt").write_text(code)
     (tmp_path/"v.txt").write_text(prose(1, 3))
     args = ("--train", tmp_path/"a.txt", "--val", tmp_path/"v.txt", "--vocab-size", 300)
-    assert "bytes of the training text are in its tokens" in main("data", "build", tmp_path/"d", *args)[1]
+    assert "bytes of the training text are in its tokens" in main("data", "build",
+        tmp_path/"d", *args)[1]
     assert data_notes(made(tmp_path/"clean", 3)) == []
 
 
 def test_texts_that_encode_to_nothing(main, data, tmp_path):
     (tmp_path/"v.txt").write_text("\u200b\u200b")
     (tmp_path/"t.txt").write_text(prose(1, 3))
-    args = ("--train", tmp_path/"t.txt", "--val", tmp_path/"v.txt", "--tokenizer", data.tokenizer_path)
+    args = ("--train", tmp_path/"t.txt", "--val", tmp_path/"v.txt", "--tokenizer",
+        data.tokenizer_path)
     refused(main("data", "build", tmp_path/"d", *args), "encode to nothing")
     assert not (tmp_path/"d").exists()
 
 
-@pytest.mark.parametrize("name", ["a_train_b", "x_val_y", "with space", "d.jsonl", "_val_bytes_", "ä漢"])
+@pytest.mark.parametrize("name",
+    ["a_train_b", "x_val_y", "with space", "d.jsonl", "_val_bytes_", "ä漢"])
 def test_odd_names_of_datasets(name, main, tmp_path):
     d = made(tmp_path/name, 1)
-    assert main(*small(d, tmp_path/"run"))[0] == 0 and main("score", tmp_path/"run", "--tokens", 9)[0] == 0
+    assert main(*small(d, tmp_path/"run"))[0] == 0 and main("score", tmp_path/"run",
+        "--tokens", 9)[0] == 0
 
 
 def mirror(d, root):
@@ -622,5 +651,6 @@ def test_an_address_of_another_hub_is_used(monkeypatch, main, tmp_path):
         asked.append((repo, endpoint))
         raise ConnectionError("no")
     monkeypatch.setattr("pgolf.game.fineweb._fetch", fetch)
-    refused(main("data", "fineweb", "--repo", "me/mine", "--endpoint", "http://here", "--path", tmp_path/"d"), "no")
+    refused(main("data", "fineweb", "--repo", "me/mine", "--endpoint", "http://here", "--path",
+        tmp_path/"d"), "no")
     assert asked == [("me/mine", "http://here")]

@@ -11,7 +11,8 @@ from conftest import ROOT
 SLOW = {"calibration", "budget", "pipeline", "effects", "submission", "verdict", "page", "batch",
         "bench", "growth", "cli"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
-                  if p.parent.name not in ("runs", ".ipynb_checkpoints"))  # those are runs: `make reproduce`
+                  # those are runs: `make reproduce`
+                  if p.parent.name not in ("runs", ".ipynb_checkpoints"))
 CLEAN = multiprocessing.get_context("forkserver")  # every chapter forks off a process that has
 CLEAN.set_forkserver_preload(["torch", "nbdev.test"])  # loaded what they all need, and run nothing
 
@@ -35,13 +36,15 @@ def test_chapter(path, tmp_path):
     child = CLEAN.Process(target=execute, args=(path, tmp_path/"log"))
     child.start()
     child.join()
-    if child.exitcode: pytest.fail(f"{path.name}: {(tmp_path/'log').read_text()[-4000:]}", pytrace=False)
+    if child.exitcode:
+        pytest.fail(f"{path.name}: {(tmp_path/'log').read_text()[-4000:]}", pytrace=False)
 
 
 def test_a_chapter_that_fails_is_seen(tmp_path):
     "The other outcome, with what it said."
     import nbformat
-    cells = [nbformat.v4.new_code_cell(s) for s in ("import torch", "print('so far')\nassert 1 == 2")]
+    cells = [nbformat.v4.new_code_cell(s)
+        for s in ("import torch", "print('so far')\nassert 1 == 2")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"00_bad.ipynb")
     with pytest.raises(pytest.fail.Exception, match="00_bad.ipynb: .*AssertionError"):
         test_chapter(tmp_path/"00_bad.ipynb", tmp_path)

@@ -1,4 +1,6 @@
-"Folders as the field makes them: published logs, fields of any shape, scripts that unpack themselves; nothing in them is executed."
+"""Folders as the field makes them: published logs, fields of any shape, scripts that unpack
+themselves; nothing in them is executed."""
+
 import ast
 import base64
 import json
@@ -111,7 +113,8 @@ def test_what_is_no_json_and_what_hardly_is(make, main, text):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(LOG.splitlines()) | st.text(max_size=30)).map("\n".join))
-def test_logs_of_any_text_can_be_read(text): assert isinstance(readlogs.read_any(text), readlogs.Log)
+def test_logs_of_any_text_can_be_read(text):
+    assert isinstance(readlogs.read_any(text), readlogs.Log)
 
 
 # ---- scripts that unpack themselves
@@ -237,12 +240,14 @@ def claiming(**kw): return dict(facts=FACTS | kw)
 SIMPLE = [({"README.md": None}, "README.md"), ({"submission.json": None}, "submission.json"),
     ({"train_gpt.py": None}, "script"), ({"train.log": None}, "log"), (dict(facts="{"), "json"),
     (dict(facts="[1]"), "json"), (without("val_bpb"), "val_bpb"), (without("name"), "name"),
-    (without("date"), "date"), (claiming(val_bpb="1.1"), "val_bpb"), (claiming(date=20260318), "date"),
+    (without("date"), "date"), (claiming(val_bpb="1.1"), "val_bpb"),
+    (claiming(date=20260318), "date"),
     (claiming(name=None), "name"), (dict(script="def f(:\n"), "syntax"),
     ({"model.npz": "x"*16_000_001}, "size")]
 
 
-@pytest.mark.parametrize("change,finding", SIMPLE, ids=[f"{f}-{i}" for i, (_, f) in enumerate(SIMPLE)])
+@pytest.mark.parametrize("change,finding", SIMPLE,
+    ids=[f"{f}-{i}" for i, (_, f) in enumerate(SIMPLE)])
 def test_what_the_simple_validator_finds_is_found(make, change, finding):
     assert not simple_checks(make())
     good = told(make())

@@ -1,4 +1,6 @@
-"From text to a scored artifact through the doors that users take: the command, papermill, several processes, interruptions."
+"""From text to a scored artifact through the doors that users take: the command, papermill, several
+processes, interruptions."""
+
 import json
 import os
 import signal
@@ -60,16 +62,21 @@ def test_run_ends_with_a_table_and_a_complete_report(reference):
     out, code, said, err = reference
     assert code == 0, err
     report = Report.load(out/"report.json")
-    assert report.complete and [r["stage"] for r in report.rows] == STAGES and report.training["stopped_by"] == "iterations"
+    assert report.complete and [r["stage"]
+        for r in report.rows] == STAGES and report.training["stopped_by"] == "iterations"
     assert [line.split()[0] for line in said.splitlines()[2:8]] == STAGES
     for r in report.rows:
-        assert 0 < r["val_bpb"] < 8 and r["targets"] == SCALES["tiny"].eval_tokens and r["coverage"] == 1 and f"{r['val_bpb']:.4f}" in said
-    assert report.bytes_artifact == (out/"model.pgolf").stat().st_size and 1000 < (script := script_bytes(load_recipe(out/"recipe.json"))) < report.bytes_code
+        assert (0 < r["val_bpb"] < 8 and r["targets"] == SCALES["tiny"].eval_tokens
+            and r["coverage"] == 1 and f"{r['val_bpb']:.4f}" in said)
+    assert report.bytes_artifact == (out/"model.pgolf").stat().st_size and 1000 < (
+        script := script_bytes(load_recipe(out/"recipe.json"))) < report.bytes_code
     assert f"{report.bytes_artifact+script:,} of {BYTE_LIMIT:,}" in said
-    assert sum(p.numel() for p in read_artifact(out/"model.pgolf").parameters()) == report.parameters
+    assert sum(p.numel()
+        for p in read_artifact(out/"model.pgolf").parameters()) == report.parameters
     assert "60/60" in err and half_written(out) == []
     planned = sum(b for *_, b in estimate_bytes(at_scale(get_recipe("pr610"), "tiny")))
-    assert abs(planned/report.bytes_artifact-1) < .15, "the plan's estimate against the bytes that came"
+    assert abs(planned/report.bytes_artifact
+        -1) < .15, "the plan's estimate against the bytes that came"
 
 
 def test_the_same_command_gives_the_same_bits(reference, novels):
@@ -78,7 +85,8 @@ def test_the_same_command_gives_the_same_bits(reference, novels):
     kept = numbers(out), (out/"model.pgolf").read_bytes(), losses(out)
     code, _, err = run_pgolf(*tiny(novels, out, *LONG))
     assert code == 0, err
-    assert (numbers(out), (out/"model.pgolf").read_bytes()) == kept[:2] and (losses(out) == kept[2]).all()
+    assert (numbers(out),
+        (out/"model.pgolf").read_bytes()) == kept[:2] and (losses(out) == kept[2]).all()
 
 
 @pytest.mark.slow
@@ -89,7 +97,8 @@ def test_two_processes_train_as_one(reference, novels, tmp_path):
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-4)
     report = Report.load(two/"report.json")
     assert report.complete and report.nproc == 2 and [r["stage"] for r in report.rows] == STAGES
-    np.testing.assert_allclose([r["val_loss"] for r in report.rows], [r["val_loss"] for r in Report.load(one/"report.json").rows], rtol=1e-3)
+    np.testing.assert_allclose([r["val_loss"] for r in report.rows],
+        [r["val_loss"] for r in Report.load(one/"report.json").rows], rtol=1e-3)
     assert half_written(two) == []
 
 
@@ -97,9 +106,12 @@ def test_two_processes_train_as_one(reference, novels, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, novels, tmp_path, nproc):
+def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, novels,
+    tmp_path, nproc):
     out = tmp_path/"cut"
-    steps, slow = (60, ()) if nproc == 1 else (20, ("-o", "iterations=20", "-o", "train_batch_tokens=8192"))  # the signal has a longer way
+    # the signal has a longer way
+    steps, slow = (60, ()) if nproc == 1 else (20,
+        ("-o", "iterations=20", "-o", "train_batch_tokens=8192"))
     args = tiny(novels, out, *LONG, "--nproc", nproc, *slow)
     child = start_pgolf(*args)
     wait_until(lambda: lines(out/"metrics.jsonl") > 6, child)
@@ -109,13 +121,16 @@ def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(reference, 
     last = err.splitlines()[-1]
     assert last.startswith("pgolf: interrupted: stopped at step ") and "goes on" in last, err
     report = Report.load(out/"report.json")
-    assert not report.complete and report.training["stopped_by"] == "interrupted" and 4 < report.training["steps"] < steps
-    assert (out/"checkpoint.safetensors").exists() and not (out/"weights.safetensors").exists() and half_written(out) == []
+    assert (not report.complete and report.training["stopped_by"] == "interrupted"
+        and 4 < report.training["steps"] < steps)
+    assert ((out/"checkpoint.safetensors").exists() and not (out/"weights.safetensors").exists()
+        and half_written(out) == [])
     code, said, err = run_pgolf(*args)
     assert code == 0, said + err
     assert half_written(out) == [] and Report.load(out/"report.json").complete
     assert len(losses(out)) == steps  # the whole curve, both parts
-    if nproc == 1: assert numbers(out) == numbers(reference[0]) and (losses(out) == losses(reference[0])).all()
+    if nproc == 1:
+        assert numbers(out) == numbers(reference[0]) and (losses(out) == losses(reference[0])).all()
 
 
 @pytest.mark.slow
@@ -127,7 +142,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(reference, novels, tmp_pa
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate(timeout=HANG)
     assert not Report.load(out/"report.json").complete
-    with (out/"metrics.jsonl").open("a") as f: f.write('{"step": 5, "ela')  # what a power cut can leave
+    # what a power cut can leave
+    with (out/"metrics.jsonl").open("a") as f: f.write('{"step": 5, "ela')
     code, _, err = run_pgolf(*args)
     assert code == 0, err
     rows, want = numbers(out)[0], numbers(reference[0])[0]
@@ -150,7 +166,8 @@ def quiet():
 def executed(quiet, novels, tmp_path_factory):
     "The run notebook, executed with parameters that all differ from its own."
     out = tmp_path_factory.mktemp("notebook")/"pr610"
-    given = dict(scale="tiny", data=str(novels.path), out=str(out), seed=7, nproc=2, eval_tokens=1024, overrides=dict(iterations=12))
+    given = dict(scale="tiny", data=str(novels.path), out=str(out), seed=7, nproc=2,
+        eval_tokens=1024, overrides=dict(iterations=12))
     return out, nbformat.read(cli.execute(ROOT/"nbs"/"runs"/"pr610.ipynb", out, given), 4)
 
 
@@ -159,10 +176,12 @@ def test_papermill_parameters_reach_the_run(executed):
     out, nb = executed
     report = Report.load(out/"report.json")
     assert report.complete and [r["stage"] for r in report.rows] == STAGES
-    assert (report.recipe, report.scale, report.seed, report.nproc, report.training["steps"]) == ("pr610", "tiny", 7, 2, 12)
+    assert (report.recipe, report.scale, report.seed, report.nproc,
+        report.training["steps"]) == ("pr610", "tiny", 7, 2, 12)
     assert {r["targets"] for r in report.rows} == {1024}
     tags = [c.metadata.get("tags", []) for c in nb.cells]
-    assert tags.index(["injected-parameters"]) == tags.index(["parameters"]) + 1, "papermill found no parameters cell"
+    assert tags.index(["injected-parameters"]) == tags.index(
+        ["parameters"]) + 1, "papermill found no parameters cell"
 
 
 @pytest.mark.slow
@@ -172,7 +191,8 @@ def test_executed_notebook_tells_the_run(executed):
     assert not [o for o in shown if o.output_type == "error" or o.get("name") == "stderr"]
     text = "\n".join(o.get("data", {}).get("text/markdown", "") for o in shown)
     report = Report.load(out/"report.json")
-    assert all(f"{r['val_bpb']:.4f}" in text for r in report.rows) and "seed 7" in text and f"{report.bytes_artifact:,}" in text
+    assert (all(f"{r['val_bpb']:.4f}" in text for r in report.rows) and "seed 7" in text
+        and f"{report.bytes_artifact:,}" in text)
     assert all(c.stage in text for c in cli.get_recipe("pr610").claims) and "xz" in text
     assert sum("image/png" in o.get("data", {}) for o in shown) >= 3
     assert {p.name for p in (out/"figures").iterdir()} >= {"loss.png", "bytes.png", "scores.png"}
@@ -183,31 +203,45 @@ def test_executed_notebook_tells_the_run(executed):
 def test_report_prints_scoreboard_and_paths(executed, main):
     out = executed[0]
     code, said, _ = main("report", out)
-    assert code == 0 and "pr610" in said and f"{Report.load(out/'report.json').bpb('adapted'):.4f}" in said
-    for name in ("pr610.ipynb", "report.json", "model.pgolf", "loss.png"): assert str(out) in said and name in said
+    assert (code == 0 and "pr610" in said
+        and f"{Report.load(out/'report.json').bpb('adapted'):.4f}" in said)
+    for name in ("pr610.ipynb", "report.json", "model.pgolf", "loss.png"):
+        assert str(out) in said and name in said
 
 
 def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tmp_path):
-    given = dict(scale="tiny", corpus=str(novels.path), out=str(tmp_path), overrides=dict(matrix_rl=.1))
-    with pytest.raises(RuntimeError, match=r"ValueError: unknown setting 'matrix_rl'; near matches: .*matrix_lr.*the partial notebook is"):
+    given = dict(scale="tiny", corpus=str(novels.path), out=str(tmp_path),
+        overrides=dict(matrix_rl=.1))
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"ValueError: unknown setting 'matrix_rl'; near matches: .*matrix_lr.*the partial"
+            r" notebook is"
+        ),
+    ):
         cli.execute(ROOT/"nbs"/"runs"/"pr610.ipynb", tmp_path, given)
     partial = nbformat.read(tmp_path/"pr610.partial.ipynb", 4)
-    assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs)
+    assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code"
+        for o in c.outputs)
 
 
 @pytest.mark.slow
 def test_failing_cell_leaves_the_partial_notebook_and_a_clear_last_line(quiet, main, tmp_path):
     cell = nbformat.v4.new_code_cell
     known = "\n".join(f"{k} = None" for k in sorted(OWN | {"out"}))
-    nb = nbformat.v4.new_notebook(cells=[cell(known, metadata=dict(tags=["parameters"])), cell("print('reached', out)"), cell("1/0"), cell("print('too far')")])
+    nb = nbformat.v4.new_notebook(cells=[cell(known, metadata=dict(tags=["parameters"])),
+        cell("print('reached', out)"), cell("1/0"), cell("print('too far')")])
     nb.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
     nbformat.write(nb, tmp_path/"pr610.ipynb")
-    code, said, err = main("reproduce", "pr610", "--scale", "tiny", "--notebooks", tmp_path, "--out", tmp_path/"runs")
+    code, said, err = main("reproduce", "pr610", "--scale", "tiny", "--notebooks", tmp_path,
+        "--out", tmp_path/"runs")
     partial = tmp_path/"runs"/"tiny"/"pr610"/"pr610.partial.ipynb"
     last = err.splitlines()[-1]
-    assert code == 1 and last.startswith("pgolf: error: ") and "ZeroDivisionError: division by zero" in last and str(partial) in last
+    assert (code == 1 and last.startswith("pgolf: error: ")
+        and "ZeroDivisionError: division by zero" in last and str(partial) in last)
     assert "Traceback" not in err
     text = partial.read_text()
     assert f"reached {partial.parent}" in text and "ZeroDivisionError" in text
-    outputs = [c.outputs for c in nbformat.read(partial, 4).cells if c.cell_type == "code" and "too far" in c.source]
+    outputs = [c.outputs for c in nbformat.read(partial, 4).cells if c.cell_type == "code"
+        and "too far" in c.source]
     assert outputs == [[]]

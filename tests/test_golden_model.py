@@ -1,4 +1,6 @@
-"The five systems' own numbers, reproduced: losses, logits and gradient norms of their published code."
+"""The five systems' own numbers, reproduced: losses, logits and gradient norms of their published
+code."""
+
 import json
 
 import pytest
@@ -14,10 +16,13 @@ ODD = { # what each system's code fixes without a field in its own configuration
     "pr610": dict(activation="leaky_relu2"),
     "pr576": dict(activation="relu2"),
     "pr598": dict(activation="star_relu", skip_gate=True),
-    "pr1123": dict(activation="leaky_relu2", skip_init=.1, norm_eps=1e-6, rope_train_seq_len=0, bigram_zero_init=True, ve_zero_init=True),
-    "pr601": dict(activation="relu2", gated_attention=True, value_residual=True, rope_train_seq_len=0),
+    "pr1123": dict(activation="leaky_relu2", skip_init=.1, norm_eps=1e-6, rope_train_seq_len=0,
+        bigram_zero_init=True, ve_zero_init=True),
+    "pr601": dict(activation="relu2", gated_attention=True, value_residual=True,
+        rope_train_seq_len=0),
 }
-RENAMED = dict(bigram_buckets="bigram_vocab_size", bigram_vocab="bigram_vocab_size", bigram_embed_dim="bigram_dim", hidden_mult="mlp_mult",
+RENAMED = dict(bigram_buckets="bigram_vocab_size", bigram_vocab="bigram_vocab_size",
+    bigram_embed_dim="bigram_dim", hidden_mult="mlp_mult",
                xsa_layers="xsa_last_n", partial_rope_dims="rope_dims")
 
 
@@ -27,11 +32,13 @@ def build(z, name):
     fields = {k: v for k, v in published.items() if k in ModelConfig.__dataclass_fields__}
     if "ve_layers" in fields: fields["ve_layers"] = [int(i) for i in fields["ve_layers"].split(",")]
     model = GPT(ModelConfig(**COMMON | fields | ODD[name]))
-    return load_published(model, {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")})
+    return load_published(model,
+        {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")})
 
 
 def pentanary(w):
-    "PR #1123's MLP input weights as its evaluation reads them: five levels per row, thresholds 0.7 and 1.4 of the mean size."
+    """PR #1123's MLP input weights as its evaluation reads them: five levels per row, thresholds
+    0.7 and 1.4 of the mean size."""
     m = w.abs().mean(1, keepdim=True)
     q = w.sign()*((w.abs() > .7*m).float() + (w.abs() > 1.4*m).float())
     return q*(w*q).sum(1, keepdim=True)/(q*q).sum(1, keepdim=True).clamp_min(1e-8)
@@ -52,7 +59,9 @@ def test_eval_loss_and_logits(golden, name):
         assert model.loss(x, y).item() == pytest.approx(float(z["loss"]), rel=1e-5)
         logits = model(x)
     for part, got in (("first8", logits[:, :8]), ("last8", logits[:, -8:])):
-        if f"logits_{part}" in z.files: torch.testing.assert_close(got, torch.from_numpy(z[f"logits_{part}"]), rtol=1e-5, atol=1e-5)
+        if f"logits_{part}" in z.files:
+            torch.testing.assert_close(got, torch.from_numpy(z[f"logits_{part}"]),
+                rtol=1e-5, atol=1e-5)
 
 
 def check_gradients(model, z):
@@ -63,20 +72,28 @@ def check_gradients(model, z):
     own = {n: p.grad for n, p in model.named_parameters()}
     for k in z.files:
         if k.startswith("gradnorm/"):
-            assert own[published_name(k.removeprefix("gradnorm/"))].norm().item() == pytest.approx(float(z[k]), rel=1e-4), k
+            assert own[published_name(k.removeprefix("gradnorm/"))].norm().item() == pytest.approx(
+                float(z[k]), rel=1e-4), k
 
 
-@pytest.mark.parametrize("name", [n for n in ODD if n != "pr1123"]) # PR #1123 quantizes in train mode: see the quant tests
+# PR #1123 quantizes in train mode: see the quant tests
+@pytest.mark.parametrize("name", [n for n in ODD if n != "pr1123"])
 def test_gradients(golden, name):
     z = golden(name)
     check_gradients(build(z, name).train(), z)
 
 
 FULL = {
-    "pr610": (26_993_756, dict(bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10))),
-    "pr576": (33_580_124, dict(bigram_vocab_size=8192, xsa_last_n=11, ve_dim=128, ve_layers=(9, 10), num_kv_heads=8, mlp_mult=3.5)),
-    "pr598": (27_030_108, dict(bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10))),
-    "pr1123": (32_760_946, dict(bigram_vocab_size=2048, xsa_last_n=11, ve_dim=128, ve_layers=(9, 10), mlp_mult=4, value_residual=True)),
+    "pr610": (26_993_756,
+        dict(bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10))),
+    "pr576": (33_580_124,
+        dict(bigram_vocab_size=8192, xsa_last_n=11, ve_dim=128, ve_layers=(9, 10),
+            num_kv_heads=8, mlp_mult=3.5)),
+    "pr598": (27_030_108,
+        dict(bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10))),
+    "pr1123": (32_760_946,
+        dict(bigram_vocab_size=2048, xsa_last_n=11, ve_dim=128, ve_layers=(9, 10), mlp_mult=4,
+            value_residual=True)),
     "pr601": (26_744_007, dict(bigram_vocab_size=1024, xsa_last_n=4)),
 }
 
@@ -87,14 +104,17 @@ def test_full_size_parameter_counts(name):
     assert sum(count_parameters(ModelConfig(**COMMON | ODD[name] | fields)).values()) == total
 
 
-@pytest.mark.parametrize("seq_len", [512, 2048]) # below and above the length where the base is stretched
+# below and above the length where the base is stretched
+@pytest.mark.parametrize("seq_len", [512, 2048])
 def test_rotary_tables(golden, seq_len):
     z = golden("functions")
     for name, table in zip(("cos", "sin"), rotary_tables(seq_len, 16)):
-        torch.testing.assert_close(table[::37], torch.from_numpy(z[f"rope/{seq_len}/{name}"]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(table[::37], torch.from_numpy(z[f"rope/{seq_len}/{name}"]),
+            rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("buckets", [2048, 8192, 10240])
 def test_bigram_hash(golden, buckets):
     z = golden("functions")
-    assert bigram_hash(torch.from_numpy(z["bigram/ids"]), buckets).tolist() == z[f"bigram/{buckets}"].tolist()
+    assert bigram_hash(torch.from_numpy(z["bigram/ids"]),
+        buckets).tolist() == z[f"bigram/{buckets}"].tolist()

@@ -1,4 +1,6 @@
-"What a GPU shows: every recipe at full size, for twenty steps. And what it would object to, found without one."
+"""What a GPU shows: every recipe at full size, for twenty steps. And what it would object to, found
+without one."""
+
 import numpy as np
 import pytest
 import torch
@@ -38,10 +40,13 @@ def twenty_steps(recipe, shard, out, device):
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     counters.clear()
-    r = recipe.but(iterations=20, max_wallclock_seconds=0., warmdown_iters=10, lr_warmup_iters=0, warmup_steps=2)
+    r = recipe.but(iterations=20, max_wallclock_seconds=0., warmdown_iters=10,
+        lr_warmup_iters=0, warmup_steps=2)
     model, graphs = GPT(r.model, r.train.seed), Graphs()
-    listeners = [*make_listeners(Job(r, None, out, device, progress=False), make_average(r)), graphs]
-    return model, train(model, make_loader([shard], r.train), r.optim, r.schedule, r.train, listeners, device, out), graphs.seen
+    listeners = [*make_listeners(Job(r, None, out, device, progress=False), make_average(r)),
+        graphs]
+    return model, train(model, make_loader([shard], r.train), r.optim, r.schedule, r.train,
+        listeners, device, out), graphs.seen
 
 
 @pytest.mark.skipif(not BIG, reason="no CUDA device with 70 GB")
@@ -49,22 +54,31 @@ def twenty_steps(recipe, shard, out, device):
 def test_full_size_on_a_gpu(name, shard, tmp_path):
     recipe = RECIPES[name]
     model, done, graphs = twenty_steps(recipe, shard, tmp_path, "cuda")
-    assert done.compiled and done.steps == 20 and np.isfinite(done.losses).all() and done.losses[-1] < done.losses[0]
-    with torch.inference_mode(): hidden = model.eval().hidden(torch.zeros(1, 64, dtype=torch.long, device="cuda"))
-    assert model.compute_dtype == hidden.dtype == torch.bfloat16 and all(p.isfinite().all() for p in model.parameters())
+    assert (done.compiled and done.steps == 20 and np.isfinite(done.losses).all()
+        and done.losses[-1] < done.losses[0])
+    with torch.inference_mode():
+        hidden = model.eval().hidden(torch.zeros(1, 64, dtype=torch.long, device="cuda"))
+    assert model.compute_dtype == hidden.dtype == torch.bfloat16 and all(p.isfinite().all()
+        for p in model.parameters())
     late = 0 < recipe.stages.late_qat_threshold <= 1
-    assert graphs[:10] == [1]*10 and graphs[-1] == 1 + late, "one compilation in the warm-up, one more when late QAT switches on"
+    assert graphs[:10] == [
+        1]*10 and graphs[
+        -1] == 1 + late, "one compilation in the warm-up, one more when late QAT switches on"
 
 
-# Tensors on torch's "meta" device have shapes but no values. To read one on the host, where a GPU would have to be waited for, is an
+# Tensors on torch's "meta" device have shapes but no values. To read one on the host, where a GPU
+# would have to be waited for, is an
 # error, and so is an operator whose inputs lie on two devices.
 
 def on_meta(recipe, shard, out):
-    "A run of a recipe at its smallest scale, its model on the device without values, in bfloat16 as on a GPU."
-    r = at_scale(recipe, "tiny").but(max_wallclock_seconds=0., log_every=10**6, checkpoint_every=0, val_every=0)
+    """A run of a recipe at its smallest scale, its model on the device without values, in bfloat16
+    as on a GPU."""
+    r = at_scale(recipe, "tiny").but(max_wallclock_seconds=0., log_every=10**6,
+        checkpoint_every=0, val_every=0)
     with torch.device("meta"): model = GPT(r.model)
     listeners = make_listeners(Job(r, None, out, "cpu", progress=False), make_average(r))
-    run = training._prepare(model, make_loader([shard], r.train), r.optim, r.schedule, r.train, listeners, Ranks(device="meta"), out)
+    run = training._prepare(model, make_loader([shard], r.train), r.optim, r.schedule, r.train,
+        listeners, Ranks(device="meta"), out)
     model.compute_dtype = torch.bfloat16
     run.call("on_start")
     run.clock.start()
@@ -74,14 +88,17 @@ def on_meta(recipe, shard, out):
 @pytest.mark.filterwarnings("ignore:SWA took no snapshot")
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_step_waits_for_the_device(name, shard, tmp_path):
-    "Two steps at the full rate, two near the end with fake quantization and averages; the first ten and the last are logged, and wait."
+    """Two steps at the full rate, two near the end with fake quantization and averages; the first
+    ten and the last are logged, and wait."""
     r, run = on_meta(RECIPES[name], shard, tmp_path)
     average, = [l for l in run.listeners if hasattr(l, "weights")]
     for run.step in (10, 11, r.schedule.iterations-3, r.schedule.iterations-2):
         train_step(run, run.model.loss)
         average.risen = True # SWA counts from a high rate on, which these steps leave out
-    assert len(run.pending) == 4 and all(t.is_meta for t in (run.loss, *run.model.parameters(), *average.weights().values()))
-    assert any(getattr(m, "fake_quant", None) for m in run.model.modules()) == (r.stages.late_qat_threshold > 0)
+    assert len(run.pending) == 4 and all(t.is_meta for t in (run.loss, *run.model.parameters(),
+        *average.weights().values()))
+    assert any(getattr(m, "fake_quant", None) for m in run.model.modules()) == (
+        r.stages.late_qat_threshold > 0)
     run.call("on_failure")
 
 
@@ -101,4 +118,5 @@ def test_scoring_does_not_wait_either(name):
     text, tables = ids(case, 400), toy_tables(case.recipe.model.vocab_size)
     for distribution in (False, True):
         pieces = list(stream(model, text, tables, case.recipe.score, distribution=distribution))
-        assert sum(len(p.nll) for p in pieces) == 399 and all(p.nll.is_meta and (p.logprobs is not None) == distribution for p in pieces)
+        assert sum(len(p.nll) for p in pieces) == 399 and all(p.nll.is_meta
+            and (p.logprobs is not None) == distribution for p in pieces)

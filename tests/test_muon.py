@@ -36,28 +36,34 @@ def test_newton_schulz_meets_published_bits(golden):
 
 
 def test_both_ways_of_a_bfloat16_product_give_one_step(golden, monkeypatch):
-    "With instructions for bfloat16 and by way of float32: the published outputs, up to last bits that the order of sums decides."
+    """With instructions for bfloat16 and by way of float32: the published outputs, up to last bits
+    that the order of sums decides."""
     G, out = torch.randn(2, 160, 96, generator=torch.Generator().manual_seed(3)), {}
     for native in (False, True):
         monkeypatch.setattr(muon, "_multiplies_bf16", lambda: native)
         for i in range(4):
             want = torch.from_numpy(golden("functions")[f"ns/{i}/out_bf16"])
-            assert (newton_schulz(torch.from_numpy(golden("functions")[f"ns/{i}/in"])).float()-want).norm() < .03*want.norm()
+            assert (newton_schulz(torch.from_numpy(golden("functions")[f"ns/{i}/in"])).float()
+                -want).norm() < .03*want.norm()
         A = muon.product(G.bfloat16(), G.bfloat16().mT)
-        assert A.dtype == torch.bfloat16 and (native or torch.equal(A, (G.bfloat16().float() @ G.bfloat16().float().mT).bfloat16()))
+        assert A.dtype == torch.bfloat16 and (native
+            or torch.equal(A, (G.bfloat16().float() @ G.bfloat16().float().mT).bfloat16()))
         out[native] = newton_schulz(G).float()
     assert (out[True]-out[False]).norm() < .03*out[True].norm()
     assert torch.equal(muon.product(G, G.mT), G @ G.mT), "float32 goes its own way"
 
 
-# name -> (matrices, optimizer settings, relative tolerance); in "one matrix" the second rank owns nothing
-CASES = {"float32": (len(SHAPES), dict(ns_dtype=torch.float32), 1e-6), "bfloat16": (len(SHAPES), {}, 1e-3), "one matrix": (1, dict(row_norm=True), 1e-3)}
+# name -> (matrices, optimizer settings, relative tolerance); in "one matrix" the second rank owns
+# nothing
+CASES = {"float32": (len(SHAPES), dict(ns_dtype=torch.float32), 1e-6),
+    "bfloat16": (len(SHAPES), {}, 1e-3), "one matrix": (1, dict(row_norm=True), 1e-3)}
 
 
 def solve(case, rank=0, world=1):
     n,settings,_ = CASES[case]
     params = matrices()[:n]
-    return steps(params, Muon(params, lr=.02, momentum=.9, weight_decay=.1, rank=rank, world=world, **settings))
+    return steps(params,
+        Muon(params, lr=.02, momentum=.9, weight_decay=.1, rank=rank, world=world, **settings))
 
 
 def _rank(rank, world, path):
@@ -82,12 +88,14 @@ def test_two_ranks_equal_one(two_ranks, case):
 
 
 def test_agrees_with_torch():
-    "The lerp form of torch.optim.Muon scales the direction by 1-momentum, which Newton-Schulz takes out again."
+    """The lerp form of torch.optim.Muon scales the direction by 1-momentum, which Newton-Schulz
+    takes out again."""
     ours,theirs = matrices(),matrices()
     got = steps(ours, Muon(ours, lr=.02, momentum=.9, weight_decay=.1))
     want = steps(theirs, torch.optim.Muon(theirs, lr=.02, momentum=.9, weight_decay=.1))
     start = matrices()
-    close([a-s for a,s in zip(got, start)], [b-s for b,s in zip(want, start)], .05) # other order of bfloat16 roundings: 3-4 %
+    # other order of bfloat16 roundings: 3-4 %
+    close([a-s for a,s in zip(got, start)], [b-s for b,s in zip(want, start)], .05)
 
 
 def test_state_resumes():
@@ -99,4 +107,5 @@ def test_state_resumes():
     parts = [nn.Parameter(m) for m in middle]
     again = Muon(parts, lr=.02)
     again.load_state_dict(state)
-    for a,b in zip(steps(parts, again, 2, seed=2), steps(whole, opt, 2, seed=2), strict=True): assert torch.equal(a, b)
+    for a,b in zip(steps(parts, again, 2, seed=2), steps(whole, opt, 2, seed=2), strict=True):
+        assert torch.equal(a, b)

@@ -9,7 +9,8 @@ import re
 import pytest
 from conftest import ROOT
 
-CLOCKS = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "time_ns", "timeit"}
+CLOCKS = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
+    "time_ns", "timeit"}
 FIELDS = {"elapsed", "seconds", "tokens_per_second", "wall_s", "eta"}
 ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
@@ -18,7 +19,8 @@ def word(node):
     "The name that a node stands for: a variable, an attribute, or a key in quotes."
     if isinstance(node, ast.Name): return node.id
     if isinstance(node, ast.Attribute): return node.attr
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant): return node.slice.value
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return node.slice.value
 
 
 def reads_a_clock(node):
@@ -56,7 +58,8 @@ def orders_times(c, names):
     "Is it a comparison by size with a time in it? That a time is above zero may be said."
     if not isinstance(c, ast.Compare) or not any(isinstance(o, ORDERS) for o in c.ops): return False
     above_zero = len(c.ops) == 1 and ast.unparse(c.comparators[0]) == "0"
-    return not above_zero and any(word(n) in FIELDS | names for n in ast.walk(c)) or reads_a_clock(c)
+    return not above_zero and any(word(n) in FIELDS | names
+        for n in ast.walk(c)) or reads_a_clock(c)
 
 
 def judges(tree):
@@ -69,7 +72,8 @@ def judges(tree):
                 if any(orders_times(c, names) for c in ast.walk(node.test)): yield node.lineno
             elif isinstance(node, ast.Call) and word(node.func) == "test_close":
                 one, other = node.args[:2]
-                if word(one) in FIELDS | names and isinstance(other, ast.Constant): yield node.lineno
+                if word(one) in FIELDS | names and isinstance(other, ast.Constant):
+                    yield node.lineno
 
 
 def codes_of(path):

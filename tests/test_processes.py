@@ -55,16 +55,20 @@ close_ranks()
 def job(tmp_path):
     "Start the job with `world` ranks; returns the process and its folder."
     g = np.random.default_rng(0)
-    write_shard(tmp_path/"train.bin", (np.arange(20_000) % 50 + g.integers(0, 3, 20_000)).astype(np.uint16))
+    write_shard(tmp_path/"train.bin",
+        (np.arange(20_000) % 50 + g.integers(0, 3, 20_000)).astype(np.uint16))
     (tmp_path/"job.py").write_text(JOB)
 
     def start(name, world=1, **args):
         out = tmp_path/name
         out.mkdir(exist_ok=True)
-        launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        cmd = [sys.executable, *launcher, str(tmp_path/"job.py"), str(tmp_path/"train.bin"), str(out), json.dumps(args)]
+        launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={world}"]
+        cmd = [sys.executable, *launcher, str(tmp_path/"job.py"), str(tmp_path/"train.bin"),
+            str(out), json.dumps(args)]
         env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]))
-        return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env), out
+        return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=env), out
     return start
 
 
@@ -85,30 +89,37 @@ def test_two_ranks_train_as_one_and_rank_zero_alone_writes(job):
     assert a | dict(elapsed=0) == b | dict(elapsed=0)  # losses, rates, and every weight, to the bit
     lines = [json.loads(l) for l in (out/"metrics.jsonl").read_text().splitlines()]
     assert [l["step"] for l in lines if "loss" in l] == list(range(1, 9))
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl", "rank0.json", "rank1.json"]
-    [rest] = finish(job("rest", resume=str(out/"checkpoint.safetensors")))  # one rank goes on with what two have begun
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl",
+        "rank0.json", "rank1.json"]
+    # one rank goes on with what two have begun
+    [rest] = finish(job("rest", resume=str(out/"checkpoint.safetensors")))
     assert rest["steps"] == 8 and len(rest["losses"]) == 3
     np.testing.assert_allclose(rest["losses"], a["losses"][5:], rtol=1e-4)
 
 
 def test_ranks_of_unequal_speed_agree_on_clock_and_rate(job):
-    "The slower clock counts for both: twelve steps of half a second, though the faster has counted half."
+    """The slower clock counts for both: twelve steps of half a second, though the faster has
+    counted half."""
     plan = dict(iterations=1000, max_wallclock_seconds=6., warmdown_iters=5)
     a, b = finish(job("lag", world=2, step=.25, plan=plan))
-    assert [(r["stopped_by"], r["steps"], r["elapsed"]) for r in (a, b)] == [("wallclock", 12, 3.), ("wallclock", 12, 6.)]
+    assert [(r["stopped_by"], r["steps"], r["elapsed"]) for r in (a, b)] == [("wallclock", 12, 3.),
+        ("wallclock", 12, 6.)]
     assert a["lr"] == b["lr"] and a["lr"][-1] < 1 and a["weights"] == b["weights"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_ctrl_c_writes_a_checkpoint_that_can_be_resumed(job, world):
-    started = process, out = job("cut", world=world, lag=.02, plan=dict(iterations=100_000, warmdown_iters=4))
+    started = process, out = job("cut", world=world, lag=.02,
+        plan=dict(iterations=100_000, warmdown_iters=4))
     while "step 6" not in (line := process.stdout.readline()): assert line, process.communicate()[1]
     process.send_signal(signal.SIGINT)
     if world == 1:
         [report] = finish(started)
         assert report["stopped_by"] == "interrupted" and report["steps"] >= 6
-    else: process.communicate(timeout=HANG)  # torchrun reports the signal with an exit code of its own
+    else:
+        # torchrun reports the signal with an exit code of its own
+        process.communicate(timeout=HANG)
     tensors, meta = read_checkpoint(out/"checkpoint.safetensors")
     assert meta["step"] >= 6 and (world == 2 or meta["step"] == report["steps"])
     assert not list(out.glob(".*")) and any(k.startswith("EMA.0/") for k in tensors)

@@ -11,11 +11,14 @@ import pytest
 import yaml
 from conftest import ROOT
 
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-MODULES = sorted(p for p in (ROOT / "pgolf").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in (ROOT / "pgolf").rglob("*.py")
+    if p.name not in ("__init__.py", "_modidx.py"))
 
 
-def cells(path, kind="code"): return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 def source(cell): return "".join(cell["source"])
 def directives(cell): return re.findall(r"^#\|\s*([\w-]+):?", source(cell), re.M)
 def by_name(path): return path.stem
@@ -33,7 +36,8 @@ def order():
     found = {}
     for p in NOTEBOOKS:
         for cell in cells(p):
-            if m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.M): found[m[1]] = listed().index(book_name(p))
+            if m := re.search(r"^#\|\s*default_exp\s+(\S+)", source(cell), re.M):
+                found[m[1]] = listed().index(book_name(p))
     return found
 
 
@@ -42,13 +46,15 @@ def order():
 def test_the_site_lists_every_chapter_once_and_in_order():
     assert sorted(listed()) == sorted(map(book_name, NOTEBOOKS))
     numbers = [int(n) for n in re.findall(r"(?<![^/\n])(\d\d)_", "\n".join(listed()))]
-    assert numbers == sorted(set(numbers)), "chapters stand in the order of their numbers, no number twice"
+    assert numbers == sorted(
+        set(numbers)), "chapters stand in the order of their numbers, no number twice"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_title_cell_is_title_and_summary_alone(path):
     lines = [s for s in source(json.loads(path.read_text())["cells"][0]).splitlines() if s.strip()]
-    assert lines[0].startswith("# ") and all(s.startswith("> ") for s in lines[1:]), "what else stands in the title cell would not reach the site"
+    assert lines[0].startswith("# ") and all(s.startswith("> ")
+        for s in lines[1:]), "what else stands in the title cell would not reach the site"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
@@ -65,7 +71,8 @@ def test_notebook_is_executed_without_errors_or_noise(path):
 def is_value(code):
     "Does the cell end on a name or an operator, which always shows (calls may return None)?"
     body = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M)).body
-    return bool(body) and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, (ast.Name, ast.BinOp, ast.Tuple)) and not code.rstrip().endswith(";")
+    return bool(body) and isinstance(body[-1], ast.Expr) and isinstance(body[-1].value,
+        (ast.Name, ast.BinOp, ast.Tuple)) and not code.rstrip().endswith(";")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
@@ -73,7 +80,8 @@ def test_exported_cells_are_short(path):
     def size(code):  # the fields of a configuration, one a line, are a table and do not count
         fields = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.AnnAssign)]
         return len(code.splitlines()) - len(fields)
-    long = {source(c).split("\n")[1]: size(source(c)) for c in cells(path) if {"export", "exports"} & set(directives(c)) and size(source(c)) > 40}
+    long = {source(c).split("\n")[1]: size(source(c)) for c in cells(path)
+        if {"export", "exports"} & set(directives(c)) and size(source(c)) > 40}
     assert not long
 
 
@@ -84,17 +92,20 @@ def as_options(code):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_cell_options_are_yaml(path):
-    for cell in cells(path): assert all(isinstance(o, dict) for o in as_options(source(cell))), source(cell)
+    for cell in cells(path):
+        assert all(isinstance(o, dict) for o in as_options(source(cell))), source(cell)
 
 
 def test_an_unquoted_colon_is_no_yaml():
     with pytest.raises(yaml.YAMLError): as_options("#| fig-alt: three ways: plain, once, twice")
-    assert as_options('#| echo: false\n#| fig-alt: "three ways: plain"') == [{"echo": False}, {"fig-alt": "three ways: plain"}]
+    assert as_options('#| echo: false\n#| fig-alt: "three ways: plain"') == [{"echo": False},
+        {"fig-alt": "three ways: plain"}]
 
 
 def test_run_notebooks_keep_their_parameters_tag():
     for p in NOTEBOOKS:
-        if p.parent.name == "runs" and p.stem.startswith("pr"): assert any("parameters" in c["metadata"].get("tags", []) for c in cells(p)), p.name
+        if p.parent.name == "runs" and p.stem.startswith("pr"):
+            assert any("parameters" in c["metadata"].get("tags", []) for c in cells(p)), p.name
 
 
 def test_readme_is_the_index():
@@ -105,7 +116,8 @@ def test_readme_is_the_index():
 
 def left_by_use(folder, names):
     "What executed notebooks leave behind; the folder of run notebooks is none of it."
-    left = {"__pycache__", ".ipynb_checkpoints", "data"} | ({"runs"} if folder != str(ROOT / "nbs") else set())
+    left = {"__pycache__", ".ipynb_checkpoints",
+        "data"} | ({"runs"} if folder != str(ROOT / "nbs") else set())
     return left & set(names)
 
 
@@ -115,20 +127,27 @@ def regenerated(tmp_path_factory):
     copy = tmp_path_factory.mktemp("sources")
     for name in ("nbs", "pgolf"): shutil.copytree(ROOT / name, copy / name, ignore=left_by_use)
     for name in ("settings.ini", "pyproject.toml"): shutil.copy(ROOT / name, copy)
-    code = "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()"
+    code = (
+        "from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean;"
+        " nbdev_export(); nbdev_clean()"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=copy, check=True)
     return copy
 
 
 def test_package_is_what_the_notebooks_export(regenerated):
-    fresh = {p.relative_to(regenerated): p.read_text() for p in (regenerated / "pgolf").rglob("*.py")}
-    stale = [str(p) for p, text in fresh.items() if not (ROOT / p).exists() or (ROOT / p).read_text() != text]
+    fresh = {p.relative_to(regenerated): p.read_text()
+        for p in (regenerated / "pgolf").rglob("*.py")}
+    stale = [str(p) for p, text in fresh.items() if not (ROOT / p).exists()
+        or (ROOT / p).read_text() != text]
     assert not stale, "run: nbdev_export"
-    assert set(map(module_name, MODULES)) == set(order()), "a module without a chapter, or a chapter without its module"
+    assert set(map(module_name, MODULES)) == set(
+        order()), "a module without a chapter, or a chapter without its module"
 
 
 def test_notebooks_are_clean(regenerated):
-    assert not [p.name for p in NOTEBOOKS if p.read_text() != (regenerated / p.relative_to(ROOT)).read_text()], "run: nbdev_clean"
+    assert not [p.name for p in NOTEBOOKS
+        if p.read_text() != (regenerated / p.relative_to(ROOT)).read_text()], "run: nbdev_clean"
 
 
 # ---- the package
@@ -139,7 +158,8 @@ def imports(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): top |= {a.name for a in node.names}
         if not isinstance(node, ast.ImportFrom): continue
-        folder = ["pgolf", *path.relative_to(ROOT / "pgolf").parts][:-node.level] if node.level else []
+        folder = (["pgolf", *path.relative_to(ROOT / "pgolf").parts][:-node.level]
+            if node.level else [])
         source = ".".join([*folder, *filter(None, [node.module])])
         is_folder = source == "pgolf" or (ROOT / source.replace(".", "/")).is_dir()
         top |= {f"{source}.{a.name}" for a in node.names} if is_folder else {source}
@@ -149,7 +169,8 @@ def imports(path):
 @pytest.mark.parametrize("path", MODULES, ids=by_name)
 def test_module_imports_only_earlier_chapters(path):
     place = order()
-    used = {m.removeprefix("pgolf.") for m in imports(path) if m.startswith("pgolf.")} - {"__version__"}
+    used = {m.removeprefix("pgolf.") for m in imports(path)
+        if m.startswith("pgolf.")} - {"__version__"}
     assert all(place[m] < place[module_name(path)] for m in used), used
 
 
@@ -175,7 +196,8 @@ def test_importing_everything_touches_neither_network_nor_cuda_nor_what_is_slow_
         assert not torch.cuda.is_initialized()
         slow = {'torch._dynamo', 'torch._inductor', 'matplotlib', 'scipy.stats', 'papermill', 'IPython'}
         assert not (found := slow & set(sys.modules) - before), found"""
-    out = subprocess.run([sys.executable, "-c", code, *map(module_name, MODULES)], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code, *map(module_name, MODULES)], cwd=ROOT,
+        capture_output=True, text=True)
     assert not out.returncode, out.stderr
 
 
@@ -191,14 +213,19 @@ def test_no_file_names_a_place_on_somebodys_machine():
     places = re.compile(r"(?<![\w.:/-])/(?:home|root|work|Users|tmp|mnt)/[\w.-]+|[A-Z]:\\\\Users")
     found = {}
     for p in tracked():
-        if p.suffix in (".py", ".ipynb", ".md", ".ini", ".toml", ".yml", ".txt", ".json", ".css") and p != ROOT / "tests" / "test_repo.py":
-            if hits := places.findall(re.sub(r'"image/png": "[^"]*"', "", p.read_text(encoding="utf-8"))): found[p.name] = hits[:3]
+        if p.suffix in (".py", ".ipynb", ".md", ".ini", ".toml", ".yml", ".txt", ".json",
+            ".css") and p != ROOT / "tests" / "test_repo.py":
+            if hits := places.findall(re.sub(r'"image/png": "[^"]*"', "",
+                p.read_text(encoding="utf-8"))):
+                found[p.name] = hits[:3]
     assert not found
 
 
 def test_every_direct_requirement_is_pinned():
     cfg = configparser.ConfigParser(delimiters=["="])
     cfg.read(ROOT / "settings.ini")
-    wanted = " ".join(v for k, v in cfg["DEFAULT"].items() if k.endswith("requirements")).lower().replace("_", "-")
-    pinned = {s.split("==")[0].lower().replace("_", "-") for s in (ROOT / "constraints.txt").read_text().split("\n") if "==" in s}
+    wanted = " ".join(v for k, v in cfg["DEFAULT"].items()
+        if k.endswith("requirements")).lower().replace("_", "-")
+    pinned = {s.split("==")[0].lower().replace("_", "-")
+        for s in (ROOT / "constraints.txt").read_text().split("\n") if "==" in s}
     assert {re.split(r"[<>=!~]", w)[0] for w in wanted.split()} <= pinned

@@ -1,4 +1,6 @@
-"A submission's script runs where there is no pgolf, and gives the package's bytes and scores; faults in a folder are found."
+"""A submission's script runs where there is no pgolf, and gives the package's bytes and scores;
+faults in a folder are found."""
+
 import ast
 import builtins
 import functools
@@ -19,7 +21,8 @@ from pgolf.submit import submission
 from pgolf.game.bpb import BYTE_LIMIT
 from pgolf.systems.recipes import RECIPES, at_scale, get_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # the script runs on one: another number gives other last bits
+# the script runs on one: another number gives other last bits
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SYSTEMS = ["pr610", "pr576", "pr598", "pr1123", "pr601"]
 TARGETS = 1024
@@ -48,30 +51,38 @@ def finished(novels, tmp_path_factory):
     def get(name, seed=1337):
         if (name, seed) not in made:
             made[name, seed] = root/f"{name}-{seed}"
-            pipeline.run(pipeline.start(tiny(name).but(seed=seed), novels, made[name, seed], "cpu", TARGETS, progress=False))
+            pipeline.run(pipeline.start(tiny(name).but(seed=seed), novels, made[name, seed], "cpu",
+                TARGETS, progress=False))
         return made[name, seed]
     return get
 
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    "Python of a new environment that finds the installed packages, but neither this checkout nor what is installed from it in place."
+    """Python of a new environment that finds the installed packages, but neither this checkout nor
+    what is installed from it in place."""
     path = tmp_path_factory.mktemp("clean")
-    venv.create(path, symlinks=True)  # installing torch anew would take minutes, so its packages are found where they are
+    # installing torch anew would take minutes, so its packages are found where they are
+    venv.create(path, symlinks=True)
     home = next(path.glob("lib/python*/site-packages"))
-    (home/"packages.pth").write_text("\n".join(site.getsitepackages()))  # a .pth in there is not followed: an editable pgolf stays out
+    # a .pth in there is not followed: an editable pgolf stays out
+    (home/"packages.pth").write_text("\n".join(site.getsitepackages()))
     python = path/"bin"/"python"
-    if subprocess.run([python, "-I", "-c", "import pgolf"], capture_output=True, cwd=path).returncode == 0: pytest.skip("pgolf is installed, not in place: no environment without it")
+    if subprocess.run([python, "-I", "-c", "import pgolf"], capture_output=True,
+        cwd=path).returncode == 0:
+        pytest.skip("pgolf is installed, not in place: no environment without it")
     return python
 
 
 def run_clean(python, *args, cwd):
-    done = subprocess.run([python, "-I", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=dict(OMP_NUM_THREADS="1"), timeout=HANG)
+    done = subprocess.run([python, "-I", *map(str, args)], capture_output=True, text=True, cwd=cwd,
+        env=dict(OMP_NUM_THREADS="1"), timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def without_time(rows): return [{k: v for k, v in r.items() if k not in ("seconds", "what")} for r in rows]
+def without_time(rows):
+    return [{k: v for k, v in r.items() if k not in ("seconds", "what")} for r in rows]
 
 
 # ---- the script
@@ -79,7 +90,8 @@ def without_time(rows): return [{k: v for k, v in r.items() if k not in ("second
 def test_script_trains_without_pgolf_to_the_same_bytes(finished, clean, novels, tmp_path):
     run, code = finished("pr610"), code_of("pr610")
     (tmp_path/"train_gpt.py").write_text(code.packed)
-    log = submission.read_log(run_clean(clean, "train_gpt.py", novels.path, "--eval-tokens", TARGETS, "--device", "cpu", cwd=tmp_path))
+    log = submission.read_log(run_clean(clean, "train_gpt.py", novels.path, "--eval-tokens",
+        TARGETS, "--device", "cpu", cwd=tmp_path))
     report = pipeline.Report.load(run/"report.json")
     assert (tmp_path/"model.pgolf").read_bytes() == (run/"model.pgolf").read_bytes()
     assert without_time(log["score"]) == without_time(report.rows[-2:])
@@ -88,7 +100,8 @@ def test_script_trains_without_pgolf_to_the_same_bytes(finished, clean, novels, 
 
 
 @pytest.mark.slow
-def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finished, clean, novels, tmp_path):
+def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finished, clean,
+    novels, tmp_path):
     for name in SYSTEMS:
         (tmp_path/name).mkdir()
         (tmp_path/name/"train_gpt.py").write_text(code_of(name).packed)
@@ -96,8 +109,10 @@ def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finishe
     (tmp_path/"driver.py").write_text(DRIVER)
     said = run_clean(clean, "driver.py", novels.path, *SYSTEMS, cwd=tmp_path).split("==\n")[1:]
     for name, text in zip(SYSTEMS, said, strict=True):
-        report, result = pipeline.Report.load(finished(name)/"report.json"), submission.result_of(submission.read_log(text))
-        assert result["stage"] == report.result["stage"] and abs(result["val_bpb"] - report.result["val_bpb"]) < 1e-6, name
+        report, result = (pipeline.Report.load(finished(name)/"report.json"),
+            submission.result_of(submission.read_log(text)))
+        assert result["stage"] == report.result["stage"] and abs(
+            result["val_bpb"] - report.result["val_bpb"]) < 1e-6, name
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -111,13 +126,17 @@ def test_script_of_every_recipe_is_whole(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_readable_script_has_fewer_than_1500_lines(name):
     code = code_of(name)
-    assert code.sizes()["lines"] < 1500 and len(code.packed) < len(code.minified) < len(code.readable)
-    assert set(submission.outside_imports(code.minified)) <= {"numpy", "sentencepiece", "safetensors", "torch", "zstandard"}
+    assert code.sizes()["lines"] < 1500 and len(code.packed) < len(
+        code.minified) < len(code.readable)
+    assert set(submission.outside_imports(code.minified)) <= {"numpy", "sentencepiece",
+        "safetensors", "torch", "zstandard"}
 
 
 def test_what_is_left_out_still_exists():
     known = {n for m in flatten.read_package().values() for n in m.defs}
-    assert set(script.UNUSED) <= known, "script.UNUSED names definitions that are gone: rename or remove them there"
+    assert (
+        set(script.UNUSED) <= known
+    ), "script.UNUSED names definitions that are gone: rename or remove them there"
     stand_ins = flatten.Module("stand_ins", script.STAND_INS, "pgolf")
     assert set(stand_ins.defs) <= known, "script.STAND_INS stands in for definitions that are gone"
 
@@ -131,25 +150,30 @@ def test_packing_is_deterministic():
 @pytest.fixture(scope="module")
 def folder(finished, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed")/"folder"
-    return submission.pack_submission([finished("pr610"), finished("pr610", 7)], out, "A. Author", "author", date="2026-04-30")
+    return submission.pack_submission([finished("pr610"), finished("pr610", 7)], out, "A. Author",
+        "author", date="2026-04-30")
 
 
 def test_folder_of_two_seeds(folder, finished):
     facts = json.loads((folder/"submission.json").read_text())
     reports = [pipeline.Report.load(finished("pr610", s)/"report.json").result for s in (7, 1337)]
     assert facts["seeds"] == [7, 1337] and set(facts["seed_results"]) == {"7", "1337"}
-    assert abs(facts["val_bpb"] - sum(r["val_bpb"] for r in reports)/2) < 1e-12 and facts["val_bpb_std"] > 0
-    assert facts["bytes_total"] == (folder/"train_gpt.py").stat().st_size + max((folder/f"model_seed{s}.pgolf").stat().st_size for s in (7, 1337))
+    assert (abs(facts["val_bpb"] - sum(r["val_bpb"] for r in reports)/2) < 1e-12
+        and facts["val_bpb_std"] > 0)
+    assert facts["bytes_total"] == (folder/"train_gpt.py").stat().st_size + max(
+        (folder/f"model_seed{s}.pgolf").stat().st_size for s in (7, 1337))
     assert facts["track"] == "non_record_16mb" and not facts["compliance"]["three_seeds"]
     assert doctor.verdict(doctor.doctor(folder)) == "warn"
     text = (folder/"README.md").read_text()
-    assert f"{facts['val_bpb']:.4f}" in text and f"{facts['bytes_total']:,}" in text and "2 seeds" in text
+    assert (f"{facts['val_bpb']:.4f}" in text and f"{facts['bytes_total']:,}" in text
+        and "2 seeds" in text)
     assert not [p for p in folder.parent.iterdir() if p != folder]
 
 
 def test_command_packs_and_examines(finished, main, tmp_path):
     out = tmp_path/"folder"
-    code, said, err = main("pack", finished("pr610"), "--out", out, "--author", "A", "--github-id", "a")
+    code, said, err = main("pack", finished("pr610"), "--out", out, "--author", "A",
+        "--github-id", "a")
     assert code == 0 and str(out) in said, err
     code, said, _ = main("doctor", out)
     assert code == 0 and "warn" in said
@@ -157,7 +181,8 @@ def test_command_packs_and_examines(finished, main, tmp_path):
     code, said, _ = main("doctor", out)
     assert code == 1 and "README.md" in said
     assert main("doctor", tmp_path/"none")[0] == 1
-    code, _, err = main("pack", finished("pr610"), "--out", out, "--author", "A", "--github-id", "a")
+    code, _, err = main("pack", finished("pr610"), "--out", out, "--author", "A",
+        "--github-id", "a")
     assert code == 1 and "exists" in err
 
 
@@ -166,32 +191,49 @@ def swap(a, b): return lambda text: re.sub(a, b, text)
 
 
 FAULTS = [  # file, change (None: remove it), finding
-    ("README.md", None, "files"), ("requirements.txt", None, "requirements"), ("train_seed7.log", None, "seed list"),
+    ("README.md", None, "files"), ("requirements.txt", None, "requirements"),
+    ("train_seed7.log", None, "seed list"),
     ("submission.json", lambda t: "{", "files"), ("submission.json", lambda t: "[]", "fields"),
-    ("submission.json", edit(val_bpb=1.0), "val_bpb"), ("submission.json", edit(val_loss=None), "usual fields"), ("submission.json", edit(val_bpb=float("nan")), "fields"),
-    ("submission.json", edit(val_bpb_std=.5), "val_bpb_std"), ("submission.json", edit(bytes_total=1), "claimed bytes"), ("submission.json", edit(github_id=""), "fields"),
-    ("submission.json", edit(date="yesterday"), "date"), ("submission.json", edit(seeds=[7]), "seed list"), ("submission.json", edit(seeds=[7, 8, 1337]), "seed list"),
-    ("submission.json", edit(track="10min_16mb"), "seeds"), ("submission.json", edit(track="10min_16mb"), "hardware"), ("submission.json", edit(track="10min_16mb"), "split"),
-    ("train_gpt.py", lambda t: "from pgolf import gpt\n"+flatten.unpack_code(t), "imports"), ("train_gpt.py", lambda t: "import scipy\n"+flatten.unpack_code(t), "requirements"),
-    ("train_gpt.py", lambda t: "def f(:", "script"), ("train_gpt.py", lambda t: t.replace("b85decode('", "b85decode('zzzz"), "script"),
-    ("train_gpt.py", lambda t: t+"#"*BYTE_LIMIT, "bytes"), ("train_gpt_readable.py", swap("Muon", "Moon"), "readable form"),
-    ("train_seed7.log", swap('"coverage": 1.0', '"coverage": 0.5'), "coverage"), ("train_seed7.log", swap('"legal": true', '"legal": false'), "val_bpb"),
+    ("submission.json", edit(val_bpb=1.0), "val_bpb"),
+    ("submission.json", edit(val_loss=None), "usual fields"),
+    ("submission.json", edit(val_bpb=float("nan")), "fields"),
+    ("submission.json", edit(val_bpb_std=.5), "val_bpb_std"),
+    ("submission.json", edit(bytes_total=1), "claimed bytes"),
+    ("submission.json", edit(github_id=""), "fields"),
+    ("submission.json", edit(date="yesterday"), "date"),
+    ("submission.json", edit(seeds=[7]), "seed list"),
+    ("submission.json", edit(seeds=[7, 8, 1337]), "seed list"),
+    ("submission.json", edit(track="10min_16mb"), "seeds"),
+    ("submission.json", edit(track="10min_16mb"), "hardware"),
+    ("submission.json", edit(track="10min_16mb"), "split"),
+    ("train_gpt.py", lambda t: "from pgolf import gpt\n"+flatten.unpack_code(t), "imports"),
+    ("train_gpt.py", lambda t: "import scipy\n"+flatten.unpack_code(t), "requirements"),
+    ("train_gpt.py", lambda t: "def f(:", "script"),
+    ("train_gpt.py", lambda t: t.replace("b85decode('", "b85decode('zzzz"), "script"),
+    ("train_gpt.py", lambda t: t+"#"*BYTE_LIMIT, "bytes"),
+    ("train_gpt_readable.py", swap("Muon", "Moon"), "readable form"),
+    ("train_seed7.log", swap('"coverage": 1.0', '"coverage": 0.5'), "coverage"),
+    ("train_seed7.log", swap('"legal": true', '"legal": false'), "val_bpb"),
     ("train_seed7.log", swap('"text_bytes": ', '"text_bytes": 9'), "arithmetic"),
     ("train_seed7.log", swap(r'(trained .*"seconds": )[\d.]+', r"\g<1>1e4"), "training time"),
-    ("train_seed7.log", swap('("stage": "adapted".*"seconds": )[0-9.]+', r"\g<1>601"), "evaluation time"),
+    ("train_seed7.log", swap('("stage": "adapted".*"seconds": )[0-9.]+', r"\g<1>601"),
+        "evaluation time"),
     ("train_seed7.log", swap('"bytes_artifact": ', '"bytes_artifact": 1'), "logged bytes"),
 ]
 
 
-@pytest.mark.parametrize("name,change,check", FAULTS, ids=[f"{n}-{c}-{i}" for i, (n, _, c) in enumerate(FAULTS)])
+@pytest.mark.parametrize("name,change,check", FAULTS,
+    ids=[f"{n}-{c}-{i}" for i, (n, _, c) in enumerate(FAULTS)])
 def test_planted_faults_are_found(folder, tmp_path, name, change, check):
     copy = tmp_path/"copy"
     shutil.copytree(folder, copy)
-    before = {c.check for c in doctor.doctor(copy) if c.status in ("warn", "fail")} - {"hardware", "split"}
+    before = {c.check for c in doctor.doctor(copy) if c.status in ("warn", "fail")} - {"hardware",
+        "split"}
     if change is None: (copy/name).unlink()
     else: (copy/name).write_text(change((copy/name).read_text()))
     found = doctor.doctor(copy)
-    assert check in {c.check for c in found if c.status in ("warn", "fail")} - before, [c for c in found if c.status != "ok"]
+    assert check in {c.check for c in found if c.status in ("warn", "fail")} - before, [c
+        for c in found if c.status != "ok"]
     assert all(c.remedy for c in found if c.status in ("warn", "fail"))
 
 
@@ -214,9 +256,11 @@ def test_damaged_artifact_and_helper_sources_are_found(folder, tmp_path):
 
 
 def test_packing_refuses_what_does_not_belong_together(finished, novels, tmp_path):
-    with pytest.raises(ValueError, match="other settings"): submission.read_runs([finished("pr610"), finished("pr598")])
+    with pytest.raises(ValueError, match="other settings"):
+        submission.read_runs([finished("pr610"), finished("pr598")])
     with pytest.raises(ValueError, match="not a report"): submission.read_runs([tmp_path])
     shutil.copytree(finished("pr610"), tmp_path/"run")
     (tmp_path/"run"/"model.pgolf").write_bytes(b"")
-    with pytest.raises(ValueError, match="is not the file"): submission.pack_submission(tmp_path/"run", tmp_path/"out", "A", "a")
+    with pytest.raises(ValueError, match="is not the file"):
+        submission.pack_submission(tmp_path/"run", tmp_path/"out", "A", "a")
     assert not (tmp_path/"out").exists()

@@ -20,7 +20,8 @@ def bits_per_byte(
     n_bytes:int, # bytes of text those targets stand for
 )->float: # bits per byte
     "Turn a summed loss into the score."
-    if n_bytes <= 0: raise ValueError(f"n_bytes={n_bytes}: nothing was scored, so there is no score")
+    if n_bytes <= 0:
+        raise ValueError(f"n_bytes={n_bytes}: nothing was scored, so there is no score")
     return nats/math.log(2)/n_bytes
 
 # %% ../../nbs/game/02_bpb.ipynb #e332ea56
@@ -46,16 +47,21 @@ def byte_tables(
 )->ByteTables:
     "Read the tables off a tokenizer, as the challenge's own script does."
     n = max(sp.vocab_size(), vocab_size or 0)
-    base,space,edge = torch.zeros(n, dtype=torch.int16), torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool)
+    base,space,edge = torch.zeros(n, dtype=torch.int16), torch.zeros(n,
+        dtype=torch.bool), torch.ones(n, dtype=torch.bool)
     for i in range(sp.vocab_size()):
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i): continue
         edge[i] = False
         if sp.is_byte(i): base[i] = 1; continue
         piece = sp.id_to_piece(i)
         space[i] = piece.startswith("▁")
-        base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode()) # a space inside is one byte
+        # a space inside is one byte
+        base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
     if space.any() and not (space & (base == 0)).any():
-        raise ValueError("the tokenizer has no piece for a lone space, so spaces would be counted as the three bytes of its mark")
+        raise ValueError(
+            "the tokenizer has no piece for a lone space, so spaces would be counted as the three"
+            " bytes of its mark"
+        )
     return ByteTables(base, space, edge)
 
 # %% ../../nbs/game/02_bpb.ipynb #0515673e
@@ -72,7 +78,10 @@ class SidecarBytes(ByteTables):
         "Bytes of the first targets of the stream."
         n = len(target)
         if not torch.equal(target.cpu(), self.stream[1:n+1].to(target.dtype)):
-            raise ValueError("these targets are not the start of the stream that the byte sidecar belongs to: score the held-out text from its start")
+            raise ValueError(
+                "these targets are not the start of the stream that the byte sidecar belongs to:"
+                " score the held-out text from its start"
+            )
         return self.counts[1:n+1].to(target.device)
 
 # %% ../../nbs/game/02_bpb.ipynb #402b6cfe
@@ -83,6 +92,7 @@ def compressor_bpb(
     "Score general-purpose compressors on a text."
     if not data: raise ValueError("data is empty: there is nothing to compress")
     def xz(b): return len(lzma.compress(b, preset=9|lzma.PRESET_EXTREME))
-    sizes = {"gzip -9": len(gzip.compress(data, 9)), "zstd -22": len(zstandard.compress(data, 22)), "xz -9e": xz(data)}
+    sizes = {"gzip -9": len(gzip.compress(data, 9)), "zstd -22": len(zstandard.compress(data, 22)),
+        "xz -9e": xz(data)}
     if history: sizes["xz -9e with history"] = xz(history+data)-xz(history)
     return {k: 8*v/len(data) for k,v in sizes.items()}

@@ -37,8 +37,11 @@ def write_shard(
 ):
     "Write tokens in the challenge's shard format."
     tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or not len(tokens): raise ShardError(f"{path}: tokens have shape {tokens.shape}, expected a non-empty row of ids")
-    if tokens.min() < 0 or tokens.max() >= 2**16: raise ShardError(f"{path}: ids {tokens.min()}..{tokens.max()}, expected 0..65535")
+    if tokens.ndim != 1 or not len(tokens):
+        raise ShardError(
+            f"{path}: tokens have shape {tokens.shape}, expected a non-empty row of ids")
+    if tokens.min() < 0 or tokens.max() >= 2**16:
+        raise ShardError(f"{path}: ids {tokens.min()}..{tokens.max()}, expected 0..65535")
     header = np.zeros(HEADER_BYTES//4, "<i4")
     header[:3] = MAGIC,VERSION,len(tokens)
     with atomic_write(path) as f:
@@ -49,8 +52,11 @@ def write_shard(
 def _check_ids(path, tokens, vocab_size, start=0):
     if vocab_size is None or (top := int(tokens.max())) < vocab_size: return
     at = start + int(np.argmax(tokens >= vocab_size))
-    raise ShardError(f"{path}: token id {int(tokens[at-start])} at position {at}, expected ids below vocab_size={vocab_size} "
-                     f"(largest found: {top}): take the tokenizer and the shards of one dataset")
+    raise ShardError(
+        f"{path}: token id {int(tokens[at-start])} at position {at}, expected ids below"
+        f" vocab_size={vocab_size} (largest found: {top}): take the tokenizer and the shards of one"
+        " dataset"
+    )
 
 # %% ../../nbs/game/04_data.ipynb #5eeaf128
 def read_shard(
@@ -61,12 +67,20 @@ def read_shard(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no shard at {path}")
     size = path.stat().st_size
-    if size < HEADER_BYTES: raise ShardError(f"{path}: {size} bytes, expected a header of {HEADER_BYTES}: cut off; fetch or build it again")
+    if size < HEADER_BYTES:
+        raise ShardError(
+            f"{path}: {size} bytes, expected a header of {HEADER_BYTES}: cut off; fetch or build it"
+            " again"
+        )
     magic,version,n = (int(i) for i in np.fromfile(path, "<i4", 3))
-    if magic != MAGIC: raise ShardError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard")
+    if magic != MAGIC:
+        raise ShardError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard")
     if version != VERSION: raise ShardError(f"{path}: version {version}, expected {VERSION}")
     if n < 1 or size != HEADER_BYTES+2*n:
-        raise ShardError(f"{path}: {size} bytes, expected {HEADER_BYTES+2*n} for the {n} tokens of its header: cut off or overwritten; fetch or build it again")
+        raise ShardError(
+            f"{path}: {size} bytes, expected {HEADER_BYTES+2*n} for the {n} tokens of its header:"
+            " cut off or overwritten; fetch or build it again"
+        )
     tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
     _check_ids(path, tokens, vocab_size)
     return tokens
@@ -113,32 +127,44 @@ class BatchLoader:
         position:int=0,        # tokens consumed so far by all ranks together
         vocab_size:int=None,   # ids must be below it
     ):
-        if num_spans < 1 or world < 1 or num_spans % world: raise ValueError(f"world={world} must divide num_spans={num_spans}")
+        if num_spans < 1 or world < 1 or num_spans % world:
+            raise ValueError(f"world={world} must divide num_spans={num_spans}")
         if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
         if batch_tokens < 1 or seq_len < 1 or batch_tokens % (num_spans*seq_len):
-            raise ValueError(f"batch_tokens={batch_tokens} must be a multiple of num_spans*seq_len = {num_spans}*{seq_len} = {num_spans*seq_len}")
+            raise ValueError(
+                f"batch_tokens={batch_tokens} must be a multiple of num_spans*seq_len ="
+                f" {num_spans}*{seq_len} = {num_spans*seq_len}"
+            )
         if position < 0: raise ValueError(f"position={position} must not be negative")
         self.stream = TokenStream(shards, vocab_size)
-        self.seq_len,self.num_spans,self.rank,self.world,self.position = seq_len,num_spans,rank,world,position
+        self.seq_len,self.num_spans,self.rank,self.world,self.position = (seq_len,num_spans,
+            rank,world,position)
         self.span = batch_tokens//num_spans+1 # tokens, one more than targets
 
-    def next_step(self)->list[tuple[Tensor,Tensor]]: # num_spans/world pairs x, y of (rows, seq_len) int64 on the CPU
+    # num_spans/world pairs x, y of (rows, seq_len) int64 on the CPU
+    def next_step(self)->list[tuple[Tensor,Tensor]]:
         "The micro-batches of this rank for the next optimizer step."
-        spans = (self.stream.read(self.position+i*self.span, self.span) for i in range(self.rank, self.num_spans, self.world))
+        spans = (self.stream.read(self.position+i*self.span, self.span)
+            for i in range(self.rank, self.num_spans, self.world))
         rows = [torch.from_numpy(s.astype(np.int64)) for s in spans]
         self.position += self.num_spans*self.span
         return [(s[:-1].view(-1, self.seq_len), s[1:].view(-1, self.seq_len)) for s in rows]
 
 # %% ../../nbs/game/04_data.ipynb #8846713f
-AUSTEN = dict(train=("sense_and_sensibility", "pride_and_prejudice", "mansfield_park", "emma", "northanger_abbey"), val=("persuasion",))
+AUSTEN = dict(train=("sense_and_sensibility", "pride_and_prejudice", "mansfield_park", "emma",
+    "northanger_abbey"), val=("persuasion",))
 _HEADING = re.compile(r"^(?:CHAPTER|Chapter) [IVXL\d]+\s*$", re.M)
-_MARK = re.compile(r"VOLUME [IVX]+|THE END|FINIS|Finis|\(End of volume one\.\)|\[End volume one.*\]")
+_MARK = re.compile(
+    r"VOLUME [IVX]+|THE END|FINIS|Finis|\(End of volume one\.\)|\[End volume one.*\]")
 
 def austen_text(
-    novel:str, # "emma", "mansfield_park", "northanger_abbey", "persuasion", "pride_and_prejudice" or "sense_and_sensibility"
+    # "emma", "mansfield_park", "northanger_abbey", "persuasion", "pride_and_prejudice" or
+    # "sense_and_sensibility"
+    novel:str,
 )->str: # the transcription, line breaks and all
     "The text of a novel as it travels with the package."
-    novels = json.loads(zstandard.decompress((files("pgolf")/"corpora"/"austen.json.zst").read_bytes()))
+    novels = json.loads(
+        zstandard.decompress((files("pgolf")/"corpora"/"austen.json.zst").read_bytes()))
     return novels[novel]
 
 # %% ../../nbs/game/04_data.ipynb #9a2a036b
@@ -164,7 +190,8 @@ class Dataset:
     tokenizer_path:Path # SentencePiece model
     train_shards:tuple # files, a prefix of the frozen training order
     val_shards:tuple   # files, all of the validation split
-    val_bytes:tuple=() # files with the bytes of each validation token, where the text was changed before encoding
+    # files with the bytes of each validation token, where the text was changed before encoding
+    val_bytes:tuple=()
 
     def tokenizer(self)->SentencePieceProcessor: # checked against vocab_size
         "Load the tokenizer."
@@ -198,18 +225,38 @@ def check_charge(
     where,             # names the data in an error
 ):
     "Raise if the bytes charged to the targets are not those of the text that they spell."
-    marks = [p for i in range(sp.vocab_size()) if "\ue000" <= (p := sp.id_to_piece(i))[:1] <= "\uf8ff" and len(p) == 1]
-    if marks: raise ValueError(f"{where}: its tokenizer has pieces for marks ({ascii(marks[0])}), so the text was rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add them")
-    if (unknown := int((tokens == sp.unk_id()).sum())): raise ValueError(f"{where}: {unknown:,} validation tokens are unknown pieces, whose text is lost: take a tokenizer with byte fallback")
-    start = torch.cat([(tokens[:PROBE] == sp.bos_id()).nonzero()[:,0], torch.tensor([min(PROBE, len(tokens))])]).tolist()
+    marks = [p for i in range(sp.vocab_size())
+        if "\ue000" <= (p := sp.id_to_piece(i))[:1] <= "\uf8ff" and len(p) == 1]
+    if marks:
+        raise ValueError(
+            f"{where}: its tokenizer has pieces for marks ({ascii(marks[0])}), so the text was"
+            " rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add"
+            " them"
+        )
+    if (unknown := int((tokens == sp.unk_id()).sum())):
+        raise ValueError(
+            f"{where}: {unknown:,} validation tokens are unknown pieces, whose text is lost: take a"
+            " tokenizer with byte fallback"
+        )
+    start = torch.cat([(tokens[:PROBE] == sp.bos_id()).nonzero()[:,0],
+        torch.tensor([min(PROBE, len(tokens))])]).tolist()
     whole = [tokens[a:b] for a,b in zip(start, start[1:]) if b < PROBE or b == len(tokens)]
     seen,marked = 0,0
     for i,d in enumerate(whole):
         spelt,charged = sp.decode(d.tolist()),int(tables.count(d[:-1], d[1:]).sum())
         text = len(spelt.encode())
         seen,marked = seen+len(spelt),marked+len(re.findall("[\ue000-\uf8ff]", spelt))
-        if text != charged: raise ValueError(f"{where}: validation document {i} spells {text:,} bytes, the byte tables charge {charged:,}: pgolf cannot count with this tokenizer")
-    if marked > .005*seen: raise ValueError(f"{where}: {marked:,} of {seen:,} characters are private-use marks, so the text was rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add them")
+        if text != charged:
+            raise ValueError(
+                f"{where}: validation document {i} spells {text:,} bytes, the byte tables charge"
+                f" {charged:,}: pgolf cannot count with this tokenizer"
+            )
+    if marked > .005*seen:
+        raise ValueError(
+            f"{where}: {marked:,} of {seen:,} characters are private-use marks, so the text was"
+            " rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add"
+            " them"
+        )
 
 # %% ../../nbs/game/04_data.ipynb #7e4ca5ff
 def _with_sidecar(tables, sp, dataset):
@@ -217,68 +264,109 @@ def _with_sidecar(tables, sp, dataset):
     tokens,path = dataset.val_tokens(),dataset.val_bytes[0]
     counts = _head(dataset.val_bytes, None, None)
     text = [i for i in range(sp.vocab_size()) if not (sp.is_control(i) or sp.is_unknown(i))]
-    if len(counts) != len(tokens): raise ShardError(f"{path}: bytes of {len(counts):,} tokens, the validation split has {len(tokens):,}: take the sidecar of these shards")
-    if counts[~torch.isin(tokens, torch.tensor(text))].any(): raise ShardError(f"{path}: charges bytes to control tokens, which stand for no text: not a sidecar of these shards")
-    if not counts.any(): raise ShardError(f"{path}: charges no bytes at all: not a sidecar of these shards")
-    return SidecarBytes(tables.base_bytes, tables.has_leading_space, tables.is_boundary, tokens, counts)
+    if len(counts) != len(tokens):
+        raise ShardError(
+            f"{path}: bytes of {len(counts):,} tokens, the validation split has {len(tokens):,}:"
+            " take the sidecar of these shards"
+        )
+    if counts[~torch.isin(tokens, torch.tensor(text))].any():
+        raise ShardError(
+            f"{path}: charges bytes to control tokens, which stand for no text: not a sidecar of"
+            " these shards"
+        )
+    if not counts.any():
+        raise ShardError(f"{path}: charges no bytes at all: not a sidecar of these shards")
+    return SidecarBytes(tables.base_bytes, tables.has_leading_space,
+        tables.is_boundary, tokens, counts)
 
 def check_bytes(
     dataset:Dataset, # whose validation tokens shall be scored
 ):
     "Raise if they are not charged the bytes of the text that they stand for."
     tables = dataset.byte_tables()
-    if not dataset.val_bytes: check_charge(dataset.tokenizer(), tables, dataset.val_tokens(), dataset.path)
+    if not dataset.val_bytes:
+        check_charge(dataset.tokenizer(), tables, dataset.val_tokens(), dataset.path)
 
 
 # %% ../../nbs/game/04_data.ipynb #bbcedc54
 def _head(shards, n, vocab_size):
     stream = TokenStream(shards, vocab_size)
-    return torch.from_numpy(stream.read(0, len(stream) if n is None else min(n, len(stream))).astype(np.int64))
+    return torch.from_numpy(stream.read(0, len(stream) if n is None else min(n, len(stream)))
+        .astype(np.int64))
 
 def _remedy(name):
-    if name.startswith("fineweb10B_"): return f"fetch it with `pgolf data fineweb --variant {name.removeprefix('fineweb10B_')} --train-shards 1`"
-    return "make it with `pgolf data austen`" if name.startswith("austen") else "make it with `pgolf data build`"
+    if name.startswith("fineweb10B_"):
+        return (
+            f"fetch it with `pgolf data fineweb --variant {name.removeprefix('fineweb10B_')}"
+            " --train-shards 1`"
+        )
+    return ("make it with `pgolf data austen`" if name.startswith("austen")
+        else "make it with `pgolf data build`")
 
 def _shard_names(entry, split): # endless: the k-th shard of a split
-    prefix = Path(entry.get(f"{split}_glob", f"fineweb_{split}_*.bin")).name.rpartition(f"_{split}_")[0] # the last: a name may hold "_train_" too
+    # the last: a name may hold "_train_" too
+    prefix = Path(entry.get(f"{split}_glob", f"fineweb_{split}_*.bin")).name.rpartition(
+        f"_{split}_")[0]
     return (f"{prefix}_{split}_{i:06d}.bin" for i in count())
 
 def _entries(manifest, path, name): # the dataset's entry and its tokenizer's
     names = [d["name"] for d in manifest["datasets"]]
-    if name not in names: raise ValueError(f"{path} has no dataset {name!r}, only {', '.join(names)}")
+    if name not in names:
+        raise ValueError(f"{path} has no dataset {name!r}, only {', '.join(names)}")
     entry = manifest["datasets"][names.index(name)]
     if not {"files_train", "files_val"} <= entry.get("stats", {}).keys():
-        raise ValueError(f"{path}: dataset {name!r} does not say how many shards it has (stats.files_train, stats.files_val)")
-    tokenizer = next((t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"]), None)
-    if tokenizer is None or "model_path" not in tokenizer: raise ValueError(f"{path}: dataset {name!r} has no SentencePiece tokenizer; pgolf reads no other kind")
+        raise ValueError(
+            f"{path}: dataset {name!r} does not say how many shards it has (stats.files_train,"
+            " stats.files_val)"
+        )
+    tokenizer = next((t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"]),
+        None)
+    if tokenizer is None or "model_path" not in tokenizer:
+        raise ValueError(
+            f"{path}: dataset {name!r} has no SentencePiece tokenizer; pgolf reads no other kind")
     return entry,tokenizer
 
 # %% ../../nbs/game/04_data.ipynb #901dd931
 def _read_manifest(path):
     try: manifest = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise ValueError(f"{path} is not JSON: {e}; delete it and fetch or build the data again") from e
-    if not isinstance(manifest, dict) or not manifest.get("datasets") or "tokenizers" not in manifest:
-        raise ValueError(f"{path} lists no datasets and tokenizers; delete it and fetch or build the data again")
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(
+            f"{path} is not JSON: {e}; delete it and fetch or build the data again") from e
+    if not isinstance(manifest,
+        dict) or not manifest.get("datasets") or "tokenizers" not in manifest:
+        raise ValueError(
+            f"{path} lists no datasets and tokenizers; delete it and fetch or build the data again")
     return manifest
 
 def _find_dataset(path): # the root with its manifest, and the name of the dataset meant
     path = Path(path)
     if (path/"manifest.json").is_file(): root,name = path,None
-    elif path.parent.name == "datasets" and (path.parent.parent/"manifest.json").is_file(): root,name = path.parent.parent,path.name
-    else: raise FileNotFoundError(f"no dataset at {path}, {path/'manifest.json'} is missing: {_remedy(path.name)}")
+    elif path.parent.name == "datasets" and (path.parent.parent/"manifest.json").is_file():
+        root,name = path.parent.parent,path.name
+    else:
+        raise FileNotFoundError(
+            f"no dataset at {path}, {path/'manifest.json'} is missing: {_remedy(path.name)}")
     manifest = _read_manifest(root/"manifest.json")
-    here = [d["name"] for d in manifest["datasets"] if name in (None, d["name"]) and (root/"datasets"/d["name"]).is_dir()]
-    if len(here) > 1: raise ValueError(f"{path} holds several datasets: open one of {', '.join(str(root/'datasets'/n) for n in here)}")
+    here = [d["name"] for d in manifest["datasets"] if name in (None, d["name"])
+        and (root/"datasets"/d["name"]).is_dir()]
+    if len(here) > 1:
+        raise ValueError(
+            f"{path} holds several datasets: open one of {', '.join(str(root/'datasets'/n) for n in here)}")
     return root,manifest,here[0] if here else name or manifest["datasets"][0]["name"]
 
 # %% ../../nbs/game/04_data.ipynb #f3b48d0a
-def _expected_tokens(entry, shard_size, split, i): # of the i-th shard: full, or what is left; None if the manifest does not say
+# of the i-th shard: full, or what is left; None if the manifest does not say
+def _expected_tokens(entry, shard_size, split, i):
     total = entry["stats"].get(f"tokens_{split}")
     return None if None in (total, shard_size) else min(shard_size, total-i*shard_size)
 
 def _check_shard(path, want, vocab_size=None):
     tokens = read_shard(path, vocab_size)
-    if want is not None and len(tokens) != want: raise ShardError(f"{path}: {len(tokens)} tokens, expected {want} by the manifest: cut off or exchanged; fetch or build it again")
+    if want is not None and len(tokens) != want:
+        raise ShardError(
+            f"{path}: {len(tokens)} tokens, expected {want} by the manifest: cut off or exchanged;"
+            " fetch or build it again"
+        )
 
 # %% ../../nbs/game/04_data.ipynb #8a13e3c9
 def open_dataset(
@@ -292,28 +380,39 @@ def open_dataset(
     load_tokenizer(model, entry["vocab_size"])
     found = {split: _open_split(manifest, entry, folder, name, split) for split in ("train","val")}
     check_sums(root, [model, *found["val"], *found["train"]])
-    return Dataset(name, root, entry["vocab_size"], model, found["train"], found["val"], _sidecar(found["val"]))
+    return Dataset(name, root, entry["vocab_size"], model, found["train"], found["val"],
+        _sidecar(found["val"]))
 
 def _open_split(manifest, entry, folder, name, split):
     "Shards of a split, each as long as the manifest says."
     want = entry["stats"][f"files_{split}"]
     names = [n for _,n in zip(range(want), _shard_names(entry, split))]
     have = [n for n in names if (folder/n).is_file()]
-    missing = [n for n in names[:len(have) if split == "train" and have else want] if n not in have] # training shards: any prefix
+    # training shards: any prefix
+    missing = [n for n in names[:len(have) if split == "train" and have else want] if n not in have]
     if missing: raise FileNotFoundError(f"no shard at {folder/missing[0]}: {_remedy(name)}")
-    for i,n in enumerate(have): _check_shard(folder/n, _expected_tokens(entry, manifest.get("shard_size"), split, i))
+    for i,n in enumerate(have):
+        _check_shard(folder/n, _expected_tokens(entry, manifest.get("shard_size"), split, i))
     total = sum(len(read_shard(folder/n)) for n in have)
     promised = entry["stats"].get(f"tokens_{split}")
     if len(have) == want and promised not in (None, total):
-        raise ShardError(f"{folder}: {total:,} {split} tokens, the manifest promises {promised:,}; {_remedy(name)} again")
+        raise ShardError(
+            f"{folder}: {total:,} {split} tokens, the manifest promises {promised:,};"
+            f" {_remedy(name)} again"
+        )
     return tuple(folder/n for n in have)
 
 def _sidecar(shards):
-    "Files *_val_bytes_*.bin beside validation shards, each as long as its shard; none is fine, some is not."
+    """Files *_val_bytes_*.bin beside validation shards, each as long as its shard; none is fine,
+    some is not."""
     files = [p.with_name("_val_bytes_".join(p.name.rsplit("_val_", 1))) for p in shards]
     if not any(p.is_file() for p in files): return ()
     for p,shard in zip(files, shards):
-        if len(read_shard(p)) != (n := len(read_shard(shard))): raise ShardError(f"{p}: bytes of {len(read_shard(p)):,} tokens, {shard.name} has {n:,}: take the sidecar of these shards")
+        if len(read_shard(p)) != (n := len(read_shard(shard))):
+            raise ShardError(
+                f"{p}: bytes of {len(read_shard(p)):,} tokens, {shard.name} has {n:,}: take the"
+                " sidecar of these shards"
+            )
     return tuple(files)
 
 # %% ../../nbs/game/04_data.ipynb #84e88eb5
@@ -329,12 +428,16 @@ def read_sums(root)->dict: # file below `root` -> [bytes, SHA-256]; empty where 
     "Read the checksums of a dataset."
     path = Path(root)/"checksums.json"
     try: return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as e: raise ValueError(f"{path} is not JSON: {e}; delete it, or build or fetch the data again") from e
+    except ValueError as e:
+        raise ValueError(
+            f"{path} is not JSON: {e}; delete it, or build or fetch the data again") from e
 
 def write_sums(root, files):
     "Keep the checksums of `files` beside the manifest, with those kept before."
-    sums = read_sums(root) | {p.relative_to(root).as_posix(): [p.stat().st_size, file_sum(p)] for p in files}
-    with atomic_write(Path(root)/"checksums.json") as f: f.write(json.dumps(sums, indent=1).encode())
+    sums = read_sums(root) | {p.relative_to(root).as_posix(): [p.stat().st_size,
+        file_sum(p)] for p in files}
+    with atomic_write(Path(root)/"checksums.json") as f:
+        f.write(json.dumps(sums, indent=1).encode())
 
 def is_as_kept(root, path, sums)->bool: # True where nothing was kept
     "Whether a file is the one whose checksum was kept."
@@ -342,17 +445,23 @@ def is_as_kept(root, path, sums)->bool: # True where nothing was kept
     return digest is None or (path.stat().st_size == size and file_sum(path) == digest)
 
 def check_sums(root, files):
-    "Raise for a file that is not what was built or fetched; those beyond `HASHED` bytes are taken as they are."
+    """Raise for a file that is not what was built or fetched; those beyond `HASHED` bytes are taken
+    as they are."""
     sums,read = read_sums(root),0
     for p in files:
         read += p.stat().st_size
-        if read <= HASHED and not is_as_kept(root, p, sums): raise ShardError(f"{p}: not the file that was built or fetched (its SHA-256 differs from checksums.json): build or fetch it again")
+        if read <= HASHED and not is_as_kept(root, p, sums):
+            raise ShardError(
+                f"{p}: not the file that was built or fetched (its SHA-256 differs from"
+                " checksums.json): build or fetch it again"
+            )
 
 # %% ../../nbs/game/04_data.ipynb #4f54b185
 class _Lines(plain_tqdm):
     "A bar for files and pipes: a line now and then."
     def __init__(self, *args, seconds=5., **kw):
-        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds, maxinterval=10*seconds)
+        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds,
+            maxinterval=10*seconds)
         layout = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
         super().__init__(*args, bar_format=layout, **kw)
     def display(self, msg=None, pos=None): print(msg or str(self), file=self.fp, flush=True)
@@ -404,11 +513,14 @@ def text_stats(
     out = {}
     for split,texts in docs.items():
         kept = [len(sp.decode(sp.encode(t)).encode()) for t in texts]
-        out |= {f"text_bytes_{split}": sum(len(t.encode()) for t in texts), f"kept_bytes_{split}": sum(kept), f"docs_blank_{split}": kept.count(0)}
+        out |= {f"text_bytes_{split}": sum(len(t.encode()) for t in texts),
+            f"kept_bytes_{split}": sum(kept), f"docs_blank_{split}": kept.count(0)}
         out[f"marks_{split}"] = sum(len(re.findall("[\ue000-\uf8ff]", t)) for t in texts)
-    seen,lines = {t.strip() for t in docs["train"]},{l.strip() for t in docs["train"] for l in t.splitlines()}
+    seen,lines = {t.strip() for t in docs["train"]},{l.strip() for t in docs["train"]
+        for l in t.splitlines()}
     held = [l.strip() for t in docs["val"] for l in t.splitlines() if len(l.strip()) >= LONG_LINE]
-    return out | dict(docs_shared=sum(t.strip() in seen for t in docs["val"]), lines_long=len(held), lines_shared=sum(l in lines for l in held))
+    return out | dict(docs_shared=sum(t.strip() in seen for t in docs["val"]),
+        lines_long=len(held), lines_shared=sum(l in lines for l in held))
 
 def data_notes(
     dataset, # `Dataset`
@@ -418,23 +530,49 @@ def data_notes(
     s,out = next(d for d in manifest["datasets"] if d["name"] == dataset.name)["stats"],[]
     for split,what in (("train","training"), ("val","held-out")):
         text,kept = s.get(f"text_bytes_{split}", 0),s.get(f"kept_bytes_{split}", 0)
-        if abs(text-kept) > max(64, .005*text): out.append(f"{kept:,} of {text:,} bytes of the {what} text are in its tokens ({kept/text:.1%}): the tokenizer collapses whitespace and rewrites some characters; bits per byte count what is kept")
-        if s.get(f"docs_blank_{split}"): out.append(f"{s[f'docs_blank_{split}']:,} {what} documents encode to nothing")
-    if s.get("marks_val") and not dataset.val_bytes: out.append(f"the held-out text has {s['marks_val']:,} private-use characters, charged 3 bytes each; if they are marks of a rewritten text, put the bytes of the original beside the shards, as *_val_bytes_*.bin")
-    if s.get("docs_shared"): out.append(f"{s['docs_shared']:,} held-out documents are training documents too: a score on them says nothing, and an audit fails")
-    elif s.get("lines_shared"): out.append(f"{s['lines_shared']:,} of {s['lines_long']:,} long held-out lines stand in the training text too")
+        if abs(text-kept) > max(64, .005*text):
+            out.append(
+                f"{kept:,} of {text:,} bytes of the {what} text are in its tokens"
+                f" ({kept/text:.1%}): the tokenizer collapses whitespace and rewrites some"
+                " characters; bits per byte count what is kept"
+            )
+        if s.get(f"docs_blank_{split}"):
+            out.append(f"{s[f'docs_blank_{split}']:,} {what} documents encode to nothing")
+    if s.get("marks_val") and not dataset.val_bytes:
+        out.append(
+            f"the held-out text has {s['marks_val']:,} private-use characters, charged 3 bytes"
+            " each; if they are marks of a rewritten text, put the bytes of the original beside"
+            " the shards, as *_val_bytes_*.bin"
+        )
+    if s.get("docs_shared"):
+        out.append(
+            f"{s['docs_shared']:,} held-out documents are training documents too: a score on them"
+            " says nothing, and an audit fails"
+        )
+    elif s.get("lines_shared"):
+        out.append(
+            f"{s['lines_shared']:,} of {s['lines_long']:,} long held-out lines stand in the"
+            " training text too"
+        )
     return out
 
 # %% ../../nbs/game/04_data.ipynb #cf85ddcd
 def _manifest(name, sp, model, docs, wrote, shard_size):
-    ids = dict(vocab_size=sp.vocab_size(), bos_id=sp.bos_id(), eos_id=sp.eos_id(), recommended_bigram_vocab_size=640*-(-sp.vocab_size()//128))
-    stats = {f"{kind}_{split}": n for split in wrote for kind,n in zip(("docs","files","tokens"), (len(docs[split]), *wrote[split]))}
+    ids = dict(vocab_size=sp.vocab_size(), bos_id=sp.bos_id(), eos_id=sp.eos_id(),
+        recommended_bigram_vocab_size=640*-(-sp.vocab_size()//128))
+    stats = {f"{kind}_{split}": n for split in wrote for kind,n in zip(("docs","files","tokens"),
+        (len(docs[split]), *wrote[split]))}
     stats |= text_stats(sp, docs)
-    stats |= {f"{kind}_total": stats[f"{kind}_train"]+stats[f"{kind}_val"] for kind in ("docs","files","tokens")}
-    dataset = dict(name=name, tokenizer_name=model.stem, tokenizer_kind="sentencepiece_bpe", path=f"datasets/{name}",
-        train_glob=f"datasets/{name}/{name}_train_*.bin", val_glob=f"datasets/{name}/{name}_val_*.bin", **ids, stats=stats)
-    tokenizer = dict(name=model.stem, kind="sentencepiece_bpe", **ids, model_path=f"tokenizers/{model.name}", vocab_path=f"tokenizers/{model.stem}.vocab")
-    return dict(version=name, num_docs=stats["docs_total"], num_val_docs=stats["docs_val"], shard_size=shard_size, append_eos=False,
+    stats |= {f"{kind}_total": stats[f"{kind}_train"]+stats[f"{kind}_val"]
+        for kind in ("docs","files","tokens")}
+    dataset = dict(name=name, tokenizer_name=model.stem, tokenizer_kind="sentencepiece_bpe",
+        path=f"datasets/{name}",
+        train_glob=f"datasets/{name}/{name}_train_*.bin",
+        val_glob=f"datasets/{name}/{name}_val_*.bin", **ids, stats=stats)
+    tokenizer = dict(name=model.stem, kind="sentencepiece_bpe", **ids,
+        model_path=f"tokenizers/{model.name}", vocab_path=f"tokenizers/{model.stem}.vocab")
+    return dict(version=name, num_docs=stats["docs_total"], num_val_docs=stats["docs_val"],
+        shard_size=shard_size, append_eos=False,
         tokenizers=[tokenizer], datasets=[dataset])
 
 # %% ../../nbs/game/04_data.ipynb #382086d5
@@ -442,14 +580,17 @@ def build_dataset(
     train_docs:Iterable[str], # training documents
     val_docs:Iterable[str],   # held-out documents
     path:Path,                # folder to make; must not exist or be empty
-    vocab_size:int=None,      # pieces of the tokenizer trained on train_docs; None: 1024, or what `tokenizer` has
+    # pieces of the tokenizer trained on train_docs; None: 1024, or what `tokenizer` has
+    vocab_size:int=None,
     tokenizer:Path=None,      # SentencePiece model to use instead of training one
     shard_size:int=100_000_000, # tokens per shard; the last of a split is shorter
-    long_entries:str="cut",   # lines above 4,192 bytes: "cut", or left out of the tokenizer's training, "skip"
+    # lines above 4,192 bytes: "cut", or left out of the tokenizer's training, "skip"
+    long_entries:str="cut",
 )->Dataset: # opened
     "Encode documents into a dataset; trains the tokenizer on the training documents."
     path,docs = Path(path),dict(train=list(train_docs), val=list(val_docs))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())): raise FileExistsError(f"{path} exists: remove it or choose another path")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists: remove it or choose another path")
     _check_documents(docs)
     sp = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -457,7 +598,9 @@ def build_dataset(
     model = tmp/"tokenizers"/(Path(tokenizer).name if tokenizer else f"{name}.model")
     try:
         model.parent.mkdir(parents=True)
-        if sp is None: sp = train_tokenizer((line for d in docs["train"] for line in d.splitlines()), model, vocab_size or 1024, long_entries)
+        if sp is None:
+            sp = train_tokenizer((line for d in docs["train"] for line in d.splitlines()), model,
+                vocab_size or 1024, long_entries)
         else:
             with atomic_write(model) as f: f.write(Path(tokenizer).read_bytes())
         _fill(tmp, name, sp, model, docs, shard_size)
@@ -468,25 +611,38 @@ def build_dataset(
 def _check_documents(docs):
     "Raise for a split without text and for half characters, before any work."
     for split,texts in docs.items():
-        if not any(t.strip() for t in texts): raise ValueError(f"{split}_docs holds no text: expected at least one document that is not empty")
+        if not any(t.strip() for t in texts):
+            raise ValueError(
+                f"{split}_docs holds no text: expected at least one document that is not empty")
         for i,t in enumerate(texts):
-            if half := re.search("[\ud800-\udfff]", t): raise ValueError(f"{split} document {i} holds {half[0]!r} at character {half.start()}, half a character, which no UTF-8 text can hold: mend or drop the document")
+            if half := re.search("[\ud800-\udfff]", t):
+                raise ValueError(
+                    f"{split} document {i} holds {half[0]!r} at character {half.start()}, half a"
+                    " character, which no UTF-8 text can hold: mend or drop the document"
+                )
 
 
 # %% ../../nbs/game/04_data.ipynb #f31afebd
 def _fill(root, name, sp, model, docs, shard_size):
     entry = {f"{split}_glob": f"{name}_{split}_*.bin" for split in docs}
-    wrote = {split: _write_split(sp, texts, root/"datasets"/name, _shard_names(entry, split), shard_size) for split,texts in docs.items()}
+    wrote = {split: _write_split(sp, texts, root/"datasets"/name, _shard_names(entry, split),
+        shard_size) for split,texts in docs.items()}
     for split,(_,tokens) in wrote.items():
-        if tokens == len(docs[split]): raise ValueError(f"{split}_docs: all {tokens} documents encode to nothing, for example {docs[split][0][:20]!r}: the tokenizer drops every character of them")
-    with atomic_write(root/"manifest.json") as f: f.write(json.dumps(_manifest(name, sp, model, docs, wrote, shard_size), indent=1).encode())
+        if tokens == len(docs[split]):
+            raise ValueError(
+                f"{split}_docs: all {tokens} documents encode to nothing, for example"
+                f" {docs[split][0][:20]!r}: the tokenizer drops every character of them"
+            )
+    with atomic_write(root/"manifest.json") as f:
+        f.write(json.dumps(_manifest(name, sp, model, docs, wrote, shard_size), indent=1).encode())
     write_sums(root, [model, *sorted((root/"datasets"/name).glob("*.bin"))])
 
 def _claim(tmp, path): # give a finished folder its name, unless another process was faster
     try: tmp.rename(path)
     except OSError as e:
         if not path.exists(): raise
-        raise FileExistsError(f"{path} was made by another process meanwhile: open it instead") from e
+        raise FileExistsError(
+            f"{path} was made by another process meanwhile: open it instead") from e
 
 
 # %% ../../nbs/game/04_data.ipynb #f19ba88e
@@ -497,8 +653,15 @@ def austen(
     "The embedded novels as a dataset."
     path = Path(path)
     if not (path/"manifest.json").exists():
-        try: return build_dataset(austen_documents("train"), austen_documents("val"), path, vocab_size, long_entries="skip")
-        except FileExistsError: pass # another process was faster, or the folder is something else: opening tells
+        try:
+            return build_dataset(austen_documents("train"), austen_documents("val"), path,
+                vocab_size, long_entries="skip")
+        except FileExistsError:
+            pass # another process was faster, or the folder is something else: opening tells
     data = open_dataset(path)
-    if data.vocab_size != vocab_size: raise ValueError(f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}: choose another path")
+    if data.vocab_size != vocab_size:
+        raise ValueError(
+            f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}: choose another"
+            " path"
+        )
     return data

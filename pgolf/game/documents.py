@@ -23,9 +23,16 @@ def _zstd(data):
         data = frame.unused_data
     return b"".join(out)
 
-PACKED = {b"\x1f\x8b": gzip.decompress, b"\x28\xb5\x2f\xfd": _zstd, b"BZh": bz2.decompress, b"\xfd7zXZ\0": lzma.decompress} # first bytes -> how to unpack; all take joined frames
-NOT_TEXT = {b"PAR1": "a Parquet table", b"ARROW1": "an Arrow table", b"PK\3\4": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
-READS = "text (one document a file) or JSONL (an object with a \"text\" a line), plain or under gzip, zstd, bzip2 or xz"
+# first bytes -> how to unpack; all take joined frames
+PACKED = {b"\x1f\x8b": gzip.decompress, b"\x28\xb5\x2f\xfd": _zstd, b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress}
+NOT_TEXT = {b"PAR1": "a Parquet table", b"ARROW1": "an Arrow table", b"PK\3\4": "a zip archive",
+    b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF", b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text"}
+READS = (
+    "text (one document a file) or JSONL (an object with a \"text\" a line), plain or under gzip,"
+    " zstd, bzip2 or xz"
+)
 
 def unpacked(
     path:Path, # file, compressed or not
@@ -36,8 +43,12 @@ def unpacked(
         unpack = next((f for magic,f in PACKED.items() if data.startswith(magic)), None)
         if unpack is None: break
         try: data = unpack(data)
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as e: raise ValueError(f"{path}: its compression is damaged or cut off ({e}): fetch it again") from None
-    what = next((w for magic,w in NOT_TEXT.items() if data.startswith(magic)), "a tar archive" if data[257:262] == b"ustar" else None)
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError,
+            zstandard.ZstdError) as e:
+            raise ValueError(
+                f"{path}: its compression is damaged or cut off ({e}): fetch it again") from None
+    what = next((w for magic,w in NOT_TEXT.items() if data.startswith(magic)),
+        "a tar archive" if data[257:262] == b"ustar" else None)
     if what: raise ValueError(f"{path} is {what}, which pgolf does not read: write it as {READS}")
     return data
 
@@ -56,12 +67,16 @@ def _objects(path, text):
     "Each JSON value of a file with the place where it stands."
     if text.lstrip()[:1] == "[":
         try: yield from ((f"item {i}", v) for i,v in enumerate(json.loads(text), 1))
-        except (ValueError, RecursionError) as e: raise ValueError(f"{path}: starts as a JSON list and is none ({e}): write one object a line") from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(
+                f"{path}: starts as a JSON list and is none ({e}): write one object a line") from None
         return
     for i,line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: yield f"line {i}", json.loads(line)
-        except (ValueError, RecursionError): raise ValueError(f'{path} line {i}: expected a JSON object with a "text", found {line[:40]!r}') from None
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f'{path} line {i}: expected a JSON object with a "text", found {line[:40]!r}') from None
 
 # %% ../../nbs/game/05_documents.ipynb #e8261dc4
 def read_documents(
@@ -72,16 +87,25 @@ def read_documents(
     for path in map(Path, paths):
         if path.is_dir(): raise ValueError(f"{path} is a folder: name its files")
         try: text = unpacked(path).decode("utf-8-sig")
-        except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): pgolf reads {READS}") from None
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): pgolf reads {READS}") from None
         if not text.strip(): raise ValueError(f"{path} is empty: expected text")
-        if "\0" in text[:4096]: raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
-        docs += [_text_of(path, *o) for o in _objects(path, text)] if _is_jsonl(path, text) else [text]
+        if "\0" in text[:4096]:
+            raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
+        docs += [_text_of(path, *o) for o in _objects(path, text)] if _is_jsonl(path,
+            text) else [text]
     return docs
 
 def _text_of(path, where, value):
     "The document in a JSON value."
-    if not isinstance(value, dict) or "text" not in value: raise ValueError(f'{path} {where}: expected a JSON object with a "text", found {str(value)[:40]!r}')
+    if not isinstance(value, dict) or "text" not in value:
+        raise ValueError(
+            f'{path} {where}: expected a JSON object with a "text", found {str(value)[:40]!r}')
     doc = value["text"]
-    if not isinstance(doc, str): raise ValueError(f'{path} {where}: "text" is {doc!r:.40}, expected a string')
-    if half := re.search("[\ud800-\udfff]", doc): raise ValueError(f"{path} {where}: {half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can hold: mend or drop the document")
+    if not isinstance(doc, str):
+        raise ValueError(f'{path} {where}: "text" is {doc!r:.40}, expected a string')
+    if half := re.search("[\ud800-\udfff]", doc):
+        raise ValueError(
+            f"{path} {where}: {half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can hold: mend or drop the document")
     return doc

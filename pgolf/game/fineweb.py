@@ -19,31 +19,42 @@ from .tokenizer import load_tokenizer
 def _fetch(remote, folder, repo_id, endpoint):
     "Bring one file of the hub, or of a folder that mirrors it, below `folder`."
     if Path(repo_id).is_dir():
-        if not (Path(repo_id)/remote).is_file(): raise FileNotFoundError(f"no file {Path(repo_id)/remote}")
+        if not (Path(repo_id)/remote).is_file():
+            raise FileNotFoundError(f"no file {Path(repo_id)/remote}")
         (folder/remote).parent.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copyfile(Path(repo_id)/remote, folder/remote))
-    if Path(repo_id).is_absolute(): raise FileNotFoundError(f"no folder {repo_id}: name a folder that mirrors the hub, or a dataset of the hub as owner/name")
+    if Path(repo_id).is_absolute():
+        raise FileNotFoundError(
+            f"no folder {repo_id}: name a folder that mirrors the hub, or a dataset of the hub as owner/name")
     try: from huggingface_hub import hf_hub_download
-    except ImportError as e: raise ImportError("downloading needs an optional package: pip install huggingface_hub") from e
-    try: got = Path(hf_hub_download(repo_id, remote, repo_type="dataset", local_dir=folder, endpoint=endpoint))
+    except ImportError as e:
+        raise ImportError(
+            "downloading needs an optional package: pip install huggingface_hub") from e
+    try:
+        got = Path(hf_hub_download(repo_id, remote, repo_type="dataset", local_dir=folder,
+            endpoint=endpoint))
     except Exception as e: # the client raises a dozen kinds
         why = (str(e) or repr(e)).splitlines()[0]
-        raise ConnectionError(f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {why}; run the same command again to go on") from e
+        raise ConnectionError(
+            f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {why}; run the same command again to go on") from e
     return _as_the_hub_says(got, folder/".cache"/"huggingface"/"download"/f"{remote}.metadata")
 
 def _as_the_hub_says(got, about):
-    "A fetched file, if its SHA-256 is the one that the hub gave with it; small files come with none."
+    """A fetched file, if its SHA-256 is the one that the hub gave with it; small files come with
+    none."""
     says = about.read_text().split()[1:2] if about.is_file() else []
     if says and re.fullmatch("[0-9a-f]{64}", says[0]) and file_sum(got) != says[0]:
         got.unlink()
-        raise ConnectionError(f"{got.name} arrived damaged (its SHA-256 is not the hub's): run the same command again")
+        raise ConnectionError(
+            f"{got.name} arrived damaged (its SHA-256 is not the hub's): run the same command again")
     return got
 
 # %% ../../nbs/game/06_fineweb.ipynb #cbec0eda
 def _is_whole(root, path, want, sums):
-    "Whether a fetched file is there, as long as the manifest says and with the checksum that was kept."
+    """Whether a fetched file is there, as long as the manifest says and with the checksum that was
+    kept."""
     if not path.is_file() or not is_as_kept(root, path, sums): return False
-    try: _check_shard(path, want)
+    try:_check_shard(path, want)
     except ShardError: return False
     return True
 
@@ -63,19 +74,27 @@ def download_fineweb(
     def get(remote): return _fetch(f"datasets/{remote}", staging, str(repo_id), endpoint)
     manifest = _read_manifest(get("manifest.json"))
     if (root/"manifest.json").is_file() and _read_manifest(root/"manifest.json") != manifest:
-        raise ValueError(f"{root} holds another export than {repo_id}: choose another path, shards of two exports must not mix")
+        raise ValueError(
+            f"{root} holds another export than {repo_id}: choose another path, shards of two"
+            " exports must not mix"
+        )
     entry,tokenizer = _entries(manifest, "the hub's manifest", name)
-    if not 1 <= train_shards <= (most := entry["stats"]["files_train"]): raise ValueError(f"train_shards={train_shards} not in 1..{most}")
+    if not 1 <= train_shards <= (most := entry["stats"]["files_train"]):
+        raise ValueError(f"train_shards={train_shards} not in 1..{most}")
     (staging/"datasets"/"manifest.json").replace(root/"manifest.json")
     sums = read_sums(root)
     for file in filter(None, (tokenizer["model_path"], tokenizer.get("vocab_path"))):
-        if not (root/file).is_file() or not is_as_kept(root, root/file, sums): _take(get(file), root, file, vocab_size=entry["vocab_size"])
-    wanted = [(split,i) for split,n in (("val", entry["stats"]["files_val"]), ("train", train_shards)) for i in range(n)]
+        if not (root/file).is_file() or not is_as_kept(root, root/file, sums):
+            _take(get(file), root, file, vocab_size=entry["vocab_size"])
+    wanted = [(split,i) for split,n in (("val", entry["stats"]["files_val"]),
+        ("train", train_shards)) for i in range(n)]
     for split,i in bar(wanted, desc=name, unit="shard", delay=5):
         file = Path("datasets")/name/next(islice(_shard_names(entry, split), i, None))
         want = _expected_tokens(entry, manifest.get("shard_size"), split, i)
-        if not _is_whole(root, root/file, want, sums): _take(get(file.as_posix()), root, file, want, entry["vocab_size"])
-        elif file.as_posix() not in sums: write_sums(root, [root/file]) # of a folder that was filled before there were checksums
+        if not _is_whole(root, root/file, want, sums):
+            _take(get(file.as_posix()), root, file, want, entry["vocab_size"])
+        elif file.as_posix() not in sums:
+            write_sums(root, [root/file]) # of a folder that was filled before there were checksums
     shutil.rmtree(staging)
     return open_dataset(root/"datasets"/name)
 

@@ -17,8 +17,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from ..files import atomic_write
 
 # %% ../../nbs/game/03_tokenizer.ipynb #a8e3b186
-TRAINER_OPTIONS = dict(model_type="bpe", character_coverage=.999, byte_fallback=True, split_digits=True,
-    normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False)
+TRAINER_OPTIONS = dict(model_type="bpe", character_coverage=.999, byte_fallback=True,
+    split_digits=True,
+    normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
+    unk_id=3, hard_vocab_limit=False)
 
 # %% ../../nbs/game/03_tokenizer.ipynb #ef058d29
 def cut_long(
@@ -29,7 +31,8 @@ def cut_long(
     data = text.encode()
     while len(data) > limit:
         at = data.rfind(b" ", 1, limit+1)
-        if at < 0: at = next(i for i in range(limit, 0, -1) if data[i] & 0xC0 != 0x80) # start of a character
+        # start of a character
+        if at < 0: at = next(i for i in range(limit, 0, -1) if data[i] & 0xC0 != 0x80)
         yield data[:at].decode()
         data = data[at:]
     yield data.decode()
@@ -37,7 +40,8 @@ def cut_long(
 # %% ../../nbs/game/03_tokenizer.ipynb #87b69525
 def train_tokenizer(
     texts:Iterable[str],   # documents, or their lines
-    path:Path,             # the model file to write, *.model; a list of the pieces goes beside it, *.vocab
+    # the model file to write, *.model; a list of the pieces goes beside it, *.vocab
+    path:Path,
     vocab_size:int,        # pieces, the 260 special and byte pieces included
     long_entries:str="cut",# above 4,192 bytes: "cut", or "skip" as the exporter does
     **trainer_overrides,   # SentencePiece trainer options, merged last
@@ -45,23 +49,30 @@ def train_tokenizer(
     "Train a tokenizer with the challenge's options."
     options = TRAINER_OPTIONS | dict(vocab_size=vocab_size, minloglevel=2) | trainer_overrides
     clean = [s for t in texts if (s := t.replace("\0", " ").strip())]
-    if long_entries == "cut": clean = [p for s in clean for p in cut_long(s, options.get("max_sentence_length", 4192))]
+    if long_entries == "cut":
+        clean = [p for s in clean for p in cut_long(s, options.get("max_sentence_length", 4192))]
     if not clean: raise ValueError("no text to train a tokenizer on: every document is empty")
     path,model = Path(path),BytesIO()
     try: SentencePieceTrainer.train(sentence_iterator=iter(clean), model_writer=model, **options)
-    except RuntimeError as e: raise ValueError(f"no tokenizer of vocab_size={vocab_size} from {sum(map(len, clean)):,} characters: {_reason(e)}") from None
+    except RuntimeError as e:
+        raise ValueError(
+            f"no tokenizer of vocab_size={vocab_size} from {sum(map(len, clean)):,} characters: {_reason(e)}") from None
     sp = SentencePieceProcessor(model_proto=model.getvalue())
     if sp.vocab_size() != options["vocab_size"]:
-        raise ValueError(f"the text yields {sp.vocab_size()} pieces, not vocab_size={options['vocab_size']}: take a smaller vocabulary or more text")
+        raise ValueError(
+            f"the text yields {sp.vocab_size()} pieces, not vocab_size={options['vocab_size']}: take a smaller vocabulary or more text")
     with atomic_write(path.with_suffix(".vocab")) as f:
-        f.writelines(f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n".encode() for i in range(sp.vocab_size()))
+        f.writelines(f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n".encode()
+            for i in range(sp.vocab_size()))
     with atomic_write(path) as f: f.write(model.getvalue())
     return sp
 
 def _reason(e):
     "What the library means, for who does not know its source."
-    if m := re.search(r"Vocabulary size too high .*<= *(\d+)", str(e)): return f"the text yields at most {m[1]} pieces: take a smaller vocabulary or more text"
-    if m := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(e)): return f"its characters and the special pieces alone are {m[2]}: take a larger vocabulary"
+    if m := re.search(r"Vocabulary size too high .*<= *(\d+)", str(e)):
+        return f"the text yields at most {m[1]} pieces: take a smaller vocabulary or more text"
+    if m := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", str(e)):
+        return f"its characters and the special pieces alone are {m[2]}: take a larger vocabulary"
     return "the trainer of SentencePiece gave up: take more text, or another vocabulary size"
 
 
@@ -73,10 +84,13 @@ def load_tokenizer(
     "Load a tokenizer and check its size."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no tokenizer at {path}")
-    try: sp = SentencePieceProcessor(model_proto=path.read_bytes())
+    try:sp = SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as e: raise ValueError(f"{path} is not a SentencePiece model") from e
     if vocab_size is not None and sp.vocab_size() != vocab_size:
-        raise ValueError(f"{path} has {sp.vocab_size()} pieces, expected vocab_size={vocab_size}: take the tokenizer that the shards were made with")
+        raise ValueError(
+            f"{path} has {sp.vocab_size()} pieces, expected vocab_size={vocab_size}: take the"
+            " tokenizer that the shards were made with"
+        )
     return sp
 
 # %% ../../nbs/game/03_tokenizer.ipynb #f9e0a5be
@@ -85,9 +99,17 @@ def encode_document(
     text:str,                  # one document
 )->np.ndarray: # (n,) uint16, the BOS id first
     "Turn a document into the tokens that go into a shard."
-    if sp.vocab_size() > 2**16: raise ValueError(f"vocab_size={sp.vocab_size()} does not fit in the 16 bits that a shard has per token")
-    if sp.bos_id() < 0: raise ValueError("the tokenizer has no BOS piece, which starts every document: take one that has")
-    if half := re.search("[\ud800-\udfff]", text): raise ValueError(f"{half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can hold: mend or drop the document")
+    if sp.vocab_size() > 2**16:
+        raise ValueError(
+            f"vocab_size={sp.vocab_size()} does not fit in the 16 bits that a shard has per token")
+    if sp.bos_id() < 0:
+        raise ValueError(
+            "the tokenizer has no BOS piece, which starts every document: take one that has")
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"{half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can"
+            " hold: mend or drop the document"
+        )
     return np.array([sp.bos_id(), *sp.encode(text)], dtype=np.uint16)
 
 def tokenizer_id(

@@ -22,11 +22,14 @@ def attend(
     v:Tensor, # (B, T, K, D)
 )->Tensor: # (B, S, H, D)
     "Causal softmax attention; query head h reads key and value head h // (H/K)."
-    if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.bfloat16,torch.float16): return flash_attn_func(q, k, v, causal=True)
+    if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.bfloat16,torch.float16):
+        return flash_attn_func(q, k, v, causal=True)
     S,T,gqa = q.shape[1],k.shape[1],q.shape[2] != k.shape[2]
-    seen = None if S == T else torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T-S) # is_causal would align the first positions
+    # is_causal would align the first positions
+    seen = None if S == T else torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T-S)
     q,k,v = q.transpose(1,2),k.transpose(1,2),v.transpose(1,2)
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=gqa).transpose(1,2)
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None,
+        enable_gqa=gqa).transpose(1,2)
 
 # %% ../../nbs/model/12_attention.ipynb #d980db0e
 def subtract_self_value(
@@ -54,13 +57,15 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.head_dim,self.xsa = dim//num_heads,xsa
         kv_dim = num_kv_heads*self.head_dim
-        self.c_q,self.c_k,self.c_v = CastLinear(dim, dim),CastLinear(dim, kv_dim),CastLinear(dim, kv_dim)
+        self.c_q,self.c_k,self.c_v = CastLinear(dim, dim),CastLinear(dim,
+            kv_dim),CastLinear(dim, kv_dim)
         self.proj = CastLinear(dim, dim, zero_init=True)
         self.q_gain = nn.Parameter(torch.full((num_heads,), float(qk_gain_init)))
         self.vr_lambda = nn.Parameter(torch.tensor([.5,.5])) if value_residual else None
         self.attn_gate = _open_gate(dim, num_heads) if gated else None
 
-    def forward(self, x:Tensor, rotary=None, value:Tensor|None=None, first:Tensor|None=None, last:int|None=None)->tuple[Tensor,Tensor]:
+    def forward(self, x:Tensor, rotary=None, value:Tensor|None=None, first:Tensor|None=None,
+        last:int|None=None)->tuple[Tensor,Tensor]:
         q,k,v = _project(self, x, rotary, value, last)
         y = attend(q, k, mixed := _mix(self, v, first))
         if self.xsa: y = subtract_self_value(y, last_rows(mixed, last))
@@ -75,13 +80,15 @@ def last_rows(
     "The last `n` positions."
     return x if n is None else x[:,-n:]
 
-def _project(layer:CausalSelfAttention, x:Tensor, rotary, value:Tensor|None, last:int|None)->tuple[Tensor,Tensor,Tensor]:
+def _project(layer:CausalSelfAttention, x:Tensor, rotary, value:Tensor|None,
+    last:int|None)->tuple[Tensor,Tensor,Tensor]:
     "Queries of the last positions, keys and values of all, each (B, positions, heads, head_dim)."
     q,k,v = layer.c_q(last_rows(x, last)),layer.c_k(x),layer.c_v(x)
     if value is not None: v = v + value
     q,k,v = (t.unflatten(-1, (-1, layer.head_dim)) for t in (q,k,v))
     q,k = rms_norm(q),rms_norm(k)
-    if rotary is not None: q,k = apply_rotary(q, *(t[len(t)-q.shape[1]:] for t in rotary)),apply_rotary(k, *rotary)
+    if rotary is not None:
+        q,k = apply_rotary(q, *(t[len(t)-q.shape[1]:] for t in rotary)),apply_rotary(k, *rotary)
     return q*layer.q_gain.to(q.dtype)[:,None],k,v
 
 def _mix(layer:CausalSelfAttention, v:Tensor, first:Tensor|None)->Tensor:
@@ -92,7 +99,8 @@ def _mix(layer:CausalSelfAttention, v:Tensor, first:Tensor|None)->Tensor:
 
 # %% ../../nbs/model/12_attention.ipynb #9d730835
 def _open_gate(dim:int, num_heads:int)->nn.Linear:
-    "Gate that starts at sigmoid(4) = 0.982 whatever its input; a plain linear layer, so no quantizer takes it for a weight matrix."
+    """Gate that starts at sigmoid(4) = 0.982 whatever its input; a plain linear layer, so no
+    quantizer takes it for a weight matrix."""
     gate = nn.Linear(dim, num_heads)
     nn.init.zeros_(gate.weight); nn.init.constant_(gate.bias, 4.)
     return gate

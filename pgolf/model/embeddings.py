@@ -18,7 +18,9 @@ def bigram_hash(
     buckets:int, # table rows, at least 2
 )->Tensor: # (..., T) int32; the first position gets buckets-1, the others 0..buckets-2
     "Hash each token with the one before it."
-    if buckets < 2: raise ValueError(f"buckets={buckets} must be at least 2: one for pairs, one for first positions")
+    if buckets < 2:
+        raise ValueError(
+            f"buckets={buckets} must be at least 2: one for pairs, one for first positions")
     t = ids.int()
     h = torch.bitwise_xor(36313*t[...,1:], 27191*t[...,:-1]) % (buckets-1)
     return F.pad(h, (1,0), value=buckets-1)
@@ -70,7 +72,8 @@ class ValueEmbedding(nn.Module):
         zero_init:bool=False, # start the projection at zero
     ):
         super().__init__()
-        self.embed,self.proj = nn.Embedding(vocab_size, dim),CastLinear(dim, kv_dim, zero_init=zero_init)
+        self.embed,self.proj = nn.Embedding(vocab_size, dim),CastLinear(dim, kv_dim,
+            zero_init=zero_init)
         self.scale = nn.Parameter(torch.tensor(.1))
         nn.init.normal_(self.embed.weight, std=.01)
         if zero_init: nn.init.zeros_(self.proj.weight)

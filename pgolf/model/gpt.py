@@ -40,7 +40,8 @@ class ModelConfig:
     smear:bool=False # SmearGate after the embedding
     bigram_vocab_size:int=0 # BigramHash buckets; 0: off
     bigram_dim:int=128 # BigramHash table width
-    bigram_zero_init:bool=False # zero projection beside the zero table, as PR #1123 ran: never learns
+    # zero projection beside the zero table, as PR #1123 ran: never learns
+    bigram_zero_init:bool=False
     ve_dim:int=0 # value embedding table width; 0: off
     ve_layers:tuple[int,...]=() # blocks that receive the value embedding
     ve_zero_init:bool=False # value projection starts at zero
@@ -59,8 +60,10 @@ class ModelConfig:
             if not ok: raise ValueError(f"{field}={getattr(self, field)!r} {rule}")
 
     head_dim = property(lambda self: self.model_dim//self.num_heads, doc="Width of one head.")
-    kv_dim = property(lambda self: self.num_kv_heads*self.head_dim, doc="Width of all keys, or all values.")
-    mlp_hidden = property(lambda self: int(self.mlp_mult*self.model_dim), doc="Hidden width of the MLP.")
+    kv_dim = property(lambda self: self.num_kv_heads*self.head_dim,
+        doc="Width of all keys, or all values.")
+    mlp_hidden = property(lambda self: int(self.mlp_mult*self.model_dim),
+        doc="Hidden width of the MLP.")
 
 # %% ../../nbs/model/13_gpt.ipynb #6903ba60
 def _config_rules(c:ModelConfig):
@@ -71,14 +74,20 @@ def _config_rules(c:ModelConfig):
     yield c.num_heads % c.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads={c.num_heads}"
     yield c.mlp_hidden >= 1, "mlp_mult", "must give at least one hidden channel"
     yield c.activation in ACTIVATIONS, "activation", f"must be one of {', '.join(ACTIVATIONS)}"
-    yield 0 <= c.rope_dims <= c.head_dim and c.rope_dims % 2 == 0, "rope_dims", f"must be even and in 0..{c.head_dim} (head_dim)"
+    yield (0 <= c.rope_dims <= c.head_dim and c.rope_dims % 2 == 0, "rope_dims",
+        f"must be even and in 0..{c.head_dim} (head_dim)")
     yield c.rope_base > 1, "rope_base", "must be above 1"
-    yield 0 <= c.xsa_last_n <= c.num_layers, "xsa_last_n", f"must be in 0..{c.num_layers} (num_layers)"
-    yield c.bigram_vocab_size == 0 or c.bigram_vocab_size >= 2, "bigram_vocab_size", "must be 0 (off) or at least 2"
-    yield all(0 <= i < c.num_layers for i in c.ve_layers), "ve_layers", f"must lie in 0..{c.num_layers-1}"
-    yield c.ve_dim >= 0 and bool(c.ve_dim) == bool(c.ve_layers), "ve_dim", f"and ve_layers={c.ve_layers} go together: set both or neither"
+    yield (0 <= c.xsa_last_n <= c.num_layers, "xsa_last_n",
+        f"must be in 0..{c.num_layers} (num_layers)")
+    yield (c.bigram_vocab_size == 0 or c.bigram_vocab_size >= 2, "bigram_vocab_size",
+        "must be 0 (off) or at least 2")
+    yield (all(0 <= i < c.num_layers for i in c.ve_layers), "ve_layers",
+        f"must lie in 0..{c.num_layers-1}")
+    yield (c.ve_dim >= 0 and bool(c.ve_dim) == bool(c.ve_layers), "ve_dim",
+        f"and ve_layers={c.ve_layers} go together: set both or neither")
     yield c.logit_softcap >= 0, "logit_softcap", "must be 0 (off) or positive"
-    yield not c.skip_gate or c.skip_init != 0, "skip_gate", "needs skips: set skip_init, for example to 1"
+    yield (not c.skip_gate or c.skip_init != 0, "skip_gate",
+        "needs skips: set skip_init, for example to 1")
 
 # %% ../../nbs/model/13_gpt.ipynb #deaa1414
 class Block(nn.Module):
@@ -91,14 +100,17 @@ class Block(nn.Module):
         c,d = cfg,cfg.model_dim
         self.eps,self.ln_scale = c.norm_eps,(layer+1)**-.5 if c.ln_scale else 1.
         xsa = layer >= c.num_layers-c.xsa_last_n
-        self.attn = CausalSelfAttention(d, c.num_heads, c.num_kv_heads, c.qk_gain_init, xsa, c.value_residual, c.gated_attention)
+        self.attn = CausalSelfAttention(d, c.num_heads, c.num_kv_heads, c.qk_gain_init, xsa,
+            c.value_residual, c.gated_attention)
         self.mlp = MLP(d, c.mlp_hidden, c.activation)
         self.attn_scale,self.mlp_scale = nn.Parameter(torch.ones(d)),nn.Parameter(torch.ones(d))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)])) # rows: stream, embedding
+        # rows: stream, embedding
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
 
     def norm(self, x:Tensor)->Tensor: return rms_norm(x, self.eps)*self.ln_scale
 
-    def forward(self, x:Tensor, x0:Tensor, rotary=None, value:Tensor|None=None, first:Tensor|None=None, last:int|None=None)->tuple[Tensor,Tensor]:
+    def forward(self, x:Tensor, x0:Tensor, rotary=None, value:Tensor|None=None,
+        first:Tensor|None=None, last:int|None=None)->tuple[Tensor,Tensor]:
         m = self.resid_mix.to(x.dtype)
         x = m[0]*x + m[1]*x0
         y,v = self.attn(self.norm(x), rotary, value, first, last)
@@ -113,7 +125,8 @@ class _Ends(nn.Module):
         c,d = cfg,cfg.model_dim
         self.cfg,self.compute_dtype = cfg,torch.float32
         self.tok_emb = nn.Embedding(c.vocab_size, d)
-        self.bigram = BigramHash(c.bigram_vocab_size, c.bigram_dim, d, c.bigram_zero_init) if c.bigram_vocab_size else None
+        self.bigram = BigramHash(c.bigram_vocab_size, c.bigram_dim, d,
+            c.bigram_zero_init) if c.bigram_vocab_size else None
         self.smear = SmearGate(d) if c.smear else None
 
     def embed(self, ids:Tensor)->Tensor:
@@ -134,7 +147,8 @@ class _Ends(nn.Module):
 
 # %% ../../nbs/model/13_gpt.ipynb #37ed033a
 class GPT(_Ends):
-    "A U-shaped transformer language model with a tied head; its parameters carry the names of PR #610."
+    """A U-shaped transformer language model with a tied head; its parameters carry the names of PR
+    #610."""
     def __init__(self,
         cfg:ModelConfig, # the model
         seed:int=0, # of the initial weights
@@ -142,22 +156,26 @@ class GPT(_Ends):
         super().__init__(cfg)
         c,skips = cfg,(cfg.num_layers//2, cfg.model_dim)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
-        self.skip_weights = nn.Parameter(torch.full(skips, float(c.skip_init))) if c.skip_init else None
+        self.skip_weights = (nn.Parameter(torch.full(skips, float(c.skip_init)))
+            if c.skip_init else None)
         self.skip_gates = nn.Parameter(torch.zeros(skips)) if c.skip_gate else None
-        self.ve_shared = ValueEmbedding(c.vocab_size, c.ve_dim, c.kv_dim, c.ve_zero_init) if c.ve_dim else None
+        self.ve_shared = ValueEmbedding(c.vocab_size, c.ve_dim, c.kv_dim,
+            c.ve_zero_init) if c.ve_dim else None
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in c.ve_layers)
         _draw_weights(self, seed)
 
     def forward(self, ids:Tensor)->Tensor: return self.logits(self.hidden(ids))
 
     def hidden(self, ids:Tensor, last:int|None=None)->Tensor:
-        "Final normalized states (B, T, C), or those of the `last` positions, for which alone the last block then computes queries and MLP."
+        """Final normalized states (B, T, C), or those of the `last` positions, for which alone the
+        last block then computes queries and MLP."""
         x = x0 = self.embed(ids)
         rotary,values,first,stack = _rotary(self, ids),_values(self, ids, x.dtype),None,[]
         for i,block in enumerate(self.blocks):
             j = i-len(self.blocks)//2 # decoder block, from 0
             if j >= 0 and stack: x = _take_skip(self, x, stack.pop(), j)
-            x,v = block(x, x0, rotary, values.get(i), first, last if i == len(self.blocks)-1 else None)
+            x,v = block(x, x0, rotary, values.get(i), first,
+                last if i == len(self.blocks)-1 else None)
             if i == 0: first = v
             if j < 0 and self.skip_weights is not None: stack.append(x)
         return rms_norm(x, self.cfg.norm_eps)
@@ -171,10 +189,12 @@ class GPT(_Ends):
 def _rotary(model:GPT, ids:Tensor)->tuple[Tensor,Tensor]|None:
     "Rotary tables for this window, made anew each time: no cache, no trap."
     c = model.cfg
-    return rotary_tables(ids.shape[1], c.rope_dims, c.rope_base, c.rope_train_seq_len, ids.device, c.rope_bf16) if c.rope_dims else None
+    return rotary_tables(ids.shape[1], c.rope_dims, c.rope_base, c.rope_train_seq_len, ids.device,
+        c.rope_bf16) if c.rope_dims else None
 
 def _values(model:GPT, ids:Tensor, dtype:torch.dtype)->dict[int,Tensor]:
-    "Value embedding (B, T, kv_dim) of each block that receives one: computed once, scaled per block."
+    """Value embedding (B, T, kv_dim) of each block that receives one: computed once, scaled per
+    block."""
     if model.ve_shared is None: return {}
     v = model.ve_shared(ids, dtype)
     return {i:v*s.to(dtype) for i,s in zip(model.cfg.ve_layers, model.ve_layer_scales)}
@@ -182,7 +202,8 @@ def _values(model:GPT, ids:Tensor, dtype:torch.dtype)->dict[int,Tensor]:
 def _take_skip(model:GPT, x:Tensor, s:Tensor, j:int)->Tensor:
     "Bring encoder output `s` into decoder block `j`, as a sum or as a gated mix."
     s = model.skip_weights[j].to(x.dtype)*s
-    return x + s if model.skip_gates is None else torch.lerp(s, x, torch.sigmoid(model.skip_gates[j]).to(x.dtype))
+    return x + s if model.skip_gates is None else torch.lerp(s, x,
+        torch.sigmoid(model.skip_gates[j]).to(x.dtype))
 
 # %% ../../nbs/model/13_gpt.ipynb #b31e17bf
 @torch.no_grad()
@@ -193,7 +214,9 @@ def _draw_weights(model:GPT, seed:int):
     for name,m in sorted(model.named_modules()):
         if not isinstance(m, CastLinear): continue
         if m.zero_init: nn.init.zeros_(m.weight)
-        else: nn.init.orthogonal_(m.weight, (2*c.num_layers)**-.5 if name.endswith("proj") else 1., generator=gen)
+        else:
+            nn.init.orthogonal_(m.weight, (2*c.num_layers)**-.5 if name.endswith("proj")
+                else 1., generator=gen)
     nn.init.normal_(model.tok_emb.weight, std=c.tied_embed_init_std, generator=gen)
     if c.ve_dim: nn.init.normal_(model.ve_shared.embed.weight, std=.01, generator=gen)
     for name,p in model.named_parameters():
@@ -211,14 +234,29 @@ class Group:
     lr_mult:float=1. # times that learning rate
 
     def __post_init__(self):
-        if self.kind not in ("muon","adamw","none"): raise ValueError(f"kind={self.kind!r} of group {self.name!r} must be muon, adamw or none")
-        if self.kind != "none" and not self.lr: raise ValueError(f"lr='' of group {self.name!r} must name a learning rate")
+        if self.kind not in ("muon","adamw","none"):
+            raise ValueError(
+                f"kind={self.kind!r} of group {self.name!r} must be muon, adamw or none")
+        if self.kind != "none" and not self.lr:
+            raise ValueError(f"lr='' of group {self.name!r} must name a learning rate")
 
 # %% ../../nbs/model/13_gpt.ipynb #14b3b7e7
-BASE_GROUPS = ( # as PR #610 forms them; attn_gate as in PR #601
-    Group("matrices", r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^(bigram|ve_shared)\.proj\.weight$", "muon", "matrix_lr"),
-    Group("tables", r"^(tok_emb|bigram\.embed|ve_shared\.embed)\.weight$", "adamw", "tied_embed_lr"),
-    Group("scalars", r"(scale|resid_mix|q_gain|vr_lambda|gate|bias|skip_weights|skip_gates|ve_layer_scales\.\d+)$", "adamw", "scalar_lr"),
+BASE_GROUPS = (  # as PR #610 forms them; attn_gate as in PR #601
+    Group(
+        "matrices",
+        r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^(bigram|ve_shared)\.proj\.weight$",
+        "muon",
+        "matrix_lr",
+    ),
+    Group(
+        "tables", r"^(tok_emb|bigram\.embed|ve_shared\.embed)\.weight$", "adamw", "tied_embed_lr"
+    ),
+    Group(
+        "scalars",
+        r"(scale|resid_mix|q_gain|vr_lambda|gate|bias|skip_weights|skip_gates|ve_layer_scales\.\d+)$",
+        "adamw",
+        "scalar_lr",
+    ),
 )
 
 def param_groups(
@@ -229,13 +267,18 @@ def param_groups(
     out = {g.name:[] for g in groups}
     for name,p in model.named_parameters():
         g = next((g for g in groups if re.search(g.pattern, name)), None)
-        if g is None: raise ValueError(f"parameter {name!r} is in none of the groups {', '.join(out)}: add a Group; kind 'none' leaves it out on purpose")
+        if g is None:
+            raise ValueError(
+                f"parameter {name!r} is in none of the groups {', '.join(out)}: add a Group; kind"
+                " 'none' leaves it out on purpose"
+            )
         out[g.name].append((name,p))
     return out
 
 # %% ../../nbs/model/13_gpt.ipynb #e2f45dc8
 KINDS = (("token embedding", r"^tok_emb"), ("bigram", r"^bigram"), ("value embedding", r"^ve_"),
-         ("attention", r"attn\.(c_[qkv]|proj|attn_gate)\."), ("mlp", r"mlp\.(fc|proj)\."), ("scalars", r""))
+         ("attention", r"attn\.(c_[qkv]|proj|attn_gate)\."), ("mlp", r"mlp\.(fc|proj)\."),
+         ("scalars", r""))
 
 def count_parameters(
     cfg:ModelConfig|nn.Module, # a configuration (nothing is allocated) or a model
@@ -244,7 +287,8 @@ def count_parameters(
     if isinstance(cfg, ModelConfig):
         with torch.device("meta"): cfg = GPT(cfg)
     out = dict.fromkeys((k for k,_ in KINDS), 0)
-    for name,p in cfg.named_parameters(): out[next(k for k,pat in KINDS if re.search(pat, name))] += p.numel()
+    for name,p in cfg.named_parameters():
+        out[next(k for k,pat in KINDS if re.search(pat, name))] += p.numel()
     return out
 
 # %% ../../nbs/model/13_gpt.ipynb #e53f3114
@@ -252,7 +296,8 @@ def flops_by_part(
     cfg:ModelConfig, # the model
     seq_len:int, # window, tokens
 )->dict[str,int]: # part -> forward floating-point operations per token
-    "Count two operations per weight that a token meets, and per pair of positions and channel four."
+    """Count two operations per weight that a token meets, and per pair of positions and channel
+    four."""
     c,L,d = cfg,cfg.num_layers,cfg.model_dim
     return {"attention matrices": 2*L*d*(2*d + 2*c.kv_dim + c.gated_attention*c.num_heads),
             "attention window": 4*L*seq_len*d,

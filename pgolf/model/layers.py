@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor,nn
 
 # %% ../../nbs/model/10_layers.ipynb #5fd535aa
-NORM_EPS = torch.finfo(torch.float32).eps # 2**-23 for every dtype: bfloat16's own 2**-7 would swamp a table of std 0.005
+# 2**-23 for every dtype: bfloat16's own 2**-7 would swamp a table of std 0.005
+NORM_EPS = torch.finfo(torch.float32).eps
 
 def rms_norm(
     x:Tensor, # (..., C), any float dtype
@@ -33,7 +34,8 @@ class CastLinear(nn.Linear):
     ):
         super().__init__(in_features, out_features, bias=bias)
         self.zero_init = zero_init
-        self.fake_quant:Callable[[Tensor],Tensor]|None = None # applied to the weight in training mode
+        # applied to the weight in training mode
+        self.fake_quant:Callable[[Tensor],Tensor]|None = None
         self.eval_quant:Callable[[Tensor],Tensor]|None = None # applied to the weight in eval mode
 
     def forward(self, x:Tensor)->Tensor:
@@ -60,12 +62,15 @@ def rotary_tables(
     bf16:bool=False, # round frequencies, positions, angles and tables to bfloat16, as PR #601 ran
 )->tuple[Tensor,Tensor]: # cos and sin, each (seq_len, rope_dims/2) float32
     "Make the rotation of every position and pair of dims."
-    if rope_dims < 2 or rope_dims % 2: raise ValueError(f"rope_dims={rope_dims} must be even and at least 2")
-    if train_len and seq_len > train_len and rope_dims > 2: base = base*(seq_len/train_len)**(rope_dims/(rope_dims-2))
+    if rope_dims < 2 or rope_dims % 2:
+        raise ValueError(f"rope_dims={rope_dims} must be even and at least 2")
+    if train_len and seq_len > train_len and rope_dims > 2:
+        base = base*(seq_len/train_len)**(rope_dims/(rope_dims-2))
     rnd = _to_bf16 if bf16 else lambda x: x
     i = torch.arange(0, rope_dims, 2, dtype=torch.float32, device=device)
     freq = rnd(1/(base**(i/rope_dims)))
-    angle = rnd(rnd(torch.arange(seq_len, dtype=torch.float32, device=device))[:,None]*freq) # (T, R/2)
+    # (T, R/2)
+    angle = rnd(rnd(torch.arange(seq_len, dtype=torch.float32, device=device))[:,None]*freq)
     return rnd(angle.cos()),rnd(angle.sin())
 
 # %% ../../nbs/model/10_layers.ipynb #d7fb8508
@@ -89,7 +94,9 @@ def leaky_relu2(x:Tensor)->Tensor:
     "Square LeakyReLU with slope 0.5: a negative x gives x²/4."
     return F.leaky_relu(x, .5).square()
 
-ACTIVATIONS:dict[str,Callable[[Tensor],Tensor]] = dict(relu2=relu2, leaky_relu2=leaky_relu2, star_relu=relu2) # star_relu: MLP adds scale and bias
+# star_relu: MLP adds scale and bias
+ACTIVATIONS:dict[str,Callable[[Tensor],Tensor]] = dict(relu2=relu2, leaky_relu2=leaky_relu2,
+    star_relu=relu2)
 
 # %% ../../nbs/model/10_layers.ipynb #e46ed200
 class MLP(nn.Module):
@@ -97,13 +104,17 @@ class MLP(nn.Module):
     def __init__(self,
         dim:int, # width read and written
         hidden:int, # width between
-        activation:str="relu2", # key of `ACTIVATIONS`; star_relu adds a scale and a bias per hidden channel
+        # key of `ACTIVATIONS`; star_relu adds a scale and a bias per hidden channel
+        activation:str="relu2",
     ):
         super().__init__()
-        if activation not in ACTIVATIONS: raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
         self.fc,self.proj = CastLinear(dim, hidden),CastLinear(hidden, dim, zero_init=True)
         self.activation,self.affine = ACTIVATIONS[activation],activation=="star_relu"
-        if self.affine: self.scale,self.bias = nn.Parameter(torch.ones(hidden)),nn.Parameter(torch.zeros(hidden))
+        if self.affine:
+            self.scale,self.bias = (nn.Parameter(torch.ones(hidden)),
+                nn.Parameter(torch.zeros(hidden)))
 
     def forward(self, x:Tensor)->Tensor:
         h = self.activation(self.fc(x))

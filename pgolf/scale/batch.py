@@ -458,7 +458,8 @@ def plan_rows(
     "The plan as a table."
     does = dict(new="run", unfinished="go on", finished="nothing")
     def settings(run): return " ".join(f"{k}={v}" for k,v in run.overrides.items())
-    return [[i+1, r.recipe, r.scale, str(r.seed), settings(r), f"{memory_of(r)/1e9:.1f} GB", does[s],
+    return [[i+1, r.recipe, r.scale, str(r.seed), settings(r),
+        f"{memory_of(r)/1e9:.1f} GB", does[s],
         Path(r.out).name]
         for i,(r,s) in enumerate(zip(plan, states))]
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
 from .windows import ScoreConfig, evaluating, plan_windows, score, window_logits
-from .ttt import Learner, TTTConfig, adapt, chunk_plan, illegal_rescore, score_with, scored_chunks
+from .ttt import (Learner, TTTConfig, adapt, chunk_plan, illegal_rescore, score_with,
+                             scored_chunks)
 
 # %% ../../nbs/score/42_audit.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -32,21 +33,29 @@ class UpdateLog:
 @dataclass(frozen=True)
 class Evaluation:
     "What is audited: a scorer, and what else can be asked of it."
-    scorer:Callable             # tokens (n+1,) int64 -> log-probability of each target (n,), nats; starts anew at each call
+    # tokens (n+1,) int64 -> log-probability of each target (n,), nats; starts anew at each call
+    scorer:Callable
     vocab_size:int              # tokens that could have come
     bos_id:int=1                # starts a document
-    distributions:Callable=None # tokens, targets -> (targets, vocab_size) log-probabilities before each target was seen
-    weights:Callable=None       # tokens, targets -> (targets, ...) gates, mixture weights or look-up keys used for each
-    mixer:Callable=None         # ids (T,) -> (T, C): the input of the first layer that was meant to look at other positions
+    # tokens, targets -> (targets, vocab_size) log-probabilities before each target was seen
+    distributions:Callable=None
+    # tokens, targets -> (targets, ...) gates, mixture weights or look-up keys used for each
+    weights:Callable=None
+    # ids (T,) -> (T, C): the input of the first layer that was meant to look at other positions
+    mixer:Callable=None
     windows:Callable=None       # n -> (start, stop, first scored) of each window over n targets
     log:Callable=None           # tokens -> UpdateLog
-    stopped:Callable=None       # tokens, k -> as `scorer`, but learning from the first k chunks only
+    # tokens, k -> as `scorer`, but learning from the first k chunks only
+    stopped:Callable=None
     chunk_tokens:int=0          # targets between two updates; 0: nothing is learnt
 
 # %% ../../nbs/score/42_audit.ipynb #2bd2bdc7
 PASSED,FAILED,ABSENT = "passed","failed","not applicable"
-LATER = ("D9",) # ruled on in the last days of the challenge, after the five systems: reported, but not decisive
-TOL = 1e-4      # nats; other shapes sum float32 numbers in another order, which moves a score by about 1e-6, after some updates 1e-5
+# ruled on in the last days of the challenge, after the five systems: reported, but not decisive
+LATER = ("D9",)
+# nats; other shapes sum float32 numbers in another order, which moves a score by about 1e-6, after
+# some updates 1e-5
+TOL = 1e-4
 
 @dataclass(frozen=True)
 class Finding:
@@ -70,7 +79,8 @@ def _finding(name, what, leaks, tol, good, bad, unit="nats"):
     leaks = [(math.inf if math.isnan(s) else s, *rest) for s,*rest in leaks]
     size,place,how = max(leaks, key=lambda l: l[0], default=(0., None, ""))
     if size <= tol: return Finding(name, what, PASSED, good)
-    return Finding(name, what, FAILED, f"{bad.format(place=place)} {size:.2g} {unit}".strip()+how, place, size)
+    return Finding(name, what, FAILED, f"{bad.format(place=place)} {size:.2g} {unit}".strip()
+        +how, place, size)
 
 def _moved(new, old, how):
     "The largest change between two rows of scores, as a leak."
@@ -93,7 +103,9 @@ def changes(
     if tokens[target+1] != ev.bos_id: start[target+1] = ev.bos_id
     else: start[target+1] = (ev.bos_id+1) % ev.vocab_size
     rest[target+2:] = other[target+2:]
-    return [("it is another token", only, target), ("it starts a document, or no longer does", start, target), ("what follows is other text", rest, target+1)]
+    return [("it is another token", only, target),
+        ("it starts a document, or no longer does", start, target),
+        ("what follows is other text", rest, target+1)]
 
 # %% ../../nbs/score/42_audit.ipynb #2c3bf92f
 def future_flip(
@@ -112,9 +124,13 @@ def future_flip(
             leaks.append(_moved(new[:free], base[:free], f" when, at target {t}, {what}"))
             if rows is None or free > t: continue
             promised = abs(float(rows[i, changed[t+1]]-new[t]))
-            leaks.append((promised if promised > TOL else 0., t, f" from what was promised when, at target {t}, {what}"))
-    good = f"{3*len(places)} changes; earlier scores stand" + (" to the last bit" if noise == 0 else f" within {noise:.1g} nats") + ("; promised scores are given" if rows is not None else "")
-    return _finding("T1a", "later tokens change no score", leaks, noise, good, "target {place} moves by")
+            leaks.append((promised if promised > TOL else 0., t,
+                f" from what was promised when, at target {t}, {what}"))
+    good = f"{3*len(places)} changes; earlier scores stand" + (" to the last bit" if noise == 0
+        else f" within {noise:.1g} nats") + ("; promised scores are given"
+        if rows is not None else "")
+    return _finding("T1a", "later tokens change no score", leaks, noise, good,
+        "target {place} moves by")
 
 # %% ../../nbs/score/42_audit.ipynb #5b73c6d9
 def prefix_only(
@@ -124,8 +140,11 @@ def prefix_only(
 )->Finding: # T1b
     "Whether the scores of a prefix are those of the whole."
     base = ev.scorer(tokens)
-    leaks = [_moved(ev.scorer(tokens[:t+2]), base[:t+1], f" when the text ends at {t}") for t in places]
-    return _finding("T1b", "the prefix is enough", leaks, TOL, f"{len(places)} prefixes score as in the whole, within {TOL} nats", "target {place} moves by")
+    leaks = [_moved(ev.scorer(tokens[:t+2]), base[:t+1], f" when the text ends at {t}")
+        for t in places]
+    return _finding("T1b", "the prefix is enough", leaks, TOL,
+        f"{len(places)} prefixes score as in the whole, within {TOL} nats",
+        "target {place} moves by")
 
 # %% ../../nbs/score/42_audit.ipynb #ce66dfd3
 def gates_are_blind(
@@ -136,12 +155,16 @@ def gates_are_blind(
 )->Finding: # T1c
     "Whether gates, mixture weights and look-up keys ignore the target."
     what = "gates and keys ignore the target"
-    if ev.weights is None: return Finding("T1c", what, ABSENT, "no gates are shown; what they do to a score is seen by T1a and T2a")
+    if ev.weights is None:
+        return Finding("T1c", what, ABSENT,
+            "no gates are shown; what they do to a score is seen by T1a and T2a")
     leaks = []
     for t in places:
         old = ev.weights(tokens, [t]).flatten()
-        leaks += [(_moved(ev.weights(new, [t]).flatten(), old, "")[0], t, f" when {how}") for how,new,_ in changes(ev, tokens, t, seed)]
-    return _finding("T1c", what, leaks, 0., f"{3*len(places)} changes, no weight moved", "the weights of target {place} move by", "")
+        leaks += [(_moved(ev.weights(new, [t]).flatten(), old, "")[0], t, f" when {how}")
+            for how,new,_ in changes(ev, tokens, t, seed)]
+    return _finding("T1c", what, leaks, 0., f"{3*len(places)} changes, no weight moved",
+        "the weights of target {place} move by", "")
 
 # %% ../../nbs/score/42_audit.ipynb #0a741baa
 def _runs(tokens, n):
@@ -151,18 +174,24 @@ def _runs(tokens, n):
     return h
 
 def calibration_apart(
-    calibration:Tensor|None, # (windows, T) or (n,) tokens that something was fitted to; None: unknown
+    # (windows, T) or (n,) tokens that something was fitted to; None: unknown
+    calibration:Tensor|None,
     val:Tensor,              # (n+1,) validation tokens
     run:int=32,              # tokens that count as the same text
 )->Finding: # T1e
     "Whether calibration saw validation tokens."
     what = "calibration used no validation text"
-    if calibration is None: return Finding("T1e", what, ABSENT, "nothing was calibrated, or nobody says on what")
+    if calibration is None:
+        return Finding("T1e", what, ABSENT, "nothing was calibrated, or nobody says on what")
     rows = calibration if calibration.ndim > 1 else calibration[None]
     seen = torch.isin(torch.cat([_runs(r, run) for r in rows]), _runs(val, run))
     share = float(seen.double().mean()) if len(seen) else 0.
-    good = f"{rows.numel():,} calibration tokens share no run of {run} with {len(val):,} validation tokens"
-    return _finding("T1e", what, [(share, None, "")], 0., good, f"share of calibration runs of {run} tokens that are validation text:", "")
+    good = (
+        f"{rows.numel():,} calibration tokens share no run of {run} with {len(val):,} validation"
+        " tokens"
+    )
+    return _finding("T1e", what, [(share, None, "")], 0., good,
+        f"share of calibration runs of {run} tokens that are validation text:", "")
 
 # %% ../../nbs/score/42_audit.ipynb #ba258c1d
 def every_candidate(
@@ -170,9 +199,11 @@ def every_candidate(
     tokens:Tensor,  # (n+1,) int64
     target:int,     # 0..n-1
 )->Tensor: # (vocab_size,) log-probabilities
-    "Score each token of the vocabulary as if it were the target: as many evaluations of the prefix."
+    """Score each token of the vocabulary as if it were the target: as many evaluations of the
+    prefix."""
     prefix = tokens[:target+1]
-    return torch.stack([ev.scorer(torch.cat([prefix, torch.tensor([v])]))[-1] for v in range(ev.vocab_size)])
+    return torch.stack([ev.scorer(torch.cat([prefix, torch.tensor([v])]))[-1]
+        for v in range(ev.vocab_size)])
 
 def sums_to_one(
     ev:Evaluation,  # to ask
@@ -182,12 +213,20 @@ def sums_to_one(
     "Whether what could have come sums to 1, and what came was scored with it."
     if ev.distributions:
         rows,base = ev.distributions(tokens, places).double(),ev.scorer(tokens).double()
-        leaks = [(abs(float(rows[i, tokens[t+1]]-base[t])), t, " from the distribution it shows") for i,t in enumerate(places)]
-    else: places,leaks = places[:1],[]; rows = every_candidate(ev, tokens, places[0]).double()[None]
+        leaks = [(abs(float(rows[i, tokens[t+1]]-base[t])), t, " from the distribution it shows")
+            for i,t in enumerate(places)]
+    else:
+        places, leaks = places[:1], []
+        rows = every_candidate(ev, tokens, places[0]).double()[None]
     total = rows.exp().sum(1)
-    leaks += [(abs(float(s)-1), t, f": the candidates sum to {float(s):.6g}") for s,t in zip(total, places)]
-    good = f"{ev.vocab_size} candidates at each of {len(places)} places: sums within {float((total-1).abs().max()):.1g} of 1"
-    return _finding("T2a", "every candidate has a probability, sum 1", leaks, TOL, good, "target {place} is off by", "")
+    leaks += [(abs(float(s)-1), t, f": the candidates sum to {float(s):.6g}")
+        for s,t in zip(total, places)]
+    good = (
+        f"{ev.vocab_size} candidates at each of {len(places)} places: sums within"
+        f" {float((total-1).abs().max()):.1g} of 1"
+    )
+    return _finding("T2a", "every candidate has a probability, sum 1", leaks, TOL, good,
+        "target {place} is off by", "")
 
 # %% ../../nbs/score/42_audit.ipynb #abd0b938
 def learns_after_scoring(
@@ -196,9 +235,12 @@ def learns_after_scoring(
     "Whether each update learnt from targets that had been scored."
     what = "updates learn from scored targets"
     if log is None: return Finding("T3a", what, ABSENT, "nothing is learnt, or no log is kept")
-    leaks = [(float(log.scored[t]-k), t, f", first by update {k}") for k,targets in log.updates for t in targets if log.scored[t] > k]
+    leaks = [(float(log.scored[t]-k), t, f", first by update {k}") for k,targets in log.updates
+        for t in targets if log.scored[t] > k]
     leaks = sorted(leaks, key=lambda l: l[1])[:1]
-    return _finding("T3a", what, leaks, 0, f"{len(log.updates)} updates, {len(log.scored):,} targets in order", "target {place} was learnt from before it was scored, too early by", "updates")
+    return _finding("T3a", what, leaks, 0,
+        f"{len(log.updates)} updates, {len(log.scored):,} targets in order",
+        "target {place} was learnt from before it was scored, too early by", "updates")
 
 def learning_is_late(
     ev:Evaluation,  # with `stopped` and `chunk_tokens`
@@ -207,10 +249,17 @@ def learning_is_late(
 )->Finding: # T3b
     "Whether what is learnt from a chunk leaves it and those before it alone."
     what = "learning from a chunk leaves its scores"
-    if ev.stopped is None: return Finding("T3b", what, ABSENT, "nothing is learnt, or learning cannot be stopped from outside")
+    if ev.stopped is None:
+        return Finding("T3b", what, ABSENT,
+            "nothing is learnt, or learning cannot be stopped from outside")
     base,cut,end = ev.scorer(tokens),ev.stopped(tokens, k),(k+1)*ev.chunk_tokens
-    good = f"without learning from chunk {k} on, chunks 0 to {k} keep their scores to the last bit" + ("" if end >= len(base) or bool((base != cut)[end:].any()) else "; nor does any other score move")
-    return _finding("T3b", what, [_moved(cut[:end], base[:end], f" when learning stops before chunk {k}")], 0., good, "target {place} moves by")
+    good = (
+        f"without learning from chunk {k} on, chunks 0 to {k} keep their scores to the last bit"
+        + ("" if end >= len(base) or bool((base != cut)[end:].any())
+            else "; nor does any other score move"))
+    return _finding("T3b", what,
+        [_moved(cut[:end], base[:end], f" when learning stops before chunk {k}")], 0., good,
+        "target {place} moves by")
 
 # %% ../../nbs/score/42_audit.ipynb #edb3b852
 def counted_once(
@@ -222,15 +271,21 @@ def counted_once(
     for _,stop,first in windows: count[first] += 1; count[stop] -= 1
     count = count.cumsum(0)[:n]
     wrong = (count != 1).nonzero().flatten().tolist()
-    leaks = [(float(len(wrong)), wrong[0], f", the first of them {int(count[wrong[0]])} times")] if wrong else []
-    return _finding("T4a", "each target is scored once", leaks, 0, f"{n:,} targets in {len(windows):,} windows, each once", "from target {place} on, not scored once:", "targets")
+    leaks = ([(float(len(wrong)), wrong[0], f", the first of them {int(count[wrong[0]])} times")]
+        if wrong else [])
+    return _finding("T4a", "each target is scored once", leaks, 0,
+        f"{n:,} targets in {len(windows):,} windows, each once",
+        "from target {place} on, not scored once:", "targets")
 
 def windows_advance(
     windows:list,      # (start, stop, first scored) of each, in order
 )->Finding: # T4c
     "Whether each window scores only what no window before it has reached."
-    leaks = [(float(b-g), g, f", in window {i+1}") for i,((_,b,_),(_,_,g)) in enumerate(zip(windows, windows[1:])) if g < b]
-    return _finding("T4c", "windows score their last targets only", leaks[:1], 0, f"{len(windows):,} windows, each from where the one before ended", "target {place} is the first of those scored again,", "targets")
+    leaks = [(float(b-g), g, f", in window {i+1}")
+        for i,((_,b,_),(_,_,g)) in enumerate(zip(windows, windows[1:])) if g < b]
+    return _finding("T4c", "windows score their last targets only", leaks[:1], 0,
+        f"{len(windows):,} windows, each from where the one before ended",
+        "target {place} is the first of those scored again,", "targets")
 
 # %% ../../nbs/score/42_audit.ipynb #f4360bdd
 def reported_sum(
@@ -242,7 +297,9 @@ def reported_sum(
     "Whether the reported number is the sum of the first scores."
     found = -float(logp.double().sum())/math.log(2)/n_bytes
     leak = abs(bpb/found-1)
-    return _finding("T4b", "the report is the sum of first scores", [(leak if leak > tol else 0., None, f": reported {bpb:.6f}, summed {found:.6f} bpb")], 0., f"{len(logp):,} scores, {n_bytes:,} bytes: {found:.6f} bpb", "relative difference", "")
+    return _finding("T4b", "the report is the sum of first scores",
+        [(leak if leak > tol else 0., None, f": reported {bpb:.6f}, summed {found:.6f} bpb")], 0.,
+        f"{len(logp):,} scores, {n_bytes:,} bytes: {found:.6f} bpb", "relative difference", "")
 
 # %% ../../nbs/score/42_audit.ipynb #81758431
 def documents(
@@ -259,11 +316,15 @@ def documents_apart(
     bos_id:int=1,  # starts a document
 )->Finding: # D2
     "Whether train and validation share a document."
-    def digests(x): return [hashlib.blake2b(d.numpy().tobytes(), digest_size=16).digest() for d in documents(x, bos_id) if len(d) > 1]
+    def digests(x):
+        return [hashlib.blake2b(d.numpy().tobytes(), digest_size=16).digest()
+            for d in documents(x, bos_id) if len(d) > 1]
     known,held = set(digests(train)),digests(val)
     shared = [i for i,d in enumerate(held) if d in known]
     leaks = [(float(len(shared)), shared[0], f" of {len(held):,}")] if shared else []
-    return _finding("D2", "train and validation share no document", leaks, 0, f"{len(held):,} held-out documents, none among {len(known):,} of training", "document {place} and others were trained on:", "documents")
+    return _finding("D2", "train and validation share no document", leaks, 0,
+        f"{len(held):,} held-out documents, none among {len(known):,} of training",
+        "document {place} and others were trained on:", "documents")
 
 # %% ../../nbs/score/42_audit.ipynb #858ab4fa
 def all_is_scored(
@@ -274,7 +335,10 @@ def all_is_scored(
     "Whether the whole split was scored, and if not, whether the report says so."
     said = "and reported as all" if coverage == 1 else f"reported as {coverage:.2%}"
     how = f": {scored:,} of {available:,} targets, {said}"
-    return _finding("D3", "the full split is scored", [(1-scored/available if scored <= available else math.inf, scored, how)], 0, f"{scored:,} targets of {available:,}", "from target {place} on nothing is scored, a share of", "")
+    return _finding("D3", "the full split is scored",
+        [(1-scored/available if scored <= available else math.inf, scored, how)], 0,
+        f"{scored:,} targets of {available:,}",
+        "from target {place} on nothing is scored, a share of", "")
 
 def bytes_are_text(
     tokens:Tensor,     # (n+1,) int64; starts with a document
@@ -286,8 +350,11 @@ def bytes_are_text(
     for i,d in enumerate(docs):
         text,counted = len(sp.decode(d.tolist()).encode()),int(tables.count(d[:-1], d[1:]).sum())
         total += text
-        if text != counted and not (i == len(docs)-1 and abs(text-counted) < 12): leaks.append((abs(counted/max(1, text)-1), i, f", {counted:,} bytes for {text:,}"))
-    return _finding("D7", "bytes charged are the text's", leaks, 0, f"{len(docs):,} documents, {total:,} bytes, as decoded", "document {place} is miscounted by a share of", "")
+        if text != counted and not (i == len(docs)-1 and abs(text-counted) < 12):
+            leaks.append((abs(counted/max(1, text)-1), i, f", {counted:,} bytes for {text:,}"))
+    return _finding("D7", "bytes charged are the text's", leaks, 0,
+        f"{len(docs):,} documents, {total:,} bytes, as decoded",
+        "document {place} is miscounted by a share of", "")
 
 # %% ../../nbs/score/42_audit.ipynb #ae08fbd9
 def bos_is_blank(
@@ -296,12 +363,16 @@ def bos_is_blank(
 )->Finding: # D9
     "Whether the input at a document's start ignores the document before."
     what = "the input at BOS ignores the last document"
-    if ev.mixer is None: return Finding("D9", what, ABSENT, "the input of the first layer is not shown")
+    if ev.mixer is None:
+        return Finding("D9", what, ABSENT, "the input of the first layer is not shown")
     ids = torch.randint(ev.vocab_size, (16,), generator=torch.Generator().manual_seed(seed))
     ids[8] = ev.bos_id
     other = ids.clone(); other[:8] = (other[:8]+1) % ev.vocab_size
     a,b = ev.mixer(ids)[8].double(),ev.mixer(other)[8].double()
-    return _finding("D9", what, [(float((a-b).norm()/a.norm()), None, " of its length with the last token of the document before")], 1e-6, "the row of BOS is its own", "the row of BOS moves by", "")
+    return _finding("D9", what,
+        [(float((a-b).norm()/a.norm()), None,
+            " of its length with the last token of the document before")], 1e-6,
+            "the row of BOS is its own", "the row of BOS moves by", "")
 
 # %% ../../nbs/score/42_audit.ipynb #708f7647
 def pick_places(
@@ -312,7 +383,8 @@ def pick_places(
 )->list[int]: # targets in order
     "Choose targets: the first document start, the first after an update, and others by chance."
     n = len(tokens)-1
-    special = (tokens[1:] == ev.bos_id).nonzero().flatten().tolist()[:1]+([ev.chunk_tokens] if 0 < ev.chunk_tokens < n else [])
+    special = (tokens[1:] == ev.bos_id).nonzero().flatten().tolist()[:1]+([ev.chunk_tokens]
+        if 0 < ev.chunk_tokens < n else [])
     chance = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(list(dict.fromkeys(special+chance))[:count])
 
@@ -326,10 +398,14 @@ def audit(
     tokens,n = torch.as_tensor(tokens).long(),len(tokens)-1
     if n < 2: raise ValueError(f"{n} target(s): an audit needs at least 2, better some hundred")
     at,more = pick_places(ev, tokens, places, seed),pick_places(ev, tokens, 16*places, seed+1)
-    out = [future_flip(ev, tokens, at, seed), prefix_only(ev, tokens, at), gates_are_blind(ev, tokens, at, seed), sums_to_one(ev, tokens, more)]
+    out = [future_flip(ev, tokens, at, seed), prefix_only(ev, tokens, at),
+        gates_are_blind(ev, tokens, at, seed), sums_to_one(ev, tokens, more)]
     out += [learns_after_scoring(ev.log(tokens) if ev.log else None), learning_is_late(ev, tokens)]
     if ev.windows: out += [counted_once(ev.windows(n), n), windows_advance(ev.windows(n))]
-    else: out += [Finding(name, what, ABSENT, "the windows are not shown") for name,what in (("T4a","each target is scored once"), ("T4c","windows score their last targets only"))]
+    else:
+        out += [Finding(name, what, ABSENT, "the windows are not shown")
+            for name,what in (("T4a","each target is scored once"),
+                ("T4c","windows score their last targets only"))]
     return out+[bos_is_blank(ev, seed)]
 
 # %% ../../nbs/score/42_audit.ipynb #3032615e
@@ -337,7 +413,8 @@ def as_rows(
     findings:list[Finding], # of an audit
 )->list[tuple[str,str,str,str]]: # name, property, status, detail
     "An audit as a table."
-    return [(f.name, f.what, f.status.upper() if f.status == FAILED else f.status, f.detail) for f in findings]
+    return [(f.name, f.what, f.status.upper() if f.status == FAILED else f.status, f.detail)
+        for f in findings]
 
 # %% ../../nbs/score/42_audit.ipynb #3b8a339f
 def model_evaluation(
@@ -356,17 +433,26 @@ def model_evaluation(
         learner = Learner(model, ttt)
         return learner,-score_with(learner, full(tokens), tables, c).nll[:len(tokens)-1]
     def scorer(tokens):
-        if ttt is None: return -score(model, full(tokens), tables, c.eval_seq_len, c.eval_stride, c.eval_batch, c.eval_temperature).nll[:len(tokens)-1]
+        if ttt is None:
+            return -score(model, full(tokens), tables, c.eval_seq_len, c.eval_stride, c.eval_batch,
+                c.eval_temperature).nll[:len(tokens)-1]
         learner,logp = run(tokens, ttt)
-        return -illegal_rescore(learner, full(tokens), tables, replace(c, eval_temperature=rescore)).nll[:len(logp)] if rescore else logp
+        return -illegal_rescore(learner, full(tokens), tables,
+            replace(c, eval_temperature=rescore)).nll[:len(logp)] if rescore else logp
     def embed(ids):
-        with torch.no_grad(): return model.embed(ids[None].to(next(model.parameters()).device))[0].float().cpu()
-    learns = {} if ttt is None else dict(chunk_tokens=ttt.ttt_chunk_tokens, log=lambda x: log_of(run(x, ttt)[0]), stopped=lambda x,k: run(x, replace(ttt, ttt_max_chunks=k))[1])
-    return Evaluation(scorer, len(tables.base_bytes), bos_id, lambda x,at: distributions(model, full(x), tables, c, ttt, at, rescore), None, embed,
+        with torch.no_grad():
+            return model.embed(ids[None].to(next(model.parameters()).device))[0].float().cpu()
+    learns = {} if ttt is None else dict(chunk_tokens=ttt.ttt_chunk_tokens,
+        log=lambda x: log_of(run(x, ttt)[0]),
+        stopped=lambda x,k: run(x, replace(ttt, ttt_max_chunks=k))[1])
+    return Evaluation(scorer, len(tables.base_bytes), bos_id,
+        lambda x,at: distributions(model, full(x), tables, c, ttt, at, rescore), None, embed,
         lambda n: [w for ws in _chunks(n, c, ttt) for w in ws], **learns)
 
 # %% ../../nbs/score/42_audit.ipynb #527d90ef
-def _chunks(n, cfg, ttt): return chunk_plan(n, cfg, ttt.ttt_chunk_tokens, ttt.ttt_local) if ttt else [plan_windows(n, cfg.eval_seq_len, cfg.eval_stride)]
+def _chunks(n, cfg, ttt):
+    return chunk_plan(n, cfg, ttt.ttt_chunk_tokens,
+        ttt.ttt_local) if ttt else [plan_windows(n, cfg.eval_seq_len, cfg.eval_stride)]
 
 def distributions(
     model:nn.Module,   # as `score` takes it
@@ -392,8 +478,11 @@ def distributions(
         learner = Learner(model, ttt)
         for chunk in scored_chunks(learner, tokens, tables, cfg):
             if not rescore: look(learner.model, plan[chunk.index], chunk.temperature)
-            if not chunk.last and chunk.index < (ttt.ttt_max_chunks or math.inf): adapt(learner, chunk, cfg.eval_seq_len)
-        if rescore: look(learner.model, plan_windows(len(tokens)-1, cfg.eval_seq_len, cfg.eval_stride), rescore)
+            if not chunk.last and chunk.index < (ttt.ttt_max_chunks or math.inf):
+                adapt(learner, chunk, cfg.eval_seq_len)
+        if rescore:
+            look(learner.model,
+                plan_windows(len(tokens)-1, cfg.eval_seq_len, cfg.eval_stride), rescore)
     return torch.stack([rows[t] for t in targets])
 
 def log_of(

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
 from ..model.layers import CastLinear
-from .windows import ScoreConfig, Scores, _bar, check_stream, document_starts, evaluating, token_nll
+from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
+                                 evaluating, token_nll)
 
 # %% ../../nbs/score/43_lora.ipynb #e332ea56
 @dataclass(frozen=True)
 class LoRAConfig:
-    "How adapters learn a document; the defaults are PR #1530's but for rank, layers and the number of documents."
+    """How adapters learn a document; the defaults are PR #1530's but for rank, layers and the
+    number of documents."""
     ttt_lora_rank:int=8            # of each adapter; 0: none, documents are scored as they are
     ttt_lora_targets:str=r"attn\.c_[qv]$" # regex, searched in the names of linear layers
     ttt_lora_scale:float=1.        # alpha, times the adapter's output
@@ -40,7 +42,8 @@ def _lora_rules(c):
     "Yield (holds, field, rule) for each condition on a `LoRAConfig`."
     yield c.ttt_lora_rank >= 0, "ttt_lora_rank", "0 or more"
     yield 0 <= c.ttt_lora_beta2 < 1, "ttt_lora_beta2", "in [0, 1)"
-    for f in ("ttt_lora_lr", "ttt_lora_scale", "ttt_lora_weight_decay"): yield 0 <= getattr(c, f) < math.inf, f, "finite and not negative"
+    for f in ("ttt_lora_lr", "ttt_lora_scale", "ttt_lora_weight_decay"):
+        yield 0 <= getattr(c, f) < math.inf, f, "finite and not negative"
     for f in ("ttt_lora_chunk_tokens", "ttt_lora_docs"): yield getattr(c, f) >= 1, f, "at least 1"
 
 # %% ../../nbs/score/43_lora.ipynb #af8b9054
@@ -49,9 +52,15 @@ def document_plan(
     stop:int,    # one past its last
     seq_len:int, # longest window, tokens
     chunk:int,   # targets per chunk, 1..seq_len
-)->list[tuple[int,int,int]]: # (start, stop, first scored) of the window of each chunk, half open, targets
-    "Cut a document into chunks, each with a window that ends with it and stays within the document."
-    if chunk > seq_len: raise ValueError(f"ttt_lora_chunk_tokens={chunk} does not fit in a window, eval_seq_len={seq_len}; lower it")
+)->list[tuple[int,int,
+    int]]: # (start, stop, first scored) of the window of each chunk, half open, targets
+    """Cut a document into chunks, each with a window that ends with it and stays within the
+    document."""
+    if chunk > seq_len:
+        raise ValueError(
+            f"ttt_lora_chunk_tokens={chunk} does not fit in a window, eval_seq_len={seq_len};"
+            " lower it"
+        )
     ends = [(first, min(stop, first+chunk)) for first in range(start, stop, chunk)]
     return [(max(start, end-seq_len), end, first) for first, end in ends]
 
@@ -63,15 +72,24 @@ class Adapters:
         cfg:LoRAConfig,  # rank, layers, optimizer
         docs:int,        # documents side by side
     ):
-        self.cfg, self.updates, self.rows, gen = cfg, 0, slice(None), torch.Generator().manual_seed(cfg.ttt_lora_seed)
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CastLinear) and re.search(cfg.ttt_lora_targets, n)}
-        if not self.layers: raise ValueError(f"ttt_lora_targets={cfg.ttt_lora_targets!r} matches no linear layer of the model; attn.c_q is one")
+        self.cfg, self.updates, self.rows, gen = cfg, 0, slice(None), torch.Generator().manual_seed(
+            cfg.ttt_lora_seed)
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CastLinear)
+            and re.search(cfg.ttt_lora_targets, n)}
+        if not self.layers:
+            raise ValueError(
+                f"ttt_lora_targets={cfg.ttt_lora_targets!r} matches no linear layer of the model; attn.c_q is one")
         r, device = cfg.ttt_lora_rank, next(model.parameters()).device
-        draw = {n: (2*torch.rand(r, m.in_features, generator=gen)-1)*m.in_features**-.5 for n, m in self.layers.items()}
-        self.A = {n: a.to(device).repeat(docs, 1, 1).requires_grad_() for n, a in draw.items()}                                   # (docs, r, in)
-        self.B = {n: torch.zeros(docs, m.out_features, r, device=device, requires_grad=True) for n, m in self.layers.items()}     # (docs, out, r)
+        draw = {n: (2*torch.rand(r, m.in_features, generator=gen)-1)*m.in_features**-.5
+            for n, m in self.layers.items()}
+        # (docs, r, in)
+        self.A = {n: a.to(device).repeat(docs, 1, 1).requires_grad_() for n, a in draw.items()}
+        # (docs, out, r)
+        self.B = {n: torch.zeros(docs, m.out_features, r, device=device, requires_grad=True)
+            for n, m in self.layers.items()}
         self.params = [*self.A.values(), *self.B.values()]
-        self.opt = torch.optim.AdamW(self.params, lr=cfg.ttt_lora_lr, betas=(0., cfg.ttt_lora_beta2), eps=1e-10, weight_decay=cfg.ttt_lora_weight_decay)
+        self.opt = torch.optim.AdamW(self.params, lr=cfg.ttt_lora_lr,
+            betas=(0., cfg.ttt_lora_beta2), eps=1e-10, weight_decay=cfg.ttt_lora_weight_decay)
 
     @contextmanager
     def on(self, rows): # documents that the rows of a batch belong to
@@ -95,7 +113,9 @@ def merged(
     "Write a document's adapters into a copy of the model."
     out = copy.deepcopy(model)
     with torch.no_grad():
-        for n in adapters.layers: out.get_submodule(n).weight += adapters.cfg.ttt_lora_scale*adapters.B[n][doc] @ adapters.A[n][doc]
+        for n in adapters.layers:
+            out.get_submodule(
+                n).weight += adapters.cfg.ttt_lora_scale*adapters.B[n][doc] @ adapters.A[n][doc]
     return out
 
 # %% ../../nbs/score/43_lora.ipynb #9c443b14
@@ -117,12 +137,17 @@ def grade_rows(
     temperature:float=1., # divides the logits
 )->GradedRows: # of the targets from `first` on
     "Grade the ends of some windows, each by its own document's adapters."
-    start, stop, first = torch.tensor(windows, device=tokens.device).T[:, :, None]                  # (R, 1) each
+    # (R, 1) each
+    start, stop, first = torch.tensor(windows, device=tokens.device).T[:, :, None]
     span, new = (torch.arange(int(n.max()), device=tokens.device) for n in (stop-start, stop-first))
-    with adapters.on(rows): h = model.hidden(tokens[torch.minimum(start+span, stop-1)])             # (R, T, C); rows that end early repeat their last input
-    at, real = first+new, first+new < stop                                                          # (R, S)
-    h = h[real.nonzero()[:, 0], (at-start)[real]]                                                   # (n, C)
-    return GradedRows(adapters, adapters.updates, at[real], real.nonzero()[:, 0], token_nll(model.logits(h), tokens[at[real]+1], temperature))
+    # (R, T, C); rows that end early repeat their last input
+    with adapters.on(rows): h = model.hidden(tokens[torch.minimum(start+span, stop-1)])
+    # (R, S)
+    at, real = first+new, first+new < stop
+    # (n, C)
+    h = h[real.nonzero()[:, 0], (at-start)[real]]
+    return GradedRows(adapters, adapters.updates, at[real], real.nonzero()[:, 0],
+        token_nll(model.logits(h), tokens[at[real]+1], temperature))
 
 # %% ../../nbs/score/43_lora.ipynb #c6b37f13
 def learn_rows(
@@ -131,9 +156,14 @@ def learn_rows(
 ):
     "Take one step from the grades of a chunk."
     own = graded.owner
-    if graded.updates != own.updates: raise ValueError(f"graded before update {graded.updates}, but {own.updates} updates have been taken since: learn from a chunk once, before the next is graded")
+    if graded.updates != own.updates:
+        raise ValueError(
+            f"graded before update {graded.updates}, but {own.updates} updates have been taken"
+            " since: learn from a chunk once, before the next is graded"
+        )
     per = torch.zeros(len(more), device=graded.nll.device)
-    mean = per.index_add(0, graded.row, graded.nll)/per.index_add(0, graded.row, torch.ones_like(graded.nll))
+    mean = per.index_add(0, graded.row, graded.nll)/per.index_add(0, graded.row,
+        torch.ones_like(graded.nll))
     own.opt.zero_grad(set_to_none=True)
     for p, g in zip(own.params, torch.autograd.grad((mean*more).sum(), own.params)): p.grad = g
     own.opt.step()
@@ -153,11 +183,14 @@ def score_documents(
     tokens, n_bytes = check_stream(tokens, tables)
     device = next(model.parameters()).device
     ends = [*document_starts(tokens, bos_id).tolist(), len(n_bytes)]
-    plans = [document_plan(a, b, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens) for a, b in zip(ends, ends[1:])]
+    plans = [document_plan(a, b, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
+        for a, b in zip(ends, ends[1:])]
     done, nll = 0, torch.full((len(n_bytes),), math.nan, device=device)
-    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), _bar(n_bytes, progress) as tick:
+    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), _bar(n_bytes,
+        progress) as tick:
         for i in range(0, len(plans), cfg.ttt_lora_docs):
-            for graded in _rounds(model, tokens.to(device), plans[i:i+cfg.ttt_lora_docs], cfg, score_cfg.eval_temperature):
+            for graded in _rounds(model, tokens.to(device), plans[i:i+cfg.ttt_lora_docs], cfg,
+                score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
                 done += len(graded.at)
             tick(nll, done)

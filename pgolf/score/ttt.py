@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..game.bpb import ByteTables
 from ..train.device import maybe_compile
 from ..squeeze.quant import first_match
-from .windows import Difference, ScoreConfig, Scores, _bar, batches, check_stream, evaluating, paired_difference, plan_windows, score, token_nll, window_logits
+from .windows import (Difference, ScoreConfig, Scores, _bar, batches, check_stream,
+                                 evaluating, paired_difference, plan_windows, score, token_nll,
+                                 window_logits)
 
 # %% ../../nbs/score/41_ttt.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -26,26 +28,35 @@ class TTTConfig:
     "How a model learns from what it has been graded on; the defaults are PR #610's."
     ttt_optimizer:str="sgd"     # "sgd" or "adamw"
     ttt_lr:float=.002           # step of the first chunk
-    ttt_lr_mult:tuple=()        # (regex, factor) pairs: some parameters' multiple of the step, first match wins
+    # (regex, factor) pairs: some parameters' multiple of the step, first match wins
+    ttt_lr_mult:tuple=()
     ttt_momentum:float=.9       # of SGD; its buffer lives on from chunk to chunk
     ttt_weight_decay:float=0.   # of AdamW
     ttt_epochs:int=3            # passes over a chunk
     ttt_chunk_tokens:int=32_768 # targets scored between two adaptations
     ttt_batch_seqs:int=32       # rows per optimizer step
-    ttt_decay:str="chunks"      # cosine over the "chunks", over the "steps" within each chunk, or "none"
+    # cosine over the "chunks", over the "steps" within each chunk, or "none"
+    ttt_decay:str="chunks"
     ttt_grad_clip:float=1.      # global norm over the trained parameters; 0: off
     ttt_freeze_blocks:int=2     # first blocks that stay as they are
     ttt_freeze_embeddings:bool=True # token, bigram and value embeddings stay as they are
     ttt_only:str=""             # regex: of the rest, train matching names only; "": all
-    ttt_always:str=""           # regex: matching names learn whatever the three rules above say; "": none
-    ttt_train_mode:bool=False   # learn in train mode, where `CastLinear.fake_quant` acts; scoring is in eval mode, where `eval_quant` does
+    # regex: matching names learn whatever the three rules above say; "": none
+    ttt_always:str=""
+    # learn in train mode, where `CastLinear.fake_quant` acts; scoring is in eval mode, where
+    # `eval_quant` does
+    ttt_train_mode:bool=False
     ttt_local:bool=False        # windows do not reach back into the chunk before
-    ttt_temperatures:tuple=()   # candidates: a chunk takes the best on the chunks before it, the first takes 1; (): `eval_temperature` throughout
+    # candidates: a chunk takes the best on the chunks before it, the first takes 1; ():
+    # `eval_temperature` throughout
+    ttt_temperatures:tuple=()
     ttt_max_chunks:int=0        # learn from the first n chunks only, score all; 0: no limit
-    ttt_coverage:float=1.       # share of the chunks that are scored at all; below 1 the score is partial and says so
+    # share of the chunks that are scored at all; below 1 the score is partial and says so
+    ttt_coverage:float=1.
     def __post_init__(self):
         for f in ("ttt_lr_mult", "ttt_temperatures"): # JSON gives lists
-            object.__setattr__(self, f, tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, f)))
+            object.__setattr__(self, f,
+                tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, f)))
         for ok, name, rule in _ttt_rules(self):
             if not ok: raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
 
@@ -57,7 +68,8 @@ def _is_regex(pattern):
 
 def _is_multiple(rule):
     "Whether `rule` is a pair of regex and factor."
-    return isinstance(rule, tuple) and len(rule) == 2 and _is_regex(rule[0]) and isinstance(rule[1], (int, float)) and 0 <= rule[1] < math.inf
+    return isinstance(rule, tuple) and len(rule) == 2 and _is_regex(rule[0]) and isinstance(
+        rule[1], (int, float)) and 0 <= rule[1] < math.inf
 
 def _ttt_rules(c):
     "Yield (holds, field, rule) for each condition on a `TTTConfig`."
@@ -65,11 +77,15 @@ def _ttt_rules(c):
     yield c.ttt_decay in ("chunks", "steps", "none"), "ttt_decay", "'chunks', 'steps' or 'none'"
     yield 0 <= c.ttt_momentum < 1, "ttt_momentum", "in [0, 1)"
     yield 0 < c.ttt_coverage <= 1, "ttt_coverage", "in (0, 1]"
-    yield all(map(_is_multiple, c.ttt_lr_mult)), "ttt_lr_mult", "pairs of a regular expression and a factor, finite and not negative"
-    yield all(0 < t < math.inf for t in c.ttt_temperatures), "ttt_temperatures", "positive and finite"
+    yield (all(map(_is_multiple, c.ttt_lr_mult)), "ttt_lr_mult",
+        "pairs of a regular expression and a factor, finite and not negative")
+    yield (all(0 < t < math.inf for t in c.ttt_temperatures), "ttt_temperatures",
+        "positive and finite")
     for f in ("ttt_only", "ttt_always"): yield _is_regex(getattr(c, f)), f, "a regular expression"
-    for f in ("ttt_lr", "ttt_weight_decay", "ttt_grad_clip"): yield 0 <= getattr(c, f) < math.inf, f, "finite and not negative"
-    for f in ("ttt_epochs", "ttt_chunk_tokens", "ttt_batch_seqs"): yield getattr(c, f) >= 1, f, "at least 1"
+    for f in ("ttt_lr", "ttt_weight_decay", "ttt_grad_clip"):
+        yield 0 <= getattr(c, f) < math.inf, f, "finite and not negative"
+    for f in ("ttt_epochs", "ttt_chunk_tokens", "ttt_batch_seqs"):
+        yield getattr(c, f) >= 1, f, "at least 1"
     for f in ("ttt_freeze_blocks", "ttt_max_chunks"): yield getattr(c, f) >= 0, f, "0 or more"
 
 # %% ../../nbs/score/41_ttt.ipynb #5fc6f55d
@@ -97,11 +113,16 @@ class ScoredChunk:
     updates:int   # optimizer steps that the model had taken when it gave them
     last:bool=False          # nothing is graded after it, so nothing is to be learnt
     temperature:float=1.     # that they were given at
-    trials:Tensor|None=None  # (m,) float64, nats of the targets scored in its turn under each of `ttt_temperatures`
+    # (m,) float64, nats of the targets scored in its turn under each of `ttt_temperatures`
+    trials:Tensor|None=None
     start:int=0              # its first target in the text
     def __post_init__(self):
         missing, n = len(self.tokens)-1-int((~self.nll.isnan()).sum()), len(self.tokens)-1
-        if missing: raise ValueError(f"chunk {self.index}: {missing} of {n} targets have no grade: score a chunk before learning from it, or lower ttt_lr if the model diverged")
+        if missing:
+            raise ValueError(
+                f"chunk {self.index}: {missing} of {n} targets have no grade: score a chunk before"
+                " learning from it, or lower ttt_lr if the model diverged"
+            )
 
 class Step(NamedTuple):
     "One update of the weights and the targets in its loss."
@@ -118,8 +139,14 @@ def chunk_plan(
 )->list[list[tuple[int,int,int]]]: # the windows of each chunk
     "Share the windows of the sliding plan out to chunks."
     L, s = cfg.eval_seq_len, cfg.eval_stride
-    if chunk_tokens < L: raise ValueError(f"ttt_chunk_tokens={chunk_tokens} is shorter than a window, eval_seq_len={L}; take a multiple of it")
-    if local: return [[(a+c, b+c, f+c) for a, b, f in plan_windows(min(chunk_tokens, n-c), L, s)] for c in range(0, n, chunk_tokens)]
+    if chunk_tokens < L:
+        raise ValueError(
+            f"ttt_chunk_tokens={chunk_tokens} is shorter than a window, eval_seq_len={L}; take a"
+            " multiple of it"
+        )
+    if local:
+        return [[(a+c, b+c, f+c) for a, b, f in plan_windows(min(chunk_tokens, n-c), L, s)]
+            for c in range(0, n, chunk_tokens)]
     chunks = [[] for _ in range(math.ceil(n/chunk_tokens))]
     for w in plan_windows(n, L, s): chunks[w[2]//chunk_tokens].append(w)
     return chunks
@@ -129,8 +156,10 @@ def choose_temperature(
     candidates:tuple,         # positive
     graded:list[ScoredChunk], # the chunks before
 )->float: # for the chunk to come
-    "Take the candidate that graded chunks did best with; the one nearest 1 in a tie, and 1 before there are any."
-    if not all(isinstance(c, ScoredChunk) for c in graded): raise TypeError("only a list of ScoredChunk can be chosen from; see scored_chunks")
+    """Take the candidate that graded chunks did best with; the one nearest 1 in a tie, and 1 before
+    there are any."""
+    if not all(isinstance(c, ScoredChunk) for c in graded):
+        raise TypeError("only a list of ScoredChunk can be chosen from; see scored_chunks")
     if not graded: return 1.
     sums = torch.stack([c.trials for c in graded]).sum(0).tolist()
     return min(zip(sums, candidates), key=lambda p: (p[0], abs(p[1]-1)))[1]
@@ -143,18 +172,29 @@ class Learner:
         cfg:TTTConfig,   # what learns, and how
     ):
         self.model, self.cfg = copy.deepcopy(model), cfg
-        self._graded:list[ScoredChunk] = [] # in the order of the text; the last one is the only one that may be learnt from
+        # in the order of the text; the last one is the only one that may be learnt from
+        self._graded:list[ScoredChunk] = []
         self.steps:list[Step] = []          # the record of updates
-        self.losses:list[Tensor] = []       # of each chunk that was learnt from: loss before each step
+        # of each chunk that was learnt from: loss before each step
+        self.losses:list[Tensor] = []
         groups = {}
         for name, p in self.model.named_parameters():
             p.requires_grad_(trainable(name, cfg))
-            if p.requires_grad: groups.setdefault(first_match(name, cfg.ttt_lr_mult, 1.), []).append(p)
-        if not groups: raise ValueError(f"ttt_freeze_blocks={cfg.ttt_freeze_blocks}, ttt_only={cfg.ttt_only!r} leave nothing to train; loosen them")
-        self.params, groups = sum(groups.values(), []), [dict(params=ps, lr_mult=m) for m, ps in groups.items()]
-        if cfg.ttt_optimizer == "sgd": self.opt = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
-        else: self.opt = torch.optim.AdamW(groups, lr=cfg.ttt_lr, weight_decay=cfg.ttt_weight_decay)
-    graded = property(lambda self: tuple(self._graded), doc="Graded chunks, in the order of the text.")
+            if p.requires_grad:
+                groups.setdefault(first_match(name, cfg.ttt_lr_mult, 1.), []).append(p)
+        if not groups:
+            raise ValueError(
+                f"ttt_freeze_blocks={cfg.ttt_freeze_blocks}, ttt_only={cfg.ttt_only!r} leave"
+                " nothing to train; loosen them"
+            )
+        self.params, groups = sum(groups.values(), []), [dict(params=ps, lr_mult=m)
+            for m, ps in groups.items()]
+        if cfg.ttt_optimizer == "sgd":
+            self.opt = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+        else:
+            self.opt = torch.optim.AdamW(groups, lr=cfg.ttt_lr, weight_decay=cfg.ttt_weight_decay)
+    graded = property(lambda self: tuple(self._graded),
+        doc="Graded chunks, in the order of the text.")
     updates = property(lambda self: len(self.steps), doc="Optimizer steps taken.")
 
 # %% ../../nbs/score/41_ttt.ipynb #a9a61693
@@ -166,28 +206,38 @@ def scored_chunks(
     progress:bool=False,   # show a bar with time left and running bpb
 )->Iterator[ScoredChunk]: # chunk by chunk; `adapt` to one before asking for the next
     "Grade a text chunk by chunk."
-    if learner.graded or learner.steps: raise ValueError(f"this learner has graded {len(learner.graded)} chunks and may have learnt from them; take a new Learner")
+    if learner.graded or learner.steps:
+        raise ValueError(
+            f"this learner has graded {len(learner.graded)} chunks and may have learnt from them;"
+            " take a new Learner"
+        )
     tokens, n_bytes = check_stream(tokens, tables)
     t, n, device = learner.cfg, len(n_bytes), learner.params[0].device
-    plan, stream, nll = chunk_plan(n, cfg, t.ttt_chunk_tokens, t.ttt_local), tokens.to(device), torch.full((n,), math.nan, device=device)
+    plan, stream, nll = (chunk_plan(n, cfg, t.ttt_chunk_tokens, t.ttt_local), tokens.to(device),
+        torch.full((n,), math.nan, device=device))
     graded = max(1, round(len(plan)*t.ttt_coverage))
     hidden = maybe_compile(learner.model.hidden, cfg.eval_compile, device)[0]
     with _bar(n_bytes[:graded*t.ttt_chunk_tokens], progress) as tick:
         for c, windows in enumerate(plan[:graded]):
-            at = choose_temperature(t.ttt_temperatures, learner.graded) if t.ttt_temperatures else cfg.eval_temperature
+            at = choose_temperature(t.ttt_temperatures,
+                learner.graded) if t.ttt_temperatures else cfg.eval_temperature
             trials = _grade(learner, stream, windows, cfg.eval_batch, at, hidden, nll, tick)
             a, b = c*t.ttt_chunk_tokens, min(n, (c+1)*t.ttt_chunk_tokens)
-            learner._graded.append(ScoredChunk(c, len(plan), stream[a:b+1].clone(), nll[a:b].clone(), learner.updates, c == graded-1, at, trials, a))
+            learner._graded.append(ScoredChunk(c, len(plan), stream[a:b+1].clone(),
+                nll[a:b].clone(), learner.updates, c == graded-1, at, trials, a))
             yield learner.graded[-1]
 
 def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
-    "Write the losses of some windows into `nll`; return their sums under the candidate temperatures."
+    """Write the losses of some windows into `nll`; return their sums under the candidate
+    temperatures."""
     trials = nll.new_zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
     with evaluating(learner.model):
         for group in batches(windows, batch):
-            at, logits = window_logits(learner.model, stream, group, hidden if len(group) == batch else None)
+            at, logits = window_logits(learner.model, stream, group,
+                hidden if len(group) == batch else None)
             nll[at] = token_nll(logits, stream[at+1], temperature)
-            for i, t in enumerate(learner.cfg.ttt_temperatures): trials[i] += token_nll(logits, stream[at+1], t).sum()
+            for i, t in enumerate(learner.cfg.ttt_temperatures):
+                trials[i] += token_nll(logits, stream[at+1], t).sum()
             tick(nll, group[-1][1])
     return trials
 
@@ -216,31 +266,49 @@ def ttt_lr(
 # %% ../../nbs/score/41_ttt.ipynb #20733860
 def _check_turn(learner, chunk):
     "Refuse all but the chunk that this learner has graded last and not learnt from."
-    if not isinstance(chunk, ScoredChunk): raise TypeError(f"{type(chunk).__name__}: only a ScoredChunk can be learnt from; see scored_chunks")
+    if not isinstance(chunk, ScoredChunk):
+        raise TypeError(
+            f"{type(chunk).__name__}: only a ScoredChunk can be learnt from; see scored_chunks")
     if not any(chunk is c for c in learner.graded):
-        raise ValueError(f"chunk {chunk.index} was not graded by this learner; it learns only from what its own scored_chunks yields")
+        raise ValueError(
+            f"chunk {chunk.index} was not graded by this learner; it learns only from what its own"
+            " scored_chunks yields"
+        )
     if chunk is not learner.graded[-1]:
-        raise ValueError(f"chunk {chunk.index} comes too late: chunk {learner.graded[-1].index} has been graded since; learn from a chunk before asking for the next")
-    if learner.steps and learner.steps[-1].start >= chunk.start: raise ValueError(f"chunk {chunk.index} has been learnt from; ttt_epochs={learner.cfg.ttt_epochs} says how often")
+        raise ValueError(
+            f"chunk {chunk.index} comes too late: chunk {learner.graded[-1].index} has been graded"
+            " since; learn from a chunk before asking for the next"
+        )
+    if learner.steps and learner.steps[-1].start >= chunk.start:
+        raise ValueError(
+            f"chunk {chunk.index} has been learnt from; ttt_epochs={learner.cfg.ttt_epochs} says"
+            " how often"
+        )
 
 # %% ../../nbs/score/41_ttt.ipynb #699b1ba5
 def adapt(
-    learner:Learner,   # changed in place
-    chunk:ScoredChunk, # the one that it has graded last
-    seq_len:int,       # tokens per training row
-)->Tensor: # (steps,) training loss before each step, nats per token; empty if the chunk is shorter than a row
+    learner: Learner,  # changed in place
+    chunk: ScoredChunk,  # the one that it has graded last
+    seq_len: int,  # tokens per training row
+) -> (
+    Tensor
+):  # (steps,) training loss before each step, nats per token; empty if the chunk is shorter than a row
     "Learn from a graded chunk."
     _check_turn(learner, chunk)
-    cfg, rows = learner.cfg, list(zip(*(t.split(learner.cfg.ttt_batch_seqs) for t in training_rows(chunk, seq_len))))
-    steps = [(i*cfg.ttt_batch_seqs*seq_len, x, y) for i, (x, y) in enumerate(rows) if len(x)]*cfg.ttt_epochs
+    cfg, rows = (learner.cfg,
+        list(zip(*(t.split(learner.cfg.ttt_batch_seqs) for t in training_rows(chunk, seq_len)))))
+    steps = [(i*cfg.ttt_batch_seqs*seq_len, x, y) for i, (x, y) in enumerate(rows)
+        if len(x)]*cfg.ttt_epochs
     was, losses = learner.model.training, []
     learner.model.train(cfg.ttt_train_mode)
     for i, (offset, x, y) in enumerate(steps):
         losses.append(_step(learner, x, y, ttt_lr(cfg, chunk.index, chunk.total, i, len(steps))))
-        learner.steps.append(Step(learner.updates, chunk.start+offset, chunk.start+offset+y.numel()))
+        learner.steps.append(Step(learner.updates, chunk.start+offset,
+            chunk.start+offset+y.numel()))
     learner.model.train(was)
     learner.losses.append(torch.stack(losses) if losses else torch.zeros(0))
     return learner.losses[-1]
+
 
 def _step(learner, x, y, lr):
     "Take one optimizer step; return the loss before it."
@@ -248,13 +316,15 @@ def _step(learner, x, y, lr):
     learner.opt.zero_grad(set_to_none=True)
     loss = learner.model.loss(x, y)
     loss.backward()
-    if learner.cfg.ttt_grad_clip: nn.utils.clip_grad_norm_(learner.params, learner.cfg.ttt_grad_clip)
+    if learner.cfg.ttt_grad_clip:
+        nn.utils.clip_grad_norm_(learner.params, learner.cfg.ttt_grad_clip)
     learner.opt.step()
     return loss.detach()
 
 # %% ../../nbs/score/41_ttt.ipynb #c7b14c12
 def score_with(
-    learner:Learner,       # new; afterwards it holds the adapted `model`, the `graded` chunks and the `losses`
+    # new; afterwards it holds the adapted `model`, the `graded` chunks and the `losses`
+    learner:Learner,
     tokens:Tensor,         # (N+1,) ids: N targets
     tables:ByteTables,     # byte counts of the vocabulary
     score_cfg:ScoreConfig, # windows; training rows are as long
@@ -284,20 +354,30 @@ class Gain(Difference):
     "How much adaptation lowers the score of the targets it was graded on; above 0 it helps."
     coverage:float=1. # part of the text, 0 to 1
     def __str__(self):
-        part = "" if self.coverage == 1 else f" over the first {self.coverage:.2%} of the text: says nothing about the rest"
+        part = ("" if self.coverage == 1
+            else f" over the first {self.coverage:.2%} of the text: says nothing about the rest")
         return f"{self.bpb:+.4f} bpb ({self.low:+.4f} to {self.high:+.4f}){part}"
 
 def ttt_gain(
     adapted:Scores, # perhaps of a part
-    plain:Scores,   # of the same text without adaptation; what the other one does not cover is left out
+    # of the same text without adaptation; what the other one does not cover is left out
+    plain:Scores,
     block:int=512,  # targets per block of the standard error; ignored if `starts` is given
     starts:Tensor|None=None, # first target of each document, ascending from 0
 )->Gain: # plain - adapted, on the same targets
     "Compare an adapted score with the plain score of the same targets."
-    if not (adapted.legal and plain.legal): raise ValueError("an illegal score has no gain: its weights had learnt from the targets; take the scores of the first pass")
+    if not (adapted.legal and plain.legal):
+        raise ValueError(
+            "an illegal score has no gain: its weights had learnt from the targets; take the scores"
+            " of the first pass"
+        )
     if adapted.n_targets > plain.n_targets:
-        raise ValueError(f"{adapted.n_targets} adapted targets, {plain.n_targets} plain ones: score all of them without adaptation, or take adapted.first({plain.n_targets})")
-    diff = paired_difference(plain.first(adapted.n_targets), adapted, min(block, max(1, adapted.n_targets//2)), starts)
+        raise ValueError(
+            f"{adapted.n_targets} adapted targets, {plain.n_targets} plain ones: score all of them"
+            f" without adaptation, or take adapted.first({plain.n_targets})"
+        )
+    diff = paired_difference(plain.first(adapted.n_targets), adapted,
+        min(block, max(1, adapted.n_targets//2)), starts)
     return Gain(**vars(diff), coverage=adapted.coverage)
 
 # %% ../../nbs/score/41_ttt.ipynb #56b8330c
@@ -309,7 +389,9 @@ def illegal_rescore(
     progress:bool=False,   # show a bar
 )->Scores: # marked `legal=False`
     "Grade a text a second time, with weights that have learnt from it: an exhibit, never a result."
-    if not learner.updates: raise ValueError("this learner has learnt from nothing, so nothing can leak; use score")
+    if not learner.updates:
+        raise ValueError("this learner has learnt from nothing, so nothing can leak; use score")
     c = score_cfg
-    again = score(learner.model, tokens, tables, c.eval_seq_len, c.eval_stride, c.eval_batch, c.eval_temperature, progress=progress, compile=c.eval_compile)
+    again = score(learner.model, tokens, tables, c.eval_seq_len, c.eval_stride, c.eval_batch,
+        c.eval_temperature, progress=progress, compile=c.eval_compile)
     return replace(again, legal=False)

@@ -35,15 +35,20 @@ class ScoreConfig:
     eval_stride:int=64        # targets newly scored per window; eval_seq_len: disjoint blocks
     eval_temperature:float=1. # logits are divided by it; fixed before scoring
     eval_batch:int=32         # windows per forward pass; changes speed and memory, not the score
-    eval_compile:bool|str="auto" # compile the forward pass of full batches; "auto" is on for CUDA and off for CPU
+    # compile the forward pass of full batches; "auto" is on for CUDA and off for CPU
+    eval_compile:bool|str="auto"
     def __post_init__(self):
         for name in ("eval_seq_len", "eval_batch"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.eval_compile not in ("auto", True, False): raise ValueError(f"eval_compile={self.eval_compile!r} is none of 'auto', True, False")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_compile not in ("auto", True, False):
+            raise ValueError(f"eval_compile={self.eval_compile!r} is none of 'auto', True, False")
         if not 1 <= self.eval_stride <= self.eval_seq_len:
-            raise ValueError(f"eval_stride={self.eval_stride} not in 1..eval_seq_len={self.eval_seq_len}")
+            raise ValueError(
+                f"eval_stride={self.eval_stride} not in 1..eval_seq_len={self.eval_seq_len}")
         if not 0 < self.eval_temperature < math.inf:
-            raise ValueError(f"eval_temperature={self.eval_temperature} must be positive and finite")
+            raise ValueError(
+                f"eval_temperature={self.eval_temperature} must be positive and finite")
 
 # %% ../../nbs/score/40_windows.ipynb #64952383
 def plan_windows(
@@ -66,16 +71,24 @@ def window_table(
     n:int,       # targets to score
     seq_len:int, # longest input the model takes, tokens
     stride:int,  # targets newly scored per window, 1..seq_len
-    documents:Tensor|None=None, # first token of each document, ascending from 0; None: windows do not mind documents
+    # first token of each document, ascending from 0; None: windows do not mind documents
+    documents:Tensor|None=None,
 )->Tensor: # (W, 3) int64: start, stop, first scored, as `plan_windows` gives them
     "All windows of a text in a table."
     plan_windows(1, seq_len, stride) # checks
-    begin = torch.zeros(1, dtype=torch.long) if documents is None else torch.as_tensor(documents).long()
+    begin = torch.zeros(1, dtype=torch.long) if documents is None else torch.as_tensor(
+        documents).long()
     size = torch.diff(begin, append=torch.tensor([n]))
-    if begin[0] != 0 or size.min() < 1: raise ValueError(f"documents={begin.tolist()[:4]}... must ascend from 0 and stay below n={n}; see document_starts")
-    count = 1+(size-seq_len).clamp(min=0).add(stride-1)//stride                       # windows of each document
+    if begin[0] != 0 or size.min() < 1:
+        raise ValueError(
+            f"documents={begin.tolist()[:4]}... must ascend from 0 and stay below n={n}; see"
+            " document_starts"
+        )
+    # windows of each document
+    count = 1+(size-seq_len).clamp(min=0).add(stride-1)//stride
     doc = torch.arange(len(begin)).repeat_interleave(count)
-    k = torch.arange(len(doc))-(count.cumsum(0)-count)[doc]                           # number of a window in its document
+    # number of a window in its document
+    k = torch.arange(len(doc))-(count.cumsum(0)-count)[doc]
     stop = torch.minimum(size[doc], seq_len+k*stride)
     first = torch.where(k > 0, seq_len+(k-1)*stride, 0)
     return torch.stack([(stop-seq_len).clamp(min=0), stop, first], 1)+begin[doc, None]
@@ -86,7 +99,8 @@ def document_starts(
 )->Tensor: # first token of each document, ascending from 0
     "Find the documents of a stream."
     starts = (tokens[:-1] == bos_id).nonzero()[:, 0]
-    return starts if len(starts) and starts[0] == 0 else torch.cat([torch.zeros(1, dtype=torch.long), starts])
+    return starts if len(starts) and starts[0] == 0 else torch.cat(
+        [torch.zeros(1, dtype=torch.long), starts])
 
 # %% ../../nbs/score/40_windows.ipynb #231ff948
 def batches(
@@ -130,7 +144,8 @@ def evaluating(
     model:nn.Module, # put in eval mode, and back into the mode it was in
 ):
     "Evaluate without gradients."
-    # no_grad, not inference_mode: a rotary table cached in inference mode could not be used by a later training step
+    # no_grad, not inference_mode: a rotary table cached in inference mode could not be used by a
+    # later training step
     was = model.training
     try:
         with torch.no_grad(): yield model.eval()
@@ -144,12 +159,20 @@ def check_stream(
     "Check a stream of tokens and count the bytes of its targets."
     tokens = torch.as_tensor(tokens).to("cpu", torch.int64)
     if tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(f"tokens of shape {tuple(tokens.shape)}: the text is empty; give a vector of at least 2 tokens (one target)")
+        raise ValueError(
+            f"tokens of shape {tuple(tokens.shape)}: the text is empty; give a vector of at least 2"
+            " tokens (one target)"
+        )
     lo, hi, vocab_size = int(tokens.min()), int(tokens.max()), len(tables.base_bytes)
     if lo < 0 or hi >= vocab_size:
-        raise ValueError(f"token id {lo if lo < 0 else hi} outside the vocabulary 0..{vocab_size-1}; use the tokenizer the data was made with")
+        raise ValueError(
+            f"token id {lo if lo < 0 else hi} outside the vocabulary 0..{vocab_size-1}; use the"
+            " tokenizer the data was made with"
+        )
     n_bytes = tables.count(tokens[:-1], tokens[1:])
-    if not int(n_bytes.sum()): raise ValueError(f"the {len(n_bytes)} targets stand for 0 bytes; bits per byte are undefined")
+    if not int(n_bytes.sum()):
+        raise ValueError(
+            f"the {len(n_bytes)} targets stand for 0 bytes; bits per byte are undefined")
     return tokens, n_bytes
 
 # %% ../../nbs/score/40_windows.ipynb #9c443b14
@@ -161,15 +184,18 @@ class Piece:
     bytes:Tensor  # (n,) int64
     start:Tensor  # (n,) int64: target t was given tokens start..t
     logprobs:Tensor|None=None # (n, V) log-probability of every token, where asked for
-    stop = property(lambda self: self.first+len(self.nll), doc="Number of the first target behind them.")
+    stop = property(lambda self: self.first+len(self.nll),
+        doc="Number of the first target behind them.")
 
 # %% ../../nbs/score/40_windows.ipynb #487df022
 def _at_once(cfg:ScoreConfig, device)->int:
     "Windows per forward pass: on a CPU no more than its cache holds."
-    return cfg.eval_batch if device.type != "cpu" else max(1, min(cfg.eval_batch, 2048//cfg.eval_seq_len))
+    return cfg.eval_batch if device.type != "cpu" else max(1,
+        min(cfg.eval_batch, 2048//cfg.eval_seq_len))
 
 @torch.no_grad()
-def _grade(model, x:Tensor, span:Tensor, cfg:ScoreConfig, hidden, distribution:bool)->tuple[Tensor,Tensor|None]:
+def _grade(model, x:Tensor, span:Tensor, cfg:ScoreConfig, hidden,
+    distribution:bool)->tuple[Tensor,Tensor|None]:
     "Losses of the targets that consecutive windows score, and their distributions."
     (a, b), end, most = (int(span[0, 2]), int(span[-1, 1])), len(x)-1, _at_once(cfg, x.device)
     nll, full, opening = x.new_zeros(b-a+1, dtype=torch.float64), None, span[:, 0] == span[:, 2]
@@ -192,18 +218,21 @@ def deal(
     rank:int=0,   # whose share
     world:int=1,  # number of shares
 )->list[Tensor]: # consecutive pieces of the table
-    "Cut a table of windows into pieces and deal out runs of them; the pieces are the same for any number of ranks."
+    """Cut a table of windows into pieces and deal out runs of them; the pieces are the same for any
+    number of ranks."""
     if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
     spans = table.split(batch)
     return list(spans[len(spans)*rank//world:len(spans)*(rank+1)//world])
 
 # %% ../../nbs/score/40_windows.ipynb #5f235c48
 def stream(
-    model:nn.Module,   # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; its mode is left as found
+    # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; its mode is left as found
+    model:nn.Module,
     tokens:Tensor,     # (N+1,) ids: N targets
     tables:ByteTables, # byte counts of the vocabulary
     cfg:ScoreConfig,   # windows
-    documents:Tensor|None=None, # first token of each document: windows stay inside; None: they do not mind documents
+    # first token of each document: windows stay inside; None: they do not mind documents
+    documents:Tensor|None=None,
     start:int=0,       # first target wanted; those before it have been scored earlier
     part:tuple[int,int]=(0, 1), # rank and number of ranks: the share of the text to score
     distribution:bool=False, # give the whole distribution of each target
@@ -213,12 +242,14 @@ def stream(
     x = tokens.to(next(model.parameters()).device)
     table = window_table(len(n_bytes), cfg.eval_seq_len, cfg.eval_stride, documents)
     hidden, compiled, _ = maybe_compile(model.hidden, cfg.eval_compile, x.device)
-    for span in deal(table, cfg.eval_batch*(8 if compiled and not distribution else 1), *part): # long pieces, so that most batches are full
+    # long pieces, so that most batches are full
+    for span in deal(table, cfg.eval_batch*(8 if compiled and not distribution else 1), *part):
         first, stop = int(span[0, 2]), int(span[-1, 1])
         if stop <= start: continue
         with evaluating(model): nll, full = _grade(model, x, span, cfg, hidden, distribution)
         seen, cut = span[:, 0].repeat_interleave(span[:, 1]-span[:, 2]), max(0, start-first)
-        yield Piece(first+cut, nll[cut:], n_bytes[first+cut:stop], seen[cut:], None if full is None else full[cut:])
+        yield Piece(first+cut, nll[cut:], n_bytes[first+cut:stop], seen[cut:],
+            None if full is None else full[cut:])
 
 # %% ../../nbs/score/40_windows.ipynb #720e7c4c
 @dataclass(frozen=True, eq=False)
@@ -227,18 +258,25 @@ class Scores:
     nll:Tensor       # (N,) float64, nats
     bytes:Tensor     # (N,) int64
     available:int=0  # targets of the whole text; 0: all of them are here
-    legal:bool=True  # graded by weights that had not learnt from the targets; see the next chapter's exhibit
+    # graded by weights that had not learnt from the targets; see the next chapter's exhibit
+    legal:bool=True
     def __post_init__(self):
         if self.nll.ndim != 1 or self.nll.shape != self.bytes.shape:
-            raise ValueError(f"nll {tuple(self.nll.shape)} and bytes {tuple(self.bytes.shape)} must be vectors of one length")
+            raise ValueError(
+                f"nll {tuple(self.nll.shape)} and bytes {tuple(self.bytes.shape)} must be vectors"
+                " of one length"
+            )
         if not len(self.nll): raise ValueError("no targets: an empty text has no score")
         if (bad := self.nll.isnan().nonzero()).numel():
-            raise ValueError(f"target {int(bad[0])} has loss nan: the model diverged (lower its learning rates)")
+            raise ValueError(
+                f"target {int(bad[0])} has loss nan: the model diverged (lower its learning rates)")
     n_targets = property(lambda self: len(self.nll), doc="Scored targets.")
     n_bytes = property(lambda self: int(self.bytes.sum()), doc="Bytes they stand for.")
     val_loss = property(lambda self: float(self.nll.mean()), doc="Nats per target.")
-    val_bpb = property(lambda self: bits_per_byte(float(self.nll.sum()), self.n_bytes), doc="Bits per byte.")
-    coverage = property(lambda self: self.n_targets/(self.available or self.n_targets), doc="Scored part of the text, 0 to 1.")
+    val_bpb = property(lambda self: bits_per_byte(float(self.nll.sum()), self.n_bytes),
+        doc="Bits per byte.")
+    coverage = property(lambda self: self.n_targets/(self.available or self.n_targets),
+        doc="Scored part of the text, 0 to 1.")
     def first(self, n:int)->"Scores":
         "The first `n` targets, marked as partial."
         if not 1 <= n <= self.n_targets: raise ValueError(f"n={n} not in 1..{self.n_targets}")
@@ -246,7 +284,10 @@ class Scores:
     def __str__(self):
         part = "" if self.coverage == 1 else f" PARTIAL: {self.coverage:.2%} of the text"
         fault = "" if self.legal else " ILLEGAL: the weights had learnt from these targets"
-        return f"val_bpb {self.val_bpb:.4f} val_loss {self.val_loss:.4f} over {self.n_targets:,} targets, {self.n_bytes:,} bytes{part}{fault}"
+        return (
+            f"val_bpb {self.val_bpb:.4f} val_loss {self.val_loss:.4f} over {self.n_targets:,}"
+            f" targets, {self.n_bytes:,} bytes{part}{fault}"
+        )
 
 # %% ../../nbs/score/40_windows.ipynb #8f8af6ad
 def join(
@@ -254,14 +295,17 @@ def join(
     available:int=0,    # targets of the whole text; 0: the pieces are all of it
 )->Scores: # one set of scores
     "Concatenate scores."
-    return Scores(torch.cat([p.nll for p in parts]), torch.cat([p.bytes for p in parts]), available, all(p.legal for p in parts))
+    return Scores(torch.cat([p.nll for p in parts]), torch.cat([p.bytes for p in parts]),
+        available, all(p.legal for p in parts))
 
 # %% ../../nbs/score/40_windows.ipynb #9e3cb5b0
 @contextmanager
 def _bar(n_bytes, progress):
-    "A bar over targets with time left and running bpb; call it with the losses and the number of targets done."
+    """A bar over targets with time left and running bpb; call it with the losses and the number of
+    targets done."""
     shown = time.monotonic()
-    with bar(total=len(n_bytes), disable=not progress, unit=" targets", unit_scale=True, desc="score") as shown_bar:
+    with bar(total=len(n_bytes), disable=not progress, unit=" targets", unit_scale=True,
+        desc="score") as shown_bar:
         def tick(nll, done):
             nonlocal shown
             if not progress: return
@@ -274,7 +318,8 @@ def _bar(n_bytes, progress):
 
 # %% ../../nbs/score/40_windows.ipynb #c2ec5386
 def score(
-    model:nn.Module,      # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; its mode is left as found
+    # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; its mode is left as found
+    model:nn.Module,
     tokens:Tensor,        # (N+1,) ids: N targets
     tables:ByteTables,    # byte counts of the vocabulary
     seq_len:int,          # window, tokens
@@ -283,19 +328,23 @@ def score(
     temperature:float=1., # divides the logits
     progress:bool=False,  # show a bar with time left and running bpb
     compile:bool|str="auto", # compile the forward pass of full batches; "auto": on CUDA
-    documents:Tensor|None=None, # first token of each document: windows stay inside; None: they do not mind documents
+    # first token of each document: windows stay inside; None: they do not mind documents
+    documents:Tensor|None=None,
     begun:Scores|None=None, # the first scores of this text, from an interrupted call
-    keep:Callable|None=None, # is given what there is when the call is interrupted, and once a minute
+    # is given what there is when the call is interrupted, and once a minute
+    keep:Callable|None=None,
     ranks:Ranks=Ranks(),  # processes that share the work; each gets all scores
 )->Scores: # every target once
     "Score a text with overlapping windows."
-    cfg, n_bytes = ScoreConfig(seq_len, stride, temperature, batch, compile), check_stream(tokens, tables)[1]
+    cfg, n_bytes = ScoreConfig(seq_len, stride, temperature, batch,
+        compile), check_stream(tokens, tables)[1]
     done, alone = begun.n_targets if begun else 0, ranks.world == 1
     nll = torch.zeros(len(n_bytes), dtype=torch.float64, device=next(model.parameters()).device)
     if begun and ranks.is_main: nll[:done] = begun.nll.to(nll.device)
     pieces = stream(model, tokens, tables, cfg, documents, done, (ranks.rank, ranks.world))
     _collect(pieces, nll, n_bytes, done, keep if alone else None, progress and ranks.is_main)
-    if not alone: dist.all_reduce(nll) # where one has scored the others hold zeros, so nothing is rounded
+    # where one has scored the others hold zeros, so nothing is rounded
+    if not alone: dist.all_reduce(nll)
     return Scores(nll.cpu(), n_bytes)
 
 def _collect(pieces, nll, n_bytes, done, keep, progress):
@@ -330,27 +379,38 @@ def paired_difference(
 )->Difference: # a - b
     "Compare two scores target by target."
     if a.n_targets != b.n_targets or not torch.equal(a.bytes, b.bytes):
-        raise ValueError(f"{a.n_targets} and {b.n_targets} targets are not of the same text; compare equal prefixes with first(n)")
+        raise ValueError(
+            f"{a.n_targets} and {b.n_targets} targets are not of the same text; compare equal"
+            " prefixes with first(n)"
+        )
     starts = torch.arange(0, a.n_targets, block) if starts is None else torch.as_tensor(starts)
-    if len(starts) < 2: raise ValueError(f"{len(starts)} block: a standard error needs at least 2; lower block={block}")
+    if len(starts) < 2:
+        raise ValueError(
+            f"{len(starts)} block: a standard error needs at least 2; lower block={block}")
     which = torch.bucketize(torch.arange(a.n_targets), starts, right=True)-1
     mean, stderr = _shares(a, b, which, torch.zeros_like(which), 1)
     return Difference(float(mean), float(stderr), len(starts))
 
 def _shares(a, b, which, label, labels):
-    "What the targets of each label contribute to the difference in bpb, and its standard error, from the scatter between blocks."
+    """What the targets of each label contribute to the difference in bpb, and its standard error,
+    from the scatter between blocks."""
     n = int(which[-1])+1
-    diff = torch.zeros(n*labels, dtype=torch.float64).index_add(0, which*labels+label, a.nll-b.nll).view(n, labels)/math.log(2) # bits
-    size = torch.zeros(n, dtype=torch.float64).index_add(0, which, a.bytes.double())[:, None]                                # bytes
+    # bits
+    diff = torch.zeros(n*labels, dtype=torch.float64).index_add(0, which*labels+label,
+        a.nll-b.nll).view(n, labels)/math.log(2)
+    # bytes
+    size = torch.zeros(n, dtype=torch.float64).index_add(0, which, a.bytes.double())[:, None]
     mean = diff.sum(0)/size.sum()
-    return mean, (diff-mean*size).square().sum(0).div(n*(n-1)).sqrt()/size.mean() # of a ratio of sums
+    # of a ratio of sums
+    return mean, (diff-mean*size).square().sum(0).div(n*(n-1)).sqrt()/size.mean()
 
 # %% ../../nbs/score/40_windows.ipynb #02b22d77
 KINDS = ("control", "word start", "inside a word", "digits", "punctuation", "byte") # of tokens
 
 def token_kinds(
     sp, # SentencePiece processor
-    vocab_size:int=None, # rows of the model's embedding; ids beyond the tokenizer are control tokens
+    # rows of the model's embedding; ids beyond the tokenizer are control tokens
+    vocab_size:int=None,
 )->Tensor: # (V,) uint8, index into `KINDS`
     "Tell the tokens of a vocabulary apart."
     kinds = torch.zeros(max(sp.vocab_size(), vocab_size or 0), dtype=torch.uint8)
@@ -359,7 +419,8 @@ def token_kinds(
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i): name = "control"
         elif sp.is_byte(i): name = "byte"
         elif piece.strip("▁").isdigit(): name = "digits"
-        elif any(map(str.isalpha, piece)): name = "word start" if piece.startswith("▁") else "inside a word"
+        elif any(map(str.isalpha, piece)):
+            name = "word start" if piece.startswith("▁") else "inside a word"
         else: name = "punctuation"
         kinds[i] = KINDS.index(name)
     return kinds
@@ -377,12 +438,14 @@ class SavedScores:
     @property
     def documents(self)->Tensor: # first target of each document
         "Where documents start."
-        return torch.cat([torch.zeros(1, dtype=torch.long), (self.position[1:] == 0).nonzero()[:, 0]+1])
+        return torch.cat([torch.zeros(1, dtype=torch.long),
+            (self.position[1:] == 0).nonzero()[:, 0]+1])
 
 def describe(
     scores:Scores, # of the first targets of `tokens`, or of all
     tokens:Tensor, # (N+1,) ids of the whole text
-    kinds:Tensor|None=None, # (V,) kind of each token, from `token_kinds`; None: all of the first kind
+    # (V,) kind of each token, from `token_kinds`; None: all of the first kind
+    kinds:Tensor|None=None,
     documents:Tensor|None=None, # first token of each document, ascending from 0; None: one document
     about:dict={}, # what JSON can say of the model and its windows
 )->SavedScores:
@@ -391,7 +454,8 @@ def describe(
     starts = torch.zeros(1, dtype=torch.long) if documents is None else documents
     at = torch.arange(n)
     kind = torch.zeros(n, dtype=torch.uint8) if kinds is None else kinds[tokens[1:n+1]]
-    return SavedScores(scores, tokens[1:n+1], at-starts[torch.bucketize(at, starts, right=True)-1], kind, text_fingerprint(tokens), about)
+    return SavedScores(scores, tokens[1:n+1], at-starts[torch.bucketize(at, starts, right=True)-1],
+        kind, text_fingerprint(tokens), about)
 
 def text_fingerprint(tokens:Tensor)->str:
     "Equal for equal texts, and for no others that anyone will meet."
@@ -404,26 +468,34 @@ def save_scores(
 ):
     "Write scores to an npz file."
     s, small = saved.scores, saved.scores.nll.float()
-    arrays = dict(nll=small if torch.equal(small.double(), s.nll) else s.nll, bytes=s.bytes.int(), target=saved.target.int(), position=saved.position.int(), kind=saved.kind)
-    about = json.dumps(dict(text=saved.text, available=s.available, legal=s.legal, about=saved.about))
-    with atomic_write(path) as f: np.savez_compressed(f, about=np.array(about), **{k: v.numpy() for k, v in arrays.items()})
+    arrays = dict(nll=small if torch.equal(small.double(), s.nll) else s.nll, bytes=s.bytes.int(),
+        target=saved.target.int(), position=saved.position.int(), kind=saved.kind)
+    about = json.dumps(dict(text=saved.text, available=s.available, legal=s.legal,
+        about=saved.about))
+    with atomic_write(path) as f:
+        np.savez_compressed(f, about=np.array(about), **{k: v.numpy() for k, v in arrays.items()})
 
 def load_scores(
     path, # written by `save_scores`
 )->SavedScores:
     "Read scores."
     try:
-        with np.load(path) as z: a = {k: z[k] for k in ("nll", "bytes", "target", "position", "kind", "about")}
+        with np.load(path) as z:
+            a = {k: z[k] for k in ("nll", "bytes", "target", "position", "kind", "about")}
         more = json.loads(str(a.pop("about")))
         t = {k: torch.from_numpy(v) for k, v in a.items()}
         scores = Scores(t["nll"].double(), t["bytes"].long(), more["available"], more["legal"])
-        return SavedScores(scores, t["target"].long(), t["position"].long(), t["kind"], more["text"], more["about"])
+        return SavedScores(scores, t["target"].long(), t["position"].long(), t["kind"],
+            more["text"], more["about"])
     except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f"{path} is not a file of scores ({e}); `pgolf score RUN --save FILE` writes one") from None
+    except Exception as e:
+        raise ValueError(
+            f"{path} is not a file of scores ({e}); `pgolf score RUN --save FILE` writes one") from None
 
 # %% ../../nbs/score/40_windows.ipynb #f56f8d2e
 def score_into(
-    path,              # file of scores; None: none. A file that an interrupted call has left is completed
+    # file of scores; None: none. A file that an interrupted call has left is completed
+    path,
     model:nn.Module,   # as for `score`
     tokens:Tensor,     # (N+1,) ids: N targets
     tables:ByteTables, # byte counts of the vocabulary
@@ -435,14 +507,20 @@ def score_into(
     progress:bool=False, # show a bar
 )->SavedScores: # complete
     "Score a text into a file."
-    about = about | dict(seq_len=cfg.eval_seq_len, stride=cfg.eval_stride, temperature=cfg.eval_temperature, isolated=isolated)
-    tokens, begun = check_stream(tokens, tables)[0], load_scores(path) if path and Path(path).exists() else None
+    about = about | dict(seq_len=cfg.eval_seq_len, stride=cfg.eval_stride,
+        temperature=cfg.eval_temperature, isolated=isolated)
+    tokens, begun = check_stream(tokens,
+        tables)[0], load_scores(path) if path and Path(path).exists() else None
     if begun and (begun.text, begun.about) != (text_fingerprint(tokens), about):
-        raise ValueError(f"{path} holds scores of another text, model or setting ({begun.about}); choose another file, or remove this one")
+        raise ValueError(
+            f"{path} holds scores of another text, model or setting ({begun.about}); choose another"
+            " file, or remove this one"
+        )
     if begun and begun.scores.coverage == 1: return begun
     def put(s):
         if path: save_scores(path, describe(s, tokens, kinds, documents, about))
-    s = score(model, tokens, tables, cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch, cfg.eval_temperature, progress, cfg.eval_compile,
+    s = score(model, tokens, tables, cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch,
+        cfg.eval_temperature, progress, cfg.eval_compile,
               documents if isolated else None, begun and begun.scores, put)
     put(s)
     return describe(s, tokens, kinds, documents, about)
@@ -453,20 +531,33 @@ def compare(
     b:SavedScores, # of another on the same targets
 )->dict: # "all": `Difference`; "kind", "position", "frequency": rows as dicts
     "Say how two scores differ and where."
-    if a.text != b.text: raise ValueError(f"fingerprints {a.text} and {b.text}: the scores are of different texts; score both on one corpus with equal --tokens")
-    if len(a.target) != len(b.target): raise ValueError(f"{len(a.target)} and {len(b.target)} targets: one of the two was interrupted; let it finish")
-    starts = a.documents if len(a.documents) >= 10 else torch.arange(0, len(a.target), 512) # few documents say little of their scatter
+    if a.text != b.text:
+        raise ValueError(
+            f"fingerprints {a.text} and {b.text}: the scores are of different texts; score both on"
+            " one corpus with equal --tokens"
+        )
+    if len(a.target) != len(b.target):
+        raise ValueError(
+            f"{len(a.target)} and {len(b.target)} targets: one of the two was interrupted; let it"
+            " finish"
+        )
+    # few documents say little of their scatter
+    starts = a.documents if len(a.documents) >= 10 else torch.arange(0, len(a.target), 512)
     place = (a.position+1).double().log2().long()                              # 0, 1-2, 3-6, ...
     often = a.target.bincount()[a.target].double().log10().long()              # 1-9, 10-99, ...
     places = [f"{2**k-1}..{2**(k+1)-2}" for k in range(int(place.max())+1)]
     counts = [f"{10**k}..{10**(k+1)-1} times" for k in range(int(often.max())+1)]
     by = dict(kind=(a.kind.long(), KINDS), position=(place, places), frequency=(often, counts))
-    return dict(all=paired_difference(a.scores, b.scores, starts=starts)) | {k: _rows(a.scores, b.scores, starts, *v) for k, v in by.items()}
+    return dict(all=paired_difference(a.scores, b.scores, starts=starts)) | {k: _rows(a.scores,
+        b.scores, starts, *v) for k, v in by.items()}
 
 def _rows(a, b, starts, label, names):
     "One row for each label that occurs."
     count = label.bincount(minlength=len(names))
-    bits = [torch.zeros(len(names), dtype=torch.float64).index_add(0, label, s.nll)/math.log(2)/count for s in (a, b)]
-    share, stderr = _shares(a, b, torch.bucketize(torch.arange(len(label)), starts, right=True)-1, label, len(names))
+    bits = [torch.zeros(len(names), dtype=torch.float64).index_add(0, label, s.nll)/math.log(2)
+        /count for s in (a, b)]
+    share, stderr = _shares(a, b, torch.bucketize(torch.arange(len(label)), starts, right=True)-1,
+        label, len(names))
     rows = zip(names, count.tolist(), *(x.tolist() for x in (*bits, share, 1.96*stderr)))
-    return [dict(zip(("of", "targets", "bits a", "bits b", "bpb a - b", "+-"), r)) for r in rows if r[1]]
+    return [dict(zip(("of", "targets", "bits a", "bits b", "bpb a - b", "+-"), r))
+        for r in rows if r[1]]

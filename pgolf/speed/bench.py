@@ -49,7 +49,8 @@ class Timing:
     @classmethod
     def of(cls, samples): # [(wall, processor time)]
         wall,cpu = np.asarray(samples, float).T
-        return cls(*(float(q) for q in np.quantile(wall, (.5, .25, .75))), float(np.median(cpu)), len(wall))
+        return cls(*(float(q) for q in np.quantile(wall, (.5, .25, .75))),
+            float(np.median(cpu)), len(wall))
 
 CLOCKS = time.perf_counter, time.process_time # of the wall, of the processor; seconds
 
@@ -107,10 +108,12 @@ class _Live(TorchDispatchMode):
     "Follow the storages that operators make."
     def __init__(self): super().__init__(); self.alive,self.peak = {},0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        before = {t.untyped_storage()._cdata
+            for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, Tensor) and (s := t.untyped_storage())._cdata not in before: self.alive[s._cdata] = StorageWeakRef(s),s.nbytes()
+            if isinstance(t, Tensor) and (s := t.untyped_storage())._cdata not in before:
+                self.alive[s._cdata] = StorageWeakRef(s),s.nbytes()
         self.alive = {k:(w,n) for k,(w,n) in self.alive.items() if not w.expired()}
         self.peak = max(self.peak, sum(n for _,n in self.alive.values()))
         return out
@@ -149,10 +152,12 @@ class Row:
     ratio_low:float|None=None; ratio_high:float|None=None
     ratio_cpu:float|None=None # the same by processor time
     against:str=""      # name of the other row
-    rate = property(lambda self: self.work/self.seconds if self.work and self.seconds else None, doc="Work per second.")
+    rate = property(lambda self: self.work/self.seconds if self.work and self.seconds else None,
+        doc="Work per second.")
     def than(self, r:Timing, against:str)->"Row":
         "Add a ratio."
-        self.ratio,self.ratio_low,self.ratio_high,self.ratio_cpu,self.against = r.median,r.low,r.high,r.cpu,against
+        self.ratio,self.ratio_low,self.ratio_high,self.ratio_cpu,self.against = (r.median,r.low,
+            r.high,r.cpu,against)
         return self
 
 # %% ../../nbs/speed/80_bench.ipynb #b143dad9
@@ -172,11 +177,14 @@ class Case:
     def rows(self)->int: # of `seq_len` tokens that go through the model at once
         t = self.recipe.train
         micro = t.train_batch_tokens//t.num_spans//t.train_seq_len
-        return micro if self.cuda else 1 if self.scale=="full" else min(micro, 2 if self.quick else 8)
+        return micro if self.cuda else 1 if self.scale=="full" else min(micro,
+            2 if self.quick else 8)
     def row(self, bench, name, samples, what="", **kw)->Row: # from `alternate`
         t = Timing.of(samples)
-        return Row(bench, name, self.system, self.scale, what, t.median, t.low, t.high, t.cpu, t.repeats, **kw)
-    def time(self, repeats=None, **fns): return alternate(fns, repeats or self.repeats, 1, self.device)
+        return Row(bench, name, self.system, self.scale, what, t.median, t.low, t.high, t.cpu,
+            t.repeats, **kw)
+    def time(self, repeats=None, **fns):
+        return alternate(fns, repeats or self.repeats, 1, self.device)
 
 def make_case(
     system:str,          # name of a recipe
@@ -187,7 +195,8 @@ def make_case(
     overrides:dict|None=None, # setting -> value
 )->Case:
     "A case by names."
-    return Case(at_scale(get_recipe(system), scale).but(**(overrides or {})), device, quick, compile)
+    return Case(at_scale(get_recipe(system), scale).but(**(overrides or {})),
+        device, quick, compile)
 
 # %% ../../nbs/speed/80_bench.ipynb #7e44054d
 def ids(case:Case, n:int, seed:int=0)->Tensor: # (n,) int64
@@ -202,13 +211,16 @@ def batch(case:Case)->tuple[Tensor,Tensor]: # (rows, seq_len) inputs and targets
 
 @torch.no_grad()
 def stir(model:nn.Module, seed:int=0)->nn.Module: # changed in place
-    "Add noise to every parameter, enough that no technique is idle and every one shows in the loss."
+    """Add noise to every parameter, enough that no technique is idle and every one shows in the
+    loss."""
     g = torch.Generator().manual_seed(seed)
-    for p in model.parameters(): p.add_((p.shape[-1]**-.5 if p.ndim==2 else .1)*torch.randn(p.shape, generator=g).to(p))
+    for p in model.parameters():
+        p.add_((p.shape[-1]**-.5 if p.ndim==2 else .1)*torch.randn(p.shape, generator=g).to(p))
     return model
 
 def new_model(case:Case)->GPT:
-    "A model of the case, in training mode; rounding its weights if the system does so from the first step."
+    """A model of the case, in training mode; rounding its weights if the system does so from the
+    first step."""
     model,s = stir(GPT(case.recipe.model, 1)).to(case.device),case.recipe.stages
     model.compute_dtype = best_dtype(case.device)
     if s.late_qat_threshold > 1: set_fake_quant(model, s.qat_rules)
@@ -234,18 +246,22 @@ def small_run(
     ranks:Ranks|None=None, # whose part of the batch it trains on; None: alone
 )->Run: # at its first step; its progress bar closes with `run.call("on_failure")`
     "A run on random tokens, with the listeners of a real one."
-    r,shard,ranks = case.recipe.but(log_every=1),folder/"bench_train_000000.bin",ranks or Ranks(device=case.device)
+    r,shard,ranks = (case.recipe.but(log_every=1),folder/"bench_train_000000.bin",
+        ranks or Ranks(device=case.device))
     write_shard(shard, ids(case, 4*r.train.train_batch_tokens).numpy().astype(np.uint16))
     model = new_model(replace(case, device=ranks.device))
-    listeners = [l for l in (make_average(r),) if l]+[MetricsLog(folder/"metrics.jsonl"), Progress(io.StringIO())]
-    run = Run(model, make_optimizers(model, r.optim), make_loader([shard], r.train, ranks), r.schedule, r.train, ranks, folder, tuple(listeners))
+    listeners = [l for l in (make_average(r),) if l]+[MetricsLog(folder/"metrics.jsonl"),
+        Progress(io.StringIO())]
+    run = Run(model, make_optimizers(model, r.optim), make_loader([shard], r.train, ranks),
+        r.schedule, r.train, ranks, folder, tuple(listeners))
     run.call("on_start")
     set_rates(run.optims, 0., .95)
     return run
 
 def one_pass(case:Case)->Case: # whose batch goes through the model at once
     "A case with a step of one pass."
-    return replace(case, recipe=case.recipe.but(train_batch_tokens=case.rows*case.seq_len, num_spans=1))
+    return replace(case,
+        recipe=case.recipe.but(train_batch_tokens=case.rows*case.seq_len, num_spans=1))
 
 def listener_call(
     run:Run, # started
@@ -272,8 +288,10 @@ def bench_step(case:Case)->list[Row]:
             for p in params: p.grad = None
             loss_fn(x, y).backward()
         memory = peak_memory(both, case.device)
-        s = case.time(product=product, forward=forward, both=both, clip=lambda: nn.utils.clip_grad_norm_(params, 1e9), loader=loader.next_step,
-            **{f"optimizer: {type(o).__name__}":o.step for o in run.optims}, **{f"listener: {type(l).__name__}":listener_call(run, l) for l in run.listeners})
+        s = case.time(product=product, forward=forward, both=both,
+            clip=lambda: nn.utils.clip_grad_norm_(params, 1e9), loader=loader.next_step,
+            **{f"optimizer: {type(o).__name__}":o.step for o in run.optims},
+            **{f"listener: {type(l).__name__}":listener_call(run, l) for l in run.listeners})
         run.call("on_failure") # closes the progress bar
     return _step_rows(case, s, flops, memory)
 
@@ -286,29 +304,39 @@ def _step_rows(case, s, product_flops, memory):
     passes = case.recipe.train.train_batch_tokens/n
     step = passes*s["both"]+sum(parts.values())
     heard = sum(v for k,v in parts.items() if k.startswith("listener"))
-    clock = 0 if case.cuda else 1 # where other programs take the cores away, long calls lose more by the wall than short ones
-    used = lambda name,flops: float(np.median(flops/s[name][:,clock]/(product_flops/s["product"][:,clock])))
+    # where other programs take the cores away, long calls lose more by the wall than short ones
+    clock = 0 if case.cuda else 1
+    used = lambda name,flops: float(
+        np.median(flops/s[name][:,clock]/(product_flops/s["product"][:,clock])))
     row = lambda *a,**kw: case.row("step", *a, **kw)
     out = [row("matrix product", s["product"], "the yardstick", flops=product_flops),
-        row("forward", s["forward"], what, work=n, unit="tokens", flops=f, utilisation=used("forward", f)),
-        row("backward", s["both"]-s["forward"], what+", by difference", work=n, unit="tokens", flops=2*f),
-        row("forward and backward", s["both"], what, work=n, unit="tokens", flops=3*f, utilisation=used("both", 3*f), memory=memory)]
+        row("forward", s["forward"], what, work=n, unit="tokens", flops=f,
+            utilisation=used("forward", f)),
+        row("backward", s["both"]-s["forward"], what+", by difference", work=n,
+            unit="tokens", flops=2*f),
+        row("forward and backward", s["both"], what, work=n, unit="tokens", flops=3*f,
+            utilisation=used("both", 3*f), memory=memory)]
     whole = f"step of {case.recipe.train.train_batch_tokens:,} tokens"
-    out += [row(k, v, "per step").than(ratio(v, step), whole) for k,v in {**parts, "listeners":heard}.items()]
-    return out+[row(whole, step, f"{passes:g} passes and one update, summed", work=case.recipe.train.train_batch_tokens, unit="tokens", flops=3*f*passes)]
+    out += [row(k, v, "per step").than(ratio(v, step), whole)
+        for k,v in {**parts, "listeners":heard}.items()]
+    return out+[row(whole, step, f"{passes:g} passes and one update, summed",
+        work=case.recipe.train.train_batch_tokens, unit="tokens", flops=3*f*passes)]
 
 # %% ../../nbs/speed/80_bench.ipynb #424631c0
 def block_matrices(
     model:nn.Module, # a `GPT`
 )->dict[str,nn.Parameter]: # name -> matrix
     "The matrices of the blocks."
-    return {n:p for n,p in model.named_parameters() if p.ndim==2 and n.startswith("blocks.") and n.endswith(".weight")}
+    return {n:p for n,p in model.named_parameters() if p.ndim==2 and n.startswith("blocks.")
+        and n.endswith(".weight")}
 
 def bench_muon(case:Case)->list[Row]:
     "Muon's step on all matrices of the blocks, beside the plain form: one matrix after the other."
     params = [nn.Parameter(p.detach().clone()) for p in block_matrices(new_model(case)).values()]
-    for i,p in enumerate(params): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
-    opt,dtype = Muon(params, lr=0., ns_dtype=getattr(torch, case.recipe.optim.ns_dtype)),getattr(torch, case.recipe.optim.ns_dtype)
+    for i,p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p)
+    opt,dtype = (Muon(params, lr=0., ns_dtype=getattr(torch, case.recipe.optim.ns_dtype)),
+        getattr(torch, case.recipe.optim.ns_dtype))
     buffers = [torch.zeros_like(p) for p in params]
     @torch.no_grad()
     def plain():
@@ -317,7 +345,8 @@ def bench_muon(case:Case)->list[Row]:
             p.add_(orthogonal_update(p.grad+.95*b, dtype=dtype), alpha=0.)
     s = case.time(batched=opt.step, plain=plain)
     kw = dict(work=sum(p.numel() for p in params), unit="weights")
-    return [case.row("muon", "Muon", s["batched"], f"{len(params)} matrices", **kw).than(ratio(s["batched"], s["plain"]), "one by one"),
+    return [case.row("muon", "Muon", s["batched"], f"{len(params)} matrices",
+        **kw).than(ratio(s["batched"], s["plain"]), "one by one"),
         case.row("muon", "one by one", s["plain"], f"{len(params)} matrices", **kw)]
 
 # %% ../../nbs/speed/80_bench.ipynb #06ab08f5
@@ -327,7 +356,8 @@ def bench_loader(case:Case)->list[Row]:
         path,n = Path(folder)/"bench_train_000000.bin",case.recipe.train.train_batch_tokens
         write_shard(path, ids(case, 4*n).numpy().astype(np.uint16))
         s = case.time(20, loader=make_loader([path], case.recipe.train).next_step)
-    return [case.row("loader", "loader", s["loader"], "one step, from a mapped shard", work=n, unit="tokens")]
+    return [case.row("loader", "loader", s["loader"], "one step, from a mapped shard",
+        work=n, unit="tokens")]
 
 def bench_averaging(case:Case)->list[Row]:
     "Averages after a step, beside a loop over tensors."
@@ -338,22 +368,29 @@ def bench_averaging(case:Case)->list[Row]:
     made["SWA"].risen = True
     mean = {n:p.detach().float().clone() for n,p in model.state_dict().items()}
     def loop():
-        for n,p in model.state_dict().items(): mean[n].mul_(.997).add_(p.detach().float(), alpha=.003)
+        for n,p in model.state_dict().items():
+            mean[n].mul_(.997).add_(p.detach().float(), alpha=.003)
     s = case.time(20, **{n:lambda a=a: a.after_step(run) for n,a in made.items()}, loop=loop)
     kw = dict(work=sum(p.numel() for p in model.parameters()), unit="weights")
-    return [case.row("averaging", n, v, **kw).than(ratio(v, s["loop"]), "EMA, tensor by tensor") for n,v in s.items() if n!="loop"]+[case.row("averaging", "EMA, tensor by tensor", s["loop"], **kw)]
+    return [case.row("averaging", n, v, **kw).than(ratio(v, s["loop"]), "EMA, tensor by tensor")
+        for n,v in s.items() if n!="loop"]+[case.row("averaging", "EMA, tensor by tensor",
+            s["loop"], **kw)]
 
 # %% ../../nbs/speed/80_bench.ipynb #0fd32370
 def bench_fakequant(case:Case)->list[Row]:
     "Forward and backward pass with rounded weights, beside the plain one."
-    plain,rounded,(x,y) = new_model(replace(case, recipe=case.recipe.but(late_qat_threshold=0.))),new_model(case),batch(case)
+    plain,rounded,(x,
+        y) = new_model(replace(case, recipe=case.recipe.but(late_qat_threshold=0.))),new_model(
+        case),batch(case)
     set_fake_quant(rounded, case.recipe.stages.qat_rules)
     def both(m):
         m.zero_grad(set_to_none=True)
         m.loss(x, y).backward()
     s = case.time(rounded=lambda: both(rounded), plain=lambda: both(plain))
     kw = dict(what=f"{case.rows} x {case.seq_len} tokens", work=x.numel(), unit="tokens")
-    return [case.row("fakequant", "pass with fake quantization", s["rounded"], **kw).than(ratio(s["rounded"], s["plain"]), "pass without"), case.row("fakequant", "pass without", s["plain"], **kw)]
+    return [case.row("fakequant", "pass with fake quantization", s["rounded"],
+        **kw).than(ratio(s["rounded"], s["plain"]), "pass without"),
+        case.row("fakequant", "pass without", s["plain"], **kw)]
 
 def bench_gptq(case:Case)->list[Row]:
     "Calibration, and rounding of the whole state with and without its Hessians."
@@ -362,42 +399,59 @@ def bench_gptq(case:Case)->list[Row]:
     windows = ids(case, n*case.seq_len).view(n, -1).split(16)
     hessians,state = collect_hessians(model, windows),model.state_dict()
     weights = sum(state[k].numel() for k in hessians)
-    s = case.time(3, calibration=lambda: collect_hessians(model, windows), gptq=lambda: quantize_state(state, r.quant, r.gptq, hessians), nearest=lambda: quantize_state(state, r.quant))
-    kw = dict(what=f"{len(hessians)} matrices calibrated, all tensors rounded", work=weights, unit="weights")
-    return [case.row("gptq", "Hessians", s["calibration"], f"{n} x {case.seq_len} tokens", work=n*case.seq_len, unit="tokens"),
-        case.row("gptq", "GPTQ", s["gptq"], **kw).than(ratio(s["gptq"], s["nearest"]), "round to nearest"), case.row("gptq", "round to nearest", s["nearest"], **kw)]
+    s = case.time(3, calibration=lambda: collect_hessians(model, windows),
+        gptq=lambda: quantize_state(state, r.quant, r.gptq, hessians),
+        nearest=lambda: quantize_state(state, r.quant))
+    kw = dict(what=f"{len(hessians)} matrices calibrated, all tensors rounded",
+        work=weights, unit="weights")
+    return [case.row("gptq", "Hessians", s["calibration"], f"{n} x {case.seq_len} tokens",
+        work=n*case.seq_len, unit="tokens"),
+        case.row("gptq", "GPTQ", s["gptq"], **kw).than(ratio(s["gptq"], s["nearest"]),
+            "round to nearest"), case.row("gptq", "round to nearest", s["nearest"], **kw)]
 
 # %% ../../nbs/speed/80_bench.ipynb #fca97343
 def bench_entropy(case:Case)->list[Row]:
     "The coder on codes of Gaussian rows, 6 bits."
     n = 2**20 # fewer would measure the overhead of a stream, which is a fixed one
-    codes = (6*torch.randn(n//512, 512, generator=torch.Generator().manual_seed(0))).round().clamp(-31, 31).to(torch.int8).numpy()
+    codes = (6*torch.randn(n//512, 512, generator=torch.Generator().manual_seed(0))).round().clamp(
+        -31, 31).to(torch.int8).numpy()
     data = encode(codes)
-    if not np.array_equal(decode(data), codes): raise RuntimeError("the entropy coder does not give back what it was given")
+    if not np.array_equal(decode(data), codes):
+        raise RuntimeError("the entropy coder does not give back what it was given")
     s = case.time(3, encode=lambda: encode(codes), decode=lambda: decode(data))
     bits,bound = 8*len(data)/n, entropy(codes)
-    return [case.row("entropy", k, v, f"{bits:.4f} bits per symbol, entropy {bound:.4f}", work=n, unit="symbols") for k,v in s.items()]
+    return [case.row("entropy", k, v, f"{bits:.4f} bits per symbol, entropy {bound:.4f}", work=n,
+        unit="symbols") for k,v in s.items()]
 
 def bench_scoring(case:Case)->list[Row]:
     "Disjoint blocks and overlapping windows on the same targets."
     r,c = case.recipe,case.recipe.score
     model,tables,L = new_model(case).eval(),toy_tables(case.recipe.model.vocab_size),c.eval_seq_len
-    n = L+c.eval_stride*((2 if case.scale=="full" else 8 if case.quick else 60) if not case.cuda else 512)
+    n = L+c.eval_stride*((2 if case.scale=="full" else 8 if case.quick else 60)
+        if not case.cuda else 512)
     text,size = ids(case, n+1),min(c.eval_batch, 8) if not case.cuda else c.eval_batch
-    s = case.time(3, blocks=lambda: score(model, text, tables, L, L, size), sliding=lambda: score(model, text, tables, L, c.eval_stride, size))
+    s = case.time(3, blocks=lambda: score(model, text, tables, L, L, size),
+        sliding=lambda: score(model, text, tables, L, c.eval_stride, size))
     kw,flops = dict(work=n, unit="targets"),flops_per_token(r.model, L)
-    return [case.row("scoring", "sliding", s["sliding"], f"windows of {L}, stride {c.eval_stride}", **kw).than(ratio(s["sliding"], s["blocks"]), "blocks"),
+    return [case.row("scoring", "sliding", s["sliding"], f"windows of {L}, stride {c.eval_stride}",
+        **kw).than(ratio(s["sliding"], s["blocks"]), "blocks"),
         case.row("scoring", "blocks", s["blocks"], f"blocks of {L}", flops=flops*n, **kw)]
 
 # %% ../../nbs/speed/80_bench.ipynb #2346c2fe
 def bench_ttt(case:Case)->list[Row]:
     "Adaptation while scoring, beside scoring alone."
     r,L = case.recipe,case.recipe.score.eval_seq_len
-    r = r.but(ttt_chunk_tokens=min(r.ttt.ttt_chunk_tokens, (2 if case.quick or case.scale=="full" else 8)*L), ttt_coverage=1.)
-    text,tables,model = ids(case, 2*r.ttt.ttt_chunk_tokens+1),toy_tables(r.model.vocab_size),new_model(case).eval()
-    s = case.time(3, adapted=lambda: score_and_adapt(model, text, tables, r.score, r.ttt), plain=lambda: score(model, text, tables, L, r.score.eval_stride, r.score.eval_batch))
-    kw = dict(what=f"2 chunks of {r.ttt.ttt_chunk_tokens:,}, {r.ttt.ttt_epochs} epochs", work=len(text)-1, unit="targets")
-    return [case.row("ttt", "score and adapt", s["adapted"], **kw).than(ratio(s["adapted"], s["plain"]), "score"), case.row("ttt", "score", s["plain"], **kw)]
+    r = r.but(ttt_chunk_tokens=min(r.ttt.ttt_chunk_tokens,
+        (2 if case.quick or case.scale=="full" else 8)*L), ttt_coverage=1.)
+    text,tables,model = (ids(case, 2*r.ttt.ttt_chunk_tokens+1),toy_tables(r.model.vocab_size),
+        new_model(case).eval())
+    s = case.time(3, adapted=lambda: score_and_adapt(model, text, tables, r.score, r.ttt),
+        plain=lambda: score(model, text, tables, L, r.score.eval_stride, r.score.eval_batch))
+    kw = dict(what=f"2 chunks of {r.ttt.ttt_chunk_tokens:,}, {r.ttt.ttt_epochs} epochs",
+        work=len(text)-1, unit="targets")
+    return [case.row("ttt", "score and adapt", s["adapted"],
+        **kw).than(ratio(s["adapted"], s["plain"]), "score"),
+        case.row("ttt", "score", s["plain"], **kw)]
 
 def bench_artifact(case:Case)->list[Row]:
     "The artifact written to disk, and read back."
@@ -405,12 +459,15 @@ def bench_artifact(case:Case)->list[Row]:
     codes = quantize_state(new_model(case).state_dict(), r.quant)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"model.pgolf"
-        write = lambda: save_artifact(path, codes, {}, st.zstd_level or None, st.zstd_long, st.codec)
+        write = lambda: save_artifact(path, codes, {}, st.zstd_level or None,
+            st.zstd_long, st.codec)
         size = write()
         s = case.time(3, write=write, read=lambda: dequantize_state(load_artifact(path)[0]))
-    return [case.row("artifact", k, v, f"{size:,} bytes, {st.codec}", work=size, unit="bytes") for k,v in s.items()]
+    return [case.row("artifact", k, v, f"{size:,} bytes, {st.codec}", work=size, unit="bytes")
+        for k,v in s.items()]
 
-BENCHES = dict(step=bench_step, muon=bench_muon, loader=bench_loader, averaging=bench_averaging, fakequant=bench_fakequant, gptq=bench_gptq,
+BENCHES = dict(step=bench_step, muon=bench_muon, loader=bench_loader, averaging=bench_averaging,
+    fakequant=bench_fakequant, gptq=bench_gptq,
     entropy=bench_entropy, scoring=bench_scoring, ttt=bench_ttt, artifact=bench_artifact)
 
 # %% ../../nbs/speed/80_bench.ipynb #7ee499f2
@@ -421,10 +478,12 @@ def machine(
 )->dict:
     "What was measured on, and how busy it was."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return environment(device) | dict(cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), load=load, shared=load is not None and load > os.cpu_count()+.5)
+    return environment(device) | dict(cpu=torch.backends.cpu.get_cpu_capability(),
+        cores=os.cpu_count(), load=load, shared=load is not None and load > os.cpu_count()+.5)
 
 def run_benches(
-    systems=FIVE[:1],  # recipes; the training step is measured for each, everything else for the first
+    # recipes; the training step is measured for each, everything else for the first
+    systems=FIVE[:1],
     scale:str="pocket",# or "full", ...
     device:str="cpu",  # "cpu" or "cuda"
     only=(),           # keys of `benches`; (): all
@@ -432,7 +491,8 @@ def run_benches(
     overrides:dict|None=None, # setting -> value
     compile:bool=False,# compile models
     progress:bool=False, # show a bar
-    benches:dict=BENCHES, # name -> function of a case, which gives rows, or a dict of sections; others can be added
+    # name -> function of a case, which gives rows, or a dict of sections; others can be added
+    benches:dict=BENCHES,
 )->dict: # machine, scale, rows and other sections: what JSON can say
     "Measure everything in one call."
     for n in only:
@@ -457,7 +517,10 @@ def read_bench(
     try:
         out = json.loads(Path(path).read_text())
         for r in out["rows"]: Row(**r)
-    except (OSError,ValueError,KeyError,TypeError) as e: raise ValueError(f"{path} holds no measurements of pgolf ({e}); make them with `pgolf bench --json FILE`") from None
+    except (OSError,ValueError,KeyError,TypeError) as e:
+        raise ValueError(
+            f"{path} holds no measurements of pgolf ({e}); make them with `pgolf bench --json FILE`"
+        ) from None
     return out
 
 def short(x:float|None)->str: # four characters or so
@@ -474,10 +537,20 @@ def bench_table(
     "One line per measured thing."
     def line(d):
         r = Row(**d)
-        share = f"{r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g}; cpu {r.ratio_cpu:.3g}) of {r.against}" if r.ratio is not None else ""
-        return [r.bench, r.system, r.name, f"{r.seconds*1e3:,.3g}", f"{r.low*1e3:,.3g} to {r.high*1e3:,.3g}", f"{r.cpu*1e3:,.3g}", f"{short(r.rate)} {r.unit}" if r.rate else "",
-            f"{r.utilisation:.0%}" if r.utilisation is not None else "", short(r.memory) if r.memory else "", share, r.what]
-    return tabulate([line(d) for d in rows], headers=["bench","system","what","ms","quartiles","cpu ms","per second","of matmul","peak bytes","ratio","note"], tablefmt=tablefmt, disable_numparse=True)
+        share = (
+            f"{r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g}; cpu {r.ratio_cpu:.3g}) of"
+            f" {r.against}"
+            if r.ratio is not None
+            else ""
+        )
+        return [r.bench, r.system, r.name, f"{r.seconds*1e3:,.3g}",
+            f"{r.low*1e3:,.3g} to {r.high*1e3:,.3g}", f"{r.cpu*1e3:,.3g}",
+            f"{short(r.rate)} {r.unit}" if r.rate else "",
+            f"{r.utilisation:.0%}" if r.utilisation is not None else "",
+            short(r.memory) if r.memory else "", share, r.what]
+    return tabulate([line(d) for d in rows],
+        headers=["bench","system","what","ms","quartiles","cpu ms","per second","of matmul",
+            "peak bytes","ratio","note"], tablefmt=tablefmt, disable_numparse=True)
 
 # %% ../../nbs/speed/80_bench.ipynb #aded7b75
 def bench_figure(
@@ -487,7 +560,8 @@ def bench_figure(
     "Every ratio with its quartiles."
     import matplotlib.pyplot as plt
     found = [r for r in rows if r["ratio"]]
-    if not found: raise ValueError("rows hold no ratio: measure step, muon, gptq, scoring, or a peer")
+    if not found:
+        raise ValueError("rows hold no ratio: measure step, muon, gptq, scoring, or a peer")
     fig,ax = plt.subplots(figsize=(6.5,.8+.19*len(found)), layout="constrained")
     y,mid = range(len(found)),np.array([r["ratio"] for r in found])
     ax.hlines(y, [r["ratio_low"] for r in found], [r["ratio_high"] for r in found], color=".6")
@@ -495,8 +569,14 @@ def bench_figure(
     ax.plot([r["ratio_cpu"] for r in found], y, "x", ms=4, label="processor time")
     ax.axvline(1, color=".7", lw=.8)
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="time over the other's, log scale", yticks=y, yticklabels=[f"{r['system']}: {r['name']} / {r['against']}" for r in found])
-    ax.set_title(f"{sum(r['ratio_cpu'] < 1 for r in found)} of {len(found)} take less processor time than what they are held against", fontsize=9, loc="right")
+    ax.set(xscale="log", xlabel="time over the other's, log scale", yticks=y,
+        yticklabels=[f"{r['system']}: {r['name']} / {r['against']}" for r in found])
+    ax.set_title(
+        f"{sum(r['ratio_cpu'] < 1 for r in found)} of {len(found)} take less processor time than"
+        " what they are held against",
+        fontsize=9,
+        loc="right",
+    )
     ax.tick_params(axis="y", labelsize=7)
     ax.legend(fontsize=7)
     if path: fig.savefig(path, dpi=120)

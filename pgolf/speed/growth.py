@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
-from .bench import Case,batch,ids,listener_call,measure,one_pass,peak_memory,small_run,stir
+from .bench import (Case, batch, ids, listener_call, measure, one_pass, peak_memory,
+                               small_run, stir)
 from ..train.device import Ranks,best_dtype,close_ranks,keep_memory,wait_for
 from ..model.gpt import GPT,ModelConfig,flops_per_token
 from ..systems.pipeline import read_json,write_json
@@ -22,7 +23,8 @@ from ..squeeze.quant import first_match
 from ..train.loop import choose_loss,train_step
 
 # %% ../../nbs/speed/81_growth.ipynb #4ca5c8fe
-AXES = dict(depth="num_layers", width="model_dim", sequence="train_seq_len", batch="rows") # axis -> what grows
+# axis -> what grows
+AXES = dict(depth="num_layers", width="model_dim", sequence="train_seq_len", batch="rows")
 
 def bench_growth(case:Case)->list[dict]: # axis, value, seconds, quartiles, flops, memory
     "Time one pass over depth, width, sequence length and batch."
@@ -32,19 +34,23 @@ def bench_growth(case:Case)->list[dict]: # axis, value, seconds, quartiles, flop
     for axis,key in AXES.items():
         for f in factors:
             at = base | {key:base[key]*f}
-            cfg = ModelConfig(num_layers=at["num_layers"], model_dim=at["model_dim"], num_heads=4, num_kv_heads=2, rope_dims=16)
+            cfg = ModelConfig(num_layers=at["num_layers"], model_dim=at["model_dim"], num_heads=4,
+                num_kv_heads=2, rope_dims=16)
             model = stir(GPT(cfg)).to(case.device)
             model.compute_dtype = best_dtype(case.device)
-            x = ids(case, at["rows"]*at["train_seq_len"]).view(at["rows"], -1).to(case.device) % cfg.vocab_size
+            x = ids(case, at["rows"]*at["train_seq_len"]).view(at["rows"],
+                -1).to(case.device) % cfg.vocab_size
             def both():
                 model.zero_grad(set_to_none=True)
                 model.loss(x, x).backward()
-            out.append(_point(axis, at[key], both, case, 3*flops_per_token(cfg, at["train_seq_len"])*x.numel()))
+            out.append(_point(axis, at[key], both, case,
+                3*flops_per_token(cfg, at["train_seq_len"])*x.numel()))
     return out
 
 def _point(axis, value, fn, case, flops):
     t = measure(fn, case.repeats, 1, case.device)
-    return dict(axis=axis, value=value, seconds=t.median, low=t.low, high=t.high, cpu=t.cpu, flops=flops, memory=peak_memory(fn, case.device))
+    return dict(axis=axis, value=value, seconds=t.median, low=t.low, high=t.high, cpu=t.cpu,
+        flops=flops, memory=peak_memory(fn, case.device))
 
 # %% ../../nbs/speed/81_growth.ipynb #030e8a6a
 def rank_step(
@@ -57,12 +63,14 @@ def rank_step(
     "Time training steps as one of several processes."
     if case.cuda: torch.cuda.set_device(rank)
     else: torch.set_num_threads(1); keep_memory()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if case.cuda else "gloo", init_method=f"file://{folder/'meet'}", rank=rank, world_size=world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if case.cuda else "gloo",
+        init_method=f"file://{folder/'meet'}", rank=rank, world_size=world)
     ranks = Ranks(rank, world, f"cuda:{rank}" if case.cuda else case.device)
     (own := folder/f"rank{rank}").mkdir()
     run = small_run(replace(case, device=ranks.device), own, ranks)
     loss_fn = choose_loss(run.model, case.compile, ranks.device)[0]
-    point = _point("ranks", ranks.world, lambda: train_step(run, loss_fn), replace(case, device=ranks.device), flops/ranks.world)
+    point = _point("ranks", ranks.world, lambda: train_step(run, loss_fn),
+        replace(case, device=ranks.device), flops/ranks.world)
     run.call("on_failure")
     if ranks.is_main: write_json(folder/"point.json", point)
     close_ranks()
@@ -86,7 +94,8 @@ def growth_figure(
     "Measured growth beside the line that the FLOP count predicts."
     import matplotlib.pyplot as plt # half a second, so only where it is needed
     axes = list(dict.fromkeys(p["axis"] for p in points))
-    fig,panes = plt.subplots(1, len(axes), figsize=(2.1*len(axes), 2.4), sharey=True, layout="constrained", squeeze=False)
+    fig,panes = plt.subplots(1, len(axes), figsize=(2.1*len(axes), 2.4), sharey=True,
+        layout="constrained", squeeze=False)
     for ax,axis in zip(panes[0], axes):
         mine = [p for p in points if p["axis"]==axis]
         v,first = [p["value"] for p in mine],mine[0]
@@ -94,10 +103,17 @@ def growth_figure(
         ax.plot(v, [p["flops"]/first["flops"] for p in mine], "--", color=".6", label="FLOPs")
         ax.set(xscale="log", yscale="log", xlabel=axis, xticks=v, xticklabels=v)
         ax.minorticks_off()
-    panes[0][0].set(ylabel=f"{dict(cpu='processor time', seconds='seconds', memory='memory')[quantity]} / first")
+    panes[0][0].set(
+        ylabel=(
+            f"{dict(cpu='processor time', seconds='seconds', memory='memory')[quantity]} / first"))
     panes[0][0].legend(fontsize=7)
     over = {axis:[p[quantity]/p["flops"] for p in points if p["axis"]==axis] for axis in axes}
-    fig.suptitle(f"{dict(cpu='processor time', seconds='time', memory='memory')[quantity]} over FLOPs, last point against first: " + ", ".join(f"{k} {v[-1]/v[0]:.2f}" for k,v in over.items()), fontsize=9)
+    fig.suptitle(
+        f"{dict(cpu='processor time', seconds='time', memory='memory')[quantity]} over FLOPs, last"
+        " point against first: "
+        + ", ".join(f"{k} {v[-1]/v[0]:.2f}" for k, v in over.items()),
+        fontsize=9,
+    )
     return fig
 
 # %% ../../nbs/speed/81_growth.ipynb #da4b64f1
@@ -112,16 +128,21 @@ def _mute():
         os.close(kept)
 
 # %% ../../nbs/speed/81_growth.ipynb #7695298d
-KINDS = (("matrix products", r"mm|linear|matmul|bmm|addmm|gemm"), ("attention", r"attention|flash"), ("softmax and loss", r"softmax|nll|cross_entropy|tanh"),
-    ("embedding", r"embedding|index"), ("copies and casts", r"copy|::to$|cat$|clone|contiguous|stack|fill|zero|empty|view|transpose"), ("elementwise", r""))
+KINDS = (("matrix products", r"mm|linear|matmul|bmm|addmm|gemm"),
+    ("attention", r"attention|flash"), ("softmax and loss", r"softmax|nll|cross_entropy|tanh"),
+    ("embedding", r"embedding|index"),
+    ("copies and casts", r"copy|::to$|cat$|clone|contiguous|stack|fill|zero|empty|view|transpose"),
+    ("elementwise", r""))
 
 def _operators(case, fn):
     "Own seconds and calls of each operator in one call of `fn`."
     from torch.profiler import ProfilerActivity,profile
-    with _mute(), profile(activities=[ProfilerActivity.CPU]+([ProfilerActivity.CUDA] if case.cuda else [])) as p:
+    with _mute(), profile(activities=[ProfilerActivity.CPU]
+        +([ProfilerActivity.CUDA] if case.cuda else [])) as p:
         fn()
         wait_for(case.device)
-    return {e.key:((e.self_device_time_total if case.cuda else e.self_cpu_time_total)/1e6, e.count) for e in p.key_averages()}
+    return {e.key:((e.self_device_time_total if case.cuda else e.self_cpu_time_total)/1e6, e.count)
+        for e in p.key_averages()}
 
 def profile_phases(
     case:Case,
@@ -132,7 +153,8 @@ def profile_phases(
     out = {}
     for name,fn in phases.items():
         found = [_operators(case, fn) for _ in range(6)][1:]
-        ops = [dict(op=k, seconds=float(np.median([f[k][0] if k in f else 0. for f in found])), calls=n) for k,(_,n) in found[0].items()]
+        ops = [dict(op=k, seconds=float(np.median([f[k][0] if k in f else 0. for f in found])),
+            calls=n) for k,(_,n) in found[0].items()]
         out[name] = sorted((o for o in ops if o["seconds"]), key=lambda o: -o["seconds"])[:top]
     return out
 
@@ -140,8 +162,10 @@ def bench_profile(case:Case)->dict: # as `profile_phases`
     "Operators of the forward pass, of both passes, of the update and of the listeners."
     with tempfile.TemporaryDirectory() as folder:
         run,(x,y) = small_run(one_pass(case), Path(folder)),batch(case)
-        phases = {"forward":lambda: run.model.loss(x, y), "forward and backward":lambda: run.model.loss(x, y).backward()}
-        phases |= {"update":lambda: [o.step() for o in run.optims], "listeners":lambda: [listener_call(run, l)() for l in run.listeners]}
+        phases = {"forward":lambda: run.model.loss(x, y),
+            "forward and backward":lambda: run.model.loss(x, y).backward()}
+        phases |= {"update":lambda: [o.step() for o in run.optims],
+            "listeners":lambda: [listener_call(run, l)() for l in run.listeners]}
         out = profile_phases(case, phases)
         run.call("on_failure")
     return out
@@ -177,9 +201,13 @@ def profile_figure(
 def profile_table(phases:dict, top:int=8)->str: # a Markdown table
     "The operators with the largest share of a phase."
     total = {k:sum(o["seconds"] for o in ops) for k,ops in phases.items()}
-    rows = [[k, o["op"], f"{o['seconds']*1e3:.2f}", f"{o['seconds']/total[k]:.0%}", o["calls"]] for k,ops in phases.items() for o in ops[:top]]
-    return tabulate(rows, headers=["phase","operator","own time, ms","share","calls"], tablefmt="github", disable_numparse=True)
+    rows = [[k, o["op"], f"{o['seconds']*1e3:.2f}", f"{o['seconds']/total[k]:.0%}", o["calls"]]
+        for k,ops in phases.items() for o in ops[:top]]
+    return tabulate(rows, headers=["phase","operator","own time, ms","share","calls"],
+        tablefmt="github", disable_numparse=True)
 
 # %% ../../nbs/speed/81_growth.ipynb #a125b8b6
-SECTIONS = dict(growth=lambda case: dict(growth=bench_growth(case)), ranks=lambda case: dict(ranks=bench_ranks(case)),
-    profile=lambda case: dict(profile=bench_profile(case))) # name -> function of a case -> section of the measurements
+SECTIONS = dict(growth=lambda case: dict(growth=bench_growth(case)),
+    ranks=lambda case: dict(ranks=bench_ranks(case)),
+    # name -> function of a case -> section of the measurements
+    profile=lambda case: dict(profile=bench_profile(case)))

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor,nn
-from .bench import Case,Row,batch,block_matrices,ids,make_case,new_model,peak_memory,ratio,toy_tables
+from .bench import (Case, Row, batch, block_matrices, ids, make_case, new_model,
+                               peak_memory, ratio, toy_tables)
 from .growth import profile_phases
 from ..model.gpt import GPT,ModelConfig
 from ..squeeze.formats import load_published,published_name
@@ -44,12 +45,17 @@ class Peer:
         return next((getattr(m, n) for n in names for m in self.modules if hasattr(m, n)), None)
     def need(self, *names):
         "Look it up; what is missing is an error."
-        if (found := self.find(*names)) is None: raise ValueError(f"{self.path} has none of {', '.join(names)}: give a published train_gpt.py, or the further files it needs, one --peer each")
+        if (found := self.find(*names)) is None:
+            raise ValueError(
+                f"{self.path} has none of {', '.join(names)}: give a published train_gpt.py, or the"
+                " further files it needs, one --peer each"
+            )
         return found
 
 def _attention(q, k, v, causal=True, **_): # (B, T, H, D), as flash_attn_func
     "Torch's attention in the layout of flash attention."
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal, enable_gqa=q.shape[2]!=k.shape[2]).transpose(1, 2)
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
+        is_causal=causal, enable_gqa=q.shape[2]!=k.shape[2]).transpose(1, 2)
 
 # %% ../../nbs/speed/82_peer.ipynb #411ee848
 @contextlib.contextmanager
@@ -68,7 +74,8 @@ def _importing(folder):
 def _newer(e):
     "What a syntax or a name that is not known here means."
     where = f"line {e.lineno}: " if isinstance(e, SyntaxError) else ""
-    return f"{where}{e.msg}; the script is not written for Python {platform.python_version()}, perhaps for a newer Python: run pgolf under the one that it needs"
+    return (
+        f"{where}{e.msg}; the script is not written for Python {platform.python_version()}, perhaps for a newer Python: run pgolf under the one that it needs")
 
 def load_peer(
     *paths, # of a published script, and of files beside it; each is executed
@@ -76,14 +83,20 @@ def load_peer(
     "Import published scripts without running their `main`."
     modules,stand_ins = [],()
     for path in map(Path, paths):
-        if not path.is_file(): raise FileNotFoundError(f"no script at {path}: give the path of a published train_gpt.py")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no script at {path}: give the path of a published train_gpt.py")
         spec = importlib.util.spec_from_file_location(f"pgolf_peer_{path.stem}", path)
         modules.append(importlib.util.module_from_spec(spec))
         with _importing(path.parent) as missing:
             try: spec.loader.exec_module(modules[-1])
-            except ModuleNotFoundError as e: raise ValueError(f"{path} imports the package {e.name!r}, which is not installed here: install it, or run where it is; if it is Python's own, the script is for a newer Python than {platform.python_version()}") from e
+            except ModuleNotFoundError as e:
+                raise ValueError(
+                    f"{path} imports the package {e.name!r}, which is not installed here: install it, or run where it is; if it is Python's own, the script is for a newer Python than {platform.python_version()}") from e
             except (SyntaxError,ImportError) as e: raise ValueError(f"{path}: {_newer(e)}") from e
-            except (Exception,SystemExit) as e: raise ValueError(f"{path} cannot be imported: {type(e).__name__}: {e}; it may need a GPU, or other environment variables than are set") from e
+            except (Exception,SystemExit) as e:
+                raise ValueError(
+                    f"{path} cannot be imported: {type(e).__name__}: {e}; it may need a GPU, or other environment variables than are set") from e
         if missing and "flash_attn" in path.read_text(): stand_ins = missing
     return Peer(Path(paths[0]), tuple(modules), stand_ins)
 
@@ -94,8 +107,13 @@ def call_by_name(
 ):
     "Call a function with those values that its signature names."
     wanted = inspect.signature(fn).parameters.values()
-    missing = [p.name for p in wanted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in offers]
-    if missing: raise ValueError(f"{fn.__qualname__} of the published script wants {', '.join(missing)}, which the benchmark does not know how to give")
+    missing = [p.name for p in wanted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        and p.name not in offers]
+    if missing:
+        raise ValueError(
+            f"{fn.__qualname__} of the published script wants {', '.join(missing)}, which the"
+            " benchmark does not know how to give"
+        )
     return fn(**{p.name:offers[p.name] for p in wanted if p.name in offers})
 
 def model_offers(
@@ -103,8 +121,11 @@ def model_offers(
 )->dict: # under every name that the scripts use
     "Arguments for a published model."
     mult = int(c.mlp_mult) if c.mlp_mult==int(c.mlp_mult) else c.mlp_mult
-    return asdict(c) | dict(mlp_mult=mult, hidden_mult=mult, tie_embeddings=True, ve_enabled=bool(c.ve_dim), ve_layers=",".join(map(str, c.ve_layers)), smear_gate=c.smear, use_smear=c.smear,
-        bigram_vocab=c.bigram_vocab_size, bigram_buckets=c.bigram_vocab_size, bigram_embed_dim=c.bigram_dim, xsa_layers=c.xsa_last_n, partial_rope_dims=c.rope_dims)
+    return asdict(c) | dict(mlp_mult=mult, hidden_mult=mult, tie_embeddings=True,
+        ve_enabled=bool(c.ve_dim), ve_layers=",".join(map(str, c.ve_layers)), smear_gate=c.smear,
+        use_smear=c.smear,
+        bigram_vocab=c.bigram_vocab_size, bigram_buckets=c.bigram_vocab_size,
+        bigram_embed_dim=c.bigram_dim, xsa_layers=c.xsa_last_n, partial_rope_dims=c.rope_dims)
 
 # %% ../../nbs/speed/82_peer.ipynb #4038a618
 def peer_model(
@@ -115,27 +136,39 @@ def peer_model(
 )->tuple[nn.Module,float]: # their model, and the difference
     "Build the published model, give it our weights, and check that it computes what ours does."
     theirs = call_by_name(peer.need("GPT","HybridQuantGPT"), model_offers(model.cfg)).to(x.device)
-    with torch.device("meta"): load_published(GPT(model.cfg), {n:torch.empty(p.shape) for n,p in theirs.named_parameters()}) # names and shapes
+    # names and shapes
+    with torch.device("meta"):
+        load_published(GPT(model.cfg),
+            {n:torch.empty(p.shape) for n,p in theirs.named_parameters()})
     own = dict(model.named_parameters())
     with torch.no_grad():
         for n,p in theirs.named_parameters(): p.copy_(own[published_name(n)])
     for mode in (False, True):
-        with torch.no_grad(): a,b = float(model.train(mode).loss(x, y)),float(theirs.train(mode)(x, y))
-        if not abs(a-b) <= tolerance: raise ValueError(f"{peer.path}: with the same weights, {'training' if mode else 'evaluating'}, the published model has loss {b:.6f}, ours {a:.6f}, "
-            f"a difference of {a-b:+.2g}: they are not the same system; name the right --system, or the settings that differ with -o")
+        with torch.no_grad():
+            a,b = float(model.train(mode).loss(x, y)),float(theirs.train(mode)(x, y))
+        if not abs(a-b) <= tolerance:
+            raise ValueError(
+                f"{peer.path}: with the same weights, {'training' if mode else 'evaluating'}, the"
+                f" published model has loss {b:.6f}, ours {a:.6f}, a difference of {a-b:+.2g}: they"
+                " are not the same system; name the right --system, or the settings that differ"
+                " with -o"
+            )
     return theirs,a-b
 
 # %% ../../nbs/speed/82_peer.ipynb #fab897dc
 def _pair(case, name, ours, theirs, what="", **kw):
     "Two rows, ours with its ratio to theirs."
-    with _quiet(), torch.compiler.set_stance("default" if case.compile else "force_eager"): s = case.time(ours=ours, theirs=theirs)
-    a,b = case.row("peer", f"{name}: ours", s["ours"], what, **kw),case.row("peer", f"{name}: theirs", s["theirs"], what, **kw)
+    with _quiet(), torch.compiler.set_stance("default" if case.compile else "force_eager"):
+        s = case.time(ours=ours, theirs=theirs)
+    a,b = case.row("peer", f"{name}: ours", s["ours"], what, **kw),case.row("peer",
+        f"{name}: theirs", s["theirs"], what, **kw)
     return [a.than(ratio(s["ours"], s["theirs"]), "theirs"), b]
 
 def peer_passes(case:Case, peer:Peer, model:GPT, theirs:nn.Module, note:str)->list[Row]:
     "Forward, and forward and backward."
     x,y = batch(case)
-    loss = [choose_loss(model, case.compile, case.device)[0], torch.compile(theirs, dynamic=False) if case.compile else theirs]
+    loss = [choose_loss(model, case.compile, case.device)[0], torch.compile(theirs, dynamic=False)
+        if case.compile else theirs]
     def forward(fn):
         with torch.no_grad(): fn(x, y)
     def both(m, fn):
@@ -143,10 +176,12 @@ def peer_passes(case:Case, peer:Peer, model:GPT, theirs:nn.Module, note:str)->li
         fn(x, y).backward()
     kw = dict(work=x.numel(), unit="tokens")
     out = _pair(case, "forward", lambda: forward(loss[0]), lambda: forward(loss[1]), note, **kw)
-    pair = _pair(case, "forward and backward", lambda: both(model, loss[0]), lambda: both(theirs, loss[1]), note, **kw)
+    pair = _pair(case, "forward and backward", lambda: both(model, loss[0]),
+        lambda: both(theirs, loss[1]), note, **kw)
     for row,m,fn in zip(pair, (model,theirs), loss):
         m.zero_grad(set_to_none=True)
-        row.memory = peak_memory(lambda: both(m, fn), case.device) if case.cuda or not case.compile else None
+        row.memory = peak_memory(lambda: both(m, fn),
+            case.device) if case.cuda or not case.compile else None
     return out+pair
 
 # %% ../../nbs/speed/82_peer.ipynb #a9f7c3d4
@@ -159,7 +194,9 @@ def peer_muons(
     start = list(block_matrices(model).values())
     sets = [[nn.Parameter(p.detach().clone()) for p in start] for _ in range(2)]
     ours = Muon(sets[0], lr=.02, momentum=.95, ns_steps=5, row_norm=case.recipe.optim.row_norm)
-    theirs = call_by_name(peer.need("Muon"), dict(params=sets[1], lr=.02, momentum=.95, backend_steps=5, ns_steps=5, nesterov=True, weight_decay=0.))
+    theirs = call_by_name(peer.need("Muon"),
+        dict(params=sets[1], lr=.02, momentum=.95, backend_steps=5, ns_steps=5, nesterov=True,
+            weight_decay=0.))
     for seed in (0, 1): # two steps: only the second shows the momentum
         g = torch.Generator().manual_seed(seed)
         for p,q in zip(*sets):
@@ -169,7 +206,11 @@ def peer_muons(
     moved = lambda s: torch.cat([(p-q).detach().flatten() for p,q in zip(s, start)])
     a,b = map(moved, sets)
     off = float((a-b).norm()/b.norm())
-    if not off < .05: raise ValueError(f"{peer.path}: its Muon moves the weights elsewhere, by {off:.0%} of a step: a variant that ours was not told of")
+    if not off < .05:
+        raise ValueError(
+            f"{peer.path}: its Muon moves the weights elsewhere, by {off:.0%} of a step: a variant"
+            " that ours was not told of"
+        )
     for o in (ours, theirs):
         for g in o.param_groups: g["lr"] = 0.
     return ours,theirs,start,off
@@ -177,7 +218,9 @@ def peer_muons(
 def peer_muon(case:Case, peer:Peer, model:GPT)->list[Row]:
     "Muon on all matrices of the blocks."
     ours,theirs,moved,off = peer_muons(case, peer, model)
-    return _pair(case, "Muon", ours.step, theirs.step, f"{len(moved)} matrices, steps {off:.1%} apart", work=sum(p.numel() for p in moved), unit="weights")
+    return _pair(case, "Muon", ours.step, theirs.step,
+        f"{len(moved)} matrices, steps {off:.1%} apart",
+        work=sum(p.numel() for p in moved), unit="weights")
 
 # %% ../../nbs/speed/82_peer.ipynb #6b60c41b
 def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
@@ -188,9 +231,15 @@ def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
     stride,size = r.score.eval_stride,8 if not case.cuda else 32
     text = ids(case, L+stride*((4 if case.scale=="full" else 32) if not case.cuda else 512)+1)
     args = (peer.find("Hyperparameters") or types.SimpleNamespace)()
-    for k,v in dict(train_seq_len=L, eval_seq_len=L, eval_stride=stride, eval_batch_seqs=size, sw_stride=stride).items(): setattr(args, k, v)
-    offers = dict(args=args, base_model=theirs, model=theirs, rank=0, world_size=1, device=torch.device(case.device), val_tokens=text, stride=stride, batch_seqs=size, eval_seq_len=L, seq_len=L,
-        base_bytes_lut=tables.base_bytes.to(case.device), has_leading_space_lut=tables.has_leading_space.to(case.device), is_boundary_token_lut=tables.is_boundary.to(case.device))
+    for k,v in dict(train_seq_len=L, eval_seq_len=L, eval_stride=stride, eval_batch_seqs=size,
+        sw_stride=stride).items():
+        setattr(args, k, v)
+    offers = dict(args=args, base_model=theirs, model=theirs, rank=0, world_size=1,
+        device=torch.device(case.device), val_tokens=text, stride=stride, batch_seqs=size,
+        eval_seq_len=L, seq_len=L,
+        base_bytes_lut=tables.base_bytes.to(case.device),
+        has_leading_space_lut=tables.has_leading_space.to(case.device),
+        is_boundary_token_lut=tables.is_boundary.to(case.device))
     found,ran,mine = [],[],1+(len(text)-1-L)//stride # windows: theirs as counted in one call, ours
     def their(): found.append(call_by_name(evaluate, offers))
     def our(): found.append(score(model, text, tables, L, stride, size, compile=case.compile))
@@ -198,11 +247,20 @@ def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
     with _quiet(), torch.compiler.set_stance("force_eager"): their()
     hook.remove()
     rows = _pair(case, "sliding", our, their, work=len(text)-1, unit="targets")
-    for k in ("ratio","ratio_low","ratio_high","ratio_cpu"): setattr(rows[0], k, getattr(rows[0], k)*sum(ran)/mine) # a long text has no tail to speak of
+    # a long text has no tail to speak of
+    for k in ("ratio","ratio_low","ratio_high","ratio_cpu"):
+        setattr(rows[0], k, getattr(rows[0], k)*sum(ran)/mine)
     a = next(f.val_loss for f in found if hasattr(f, "val_loss"))
-    b = next(f["val_loss"] if isinstance(f, dict) else f[0] for f in found if not hasattr(f, "val_loss"))
-    for row in rows: row.what = f"stride {stride}, {mine} windows here, {sum(ran)} there, ratio per window; mean losses {a-b:+.1e} apart"
-    if not abs(a-b) < .05: raise ValueError(f"{peer.path}: sliding scores differ, theirs {b:.4f}, ours {a:.4f} nats per token")
+    b = next(f["val_loss"] if isinstance(f, dict) else f[0] for f in found
+        if not hasattr(f, "val_loss"))
+    for row in rows:
+        row.what = (
+            f"stride {stride}, {mine} windows here, {sum(ran)} there, ratio per window; mean losses"
+            f" {a-b:+.1e} apart"
+        )
+    if not abs(a-b) < .05:
+        raise ValueError(
+            f"{peer.path}: sliding scores differ, theirs {b:.4f}, ours {a:.4f} nats per token")
     return rows
 
 # %% ../../nbs/speed/82_peer.ipynb #2431b6d6
@@ -212,33 +270,48 @@ def _their_values(q): # (codes, steps, ...)
 
 def peer_quantizers(case:Case, peer:Peer, model:GPT)->list[Row]:
     "Round to nearest and GPTQ, all matrices of the blocks."
-    described = make_case(case.system.removesuffix("-as-run"), case.scale).recipe # GPTQ as described: correct, see the chapter gptq
-    hessians = {n:h.cpu() for n,h in collect_hessians(model, ids(case, 8*case.seq_len).view(8, -1).split(4)).items()}
-    names = [n for n in block_matrices(model) if n in hessians] # gates are not rounded by a linear layer
-    state = {n:torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i,(n,p) in enumerate(block_matrices(model).items()) if n in names}
+    # GPTQ as described: correct, see the chapter gptq
+    described = make_case(case.system.removesuffix("-as-run"), case.scale).recipe
+    hessians = {n:h.cpu()
+        for n,h in collect_hessians(model, ids(case, 8*case.seq_len).view(8, -1).split(4)).items()}
+    # gates are not rounded by a linear layer
+    names = [n for n in block_matrices(model) if n in hessians]
+    state = {n:torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        for i,(n,p) in enumerate(block_matrices(model).items()) if n in names}
     grid = {n:first_match(n, case.recipe.quant.rules) or Grid() for n in names}
     errors = lambda Q: sum(float(hessian_error(state[n], Q[n], hessians[n])) for n in names)
     out,work = [],sum(t.numel() for t in state.values())
-    if fn := peer.find("quantize_int6_per_row","quantize_intN_per_row","quantize_float_tensor_int6","quantize_float_tensor"):
-        theirs = lambda: {n:_their_values(call_by_name(fn, dict(t=w, W=w, clip_range=grid[n].hi))) for n,w in state.items()}
+    if fn := peer.find("quantize_int6_per_row","quantize_intN_per_row","quantize_float_tensor_int6",
+        "quantize_float_tensor"):
+        theirs = lambda: {n:_their_values(call_by_name(fn, dict(t=w, W=w, clip_range=grid[n].hi)))
+            for n,w in state.items()}
         ours = lambda: {n:quantize(w, grid[n]).dequantize() for n,w in state.items()}
-        off = sum(float((ours()[n]-state[n]).square().sum()) for n in names[:1])/sum(float((theirs()[n]-state[n]).square().sum()) for n in names[:1])
-        out += _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs", work=work, unit="weights")
+        off = sum(float((ours()[n]-state[n]).square().sum())
+            for n in names[:1])/sum(float((theirs()[n]-state[n]).square().sum()) for n in names[:1])
+        out += _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs",
+            work=work, unit="weights")
     if fn := peer.find("gptq_quantize_weight","_gptq_quantize_matrix"):
-        theirs = lambda: {n:_their_values(call_by_name(fn, dict(W=w, H=hessians[n].clone(), clip_range=grid[n].hi))) for n,w in state.items()} # some add their damping in place
-        quant = replace(described.quant, keep_numel=0, prune=0.) # theirs prunes before, or not at all
+        # some add their damping in place
+        theirs = lambda: {
+            n:_their_values(call_by_name(fn,
+                dict(W=w, H=hessians[n].clone(), clip_range=grid[n].hi))) for n,w in state.items()}
+        # theirs prunes before, or not at all
+        quant = replace(described.quant, keep_numel=0, prune=0.)
         ours = lambda: quantize_state(state, quant, described.gptq, hessians)
         off = errors(dequantize_state(ours()))/errors(theirs())
-        out += _pair(case, "GPTQ", ours, theirs, f"Hessian error {off:.3f} of theirs", work=work, unit="weights")
+        out += _pair(case, "GPTQ", ours, theirs, f"Hessian error {off:.3f} of theirs",
+            work=work, unit="weights")
     return out
 
 # %% ../../nbs/speed/82_peer.ipynb #fbf8e7e6
 def _both_models(case, peer):
     "The case as the script would run it, our model, theirs, and the difference of their losses."
-    full = get_recipe(case.system).model.rope_train_seq_len # a constant of the scripts, which pocket scales would shrink
+    # a constant of the scripts, which pocket scales would shrink
+    full = get_recipe(case.system).model.rope_train_seq_len
     case = replace(case, recipe=case.recipe.but(rope_train_seq_len=full))
     model = new_model(case)
-    with _quiet(): theirs,off = peer_model(peer, model, *batch(case), tolerance=.03 if case.cuda else 1e-3)
+    with _quiet():
+        theirs,off = peer_model(peer, model, *batch(case), tolerance=.03 if case.cuda else 1e-3)
     return case,model,theirs,off
 
 def bench_peer(
@@ -247,8 +320,10 @@ def bench_peer(
 )->list[Row]: # pairs
     "Time a published script beside ours, after checking that both compute the same."
     case,model,theirs,off = _both_models(case, peer)
-    note = f"{case.rows} x {case.seq_len} tokens, losses {off:+.1e} apart" + "".join(f", {n} replaced by torch's attention" for n in peer.stand_ins)
-    return peer_passes(case, peer, model, theirs, note)+peer_muon(case, peer, model)+peer_sliding(case, peer, model.eval(), theirs)+peer_quantizers(case, peer, model)
+    note = f"{case.rows} x {case.seq_len} tokens, losses {off:+.1e} apart" + "".join(
+        f", {n} replaced by torch's attention" for n in peer.stand_ins)
+    return peer_passes(case, peer, model, theirs, note)+peer_muon(case, peer,
+        model)+peer_sliding(case, peer, model.eval(), theirs)+peer_quantizers(case, peer, model)
 
 def profile_peer(
     case:Case, # as of `bench_peer`
@@ -259,7 +334,9 @@ def profile_peer(
     x,y = batch(case)
     muon = dict(zip(("ours","theirs"), peer_muons(case, peer, model)))
     passes = dict(theirs=lambda: theirs(x, y).backward(), ours=lambda: model.loss(x, y).backward())
-    phases = {f"{what}: {who}":fn for what,fns in (("passes",passes),("Muon",{w:muon[w].step for w in passes})) for who,fn in fns.items()}
+    phases = {f"{what}: {who}":fn
+        for what,fns in (("passes",passes),("Muon",{w:muon[w].step for w in passes}))
+        for who,fn in fns.items()}
     with _quiet(), torch.compiler.set_stance("force_eager"): return profile_phases(case, phases)
 
 # %% ../../nbs/speed/82_peer.ipynb #f79e5795
@@ -274,5 +351,7 @@ def peer_bench(
 )->dict: # to be added to `BENCHES`; empty without a path
     "A bench of published scripts."
     if not paths: return {}
-    case,peer = make_case(system.removesuffix("-as-run")+"-as-run", scale, device, quick, compile, overrides),load_peer(*paths)
-    return dict(peer=lambda _: bench_peer(case, peer), peer_profile=lambda _: dict(peer_profile=profile_peer(case, peer)))
+    case,peer = make_case(system.removesuffix("-as-run")+"-as-run", scale, device, quick, compile,
+        overrides),load_peer(*paths)
+    return dict(peer=lambda _: bench_peer(case, peer),
+        peer_profile=lambda _: dict(peer_profile=profile_peer(case, peer)))

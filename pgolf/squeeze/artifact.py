@@ -35,7 +35,8 @@ def family(
 def _order(name): return family(name), [int(i) for i in re.findall(r"\d+", name)], name
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #5e87d321
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.int64,
+DTYPES = {str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float16, torch.bfloat16, torch.int64,
     torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 def _to_bytes(t):
@@ -54,10 +55,14 @@ def _parts(tensors):
     for name, t in tensors.items():
         if isinstance(t, Quantized): parts += [("codes", name, t.codes), ("scale", name, t.scale)]
         elif isinstance(t, Tensor): parts.append(("tensor", name, t))
-        else: raise ValueError(f"{name}: {type(t).__name__} cannot be stored; give a Tensor or a Quantized")
+        else:
+            raise ValueError(
+                f"{name}: {type(t).__name__} cannot be stored; give a Tensor or a Quantized")
     for _, name, t in parts:
-        if len(name) > 999: raise ValueError(f"{name[:40]}...: a name of {len(name)} characters; use at most 999")
-        if str(t.dtype).removeprefix("torch.") not in DTYPES: raise ValueError(f"{name}: dtype {t.dtype} cannot be stored")
+        if len(name) > 999:
+            raise ValueError(f"{name[:40]}...: a name of {len(name)} characters; use at most 999")
+        if str(t.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"{name}: dtype {t.dtype} cannot be stored")
     return sorted(parts, key=lambda p: (p[0], *_order(p[1])))
 
 def _frame_key(part): return part[0], family(part[1]), part[2].dtype
@@ -74,18 +79,23 @@ def squeeze(
     "Compress with zstd."
     if level is None: return min((squeeze(data, l, long, check) for l in LEVELS), key=len)
     if not 1 <= level <= 22: raise ValueError(f"level={level} not in 1..22")
-    extra = dict(enable_ldm=True, window_log=min(25, max(10, len(data).bit_length()))) if long else {}
-    params = zstandard.ZstdCompressionParameters.from_level(level, source_size=max(1, len(data)), write_content_size=True, write_checksum=check, **extra)
+    extra = dict(enable_ldm=True,
+        window_log=min(25, max(10, len(data).bit_length()))) if long else {}
+    params = zstandard.ZstdCompressionParameters.from_level(level, source_size=max(1, len(data)),
+        write_content_size=True, write_checksum=check, **extra)
     return zstandard.ZstdCompressor(compression_params=params).compress(data)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #07cae515
 CODECS = ("zstd", "rans", "best")
 
 def _planes(tensors):
-    "The bytes of tensors of one type as arrays: all first bytes, all second ones ...; (blocks, rows, columns) where shapes agree."
+    """The bytes of tensors of one type as arrays: all first bytes, all second ones ...; (blocks,
+    rows, columns) where shapes agree."""
     size, shapes = tensors[0].element_size(), {tuple(t.shape) for t in tensors}
     dims = [d for d in (len(tensors), *tensors[0].shape) if d != 1] if len(shapes) == 1 else []
-    flat = np.concatenate([np.frombuffer(_to_bytes(t), np.int8 if t.dtype == torch.int8 else np.uint8).reshape(size, t.numel()) for t in tensors], 1)
+    flat = np.concatenate(
+        [np.frombuffer(_to_bytes(t), np.int8 if t.dtype == torch.int8 else np.uint8).reshape(size,
+            t.numel()) for t in tensors], 1)
     return [p.reshape(math.prod(dims[:-2]), *dims[-2:]) if len(dims) > 1 else p for p in flat]
 
 def _smallest(array, codec, level, long):
@@ -102,12 +112,15 @@ def _compress(tensors, kind, codec, level, long):
     streams = [_smallest(p, codec, level, long) for p in _planes(tensors)]
     if len(streams) == 1: return streams
     whole = squeeze(b"".join(map(_to_bytes, tensors)), level, long)
-    return streams if 9+sum(len(s) for _, s in streams) < len(whole) else [("zstd", whole)] # 9: what their lengths take in the header
+    # 9: what their lengths take in the header
+    return streams if 9+sum(len(s) for _, s in streams) < len(whole) else [("zstd", whole)]
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #af3dee40
 MAGIC, VERSION = b"PGOLF\r\n\x1a", 2 # version 1 had one zstd stream per frame; it is read as well
-LIMIT, HEADER_LIMIT = 2**28, 2**22       # bytes unpacked; a header of 4 MB becomes at most some 100 MB of Python objects
-_PREFIX = struct.Struct("<8sIIIQQ") # magic, version, header bytes (unpacked, stored), payload bytes (unpacked, stored)
+# bytes unpacked; a header of 4 MB becomes at most some 100 MB of Python objects
+LIMIT, HEADER_LIMIT = 2**28, 2**22
+# magic, version, header bytes (unpacked, stored), payload bytes (unpacked, stored)
+_PREFIX = struct.Struct("<8sIIIQQ")
 _DIGEST = hashlib.sha256().digest_size
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #2f5d0997
@@ -116,7 +129,9 @@ def pack(
     meta:dict|None=None, # anything JSON can say
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`, layer by layer
     long:bool=False,     # long-distance matching
-    codec:str="zstd",    # "zstd"; "rans" for integer codes, the smaller of both for the rest; "best": the smaller of both, stream by stream
+    # "zstd"; "rans" for integer codes, the smaller of both for the rest; "best": the smaller of
+    # both, stream by stream
+    codec:str="zstd",
 )->bytes: # the artifact
     "Lay tensors out as one file: prefix, header, payload, checksum."
     return b"".join(_pieces(tensors, meta, level, long, codec))
@@ -128,7 +143,8 @@ def _pieces(tensors, meta, level, long, codec):
         parts, records = list(parts), []
         for _, name, t in parts:
             data = _to_bytes(t)
-            records.append(dict(name=name, kind=kind, dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape),
+            records.append(dict(name=name, kind=kind, dtype=str(t.dtype).removeprefix("torch."),
+                shape=list(t.shape),
                                 offset=at, length=len(data), crc32=zlib.crc32(data)))
             at += len(data)
         streams = _compress([t for *_, t in parts], kind, codec, level, long)
@@ -139,11 +155,16 @@ def _pieces(tensors, meta, level, long, codec):
 # %% ../../nbs/squeeze/34_artifact.ipynb #fe4e8c4b
 def _seal(header, body, size):
     "Put prefix, header, payload (streams; `size` bytes unpacked) and checksum together."
-    try: header = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f"meta is not JSON: {e}") from None
-    if len(header) > HEADER_LIMIT: raise ValueError(f"header of {len(header)} bytes, the most is {HEADER_LIMIT}: put less into meta")
+    try:
+        header = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"meta is not JSON: {e}") from None
+    if len(header) > HEADER_LIMIT:
+        raise ValueError(
+            f"header of {len(header)} bytes, the most is {HEADER_LIMIT}: put less into meta")
     head = squeeze(header, 22, check=True) # whoever reads the header alone sees whether it is sound
-    pieces = [_PREFIX.pack(MAGIC, VERSION, len(header), len(head), size, sum(map(len, body))), head, *body]
+    pieces = [_PREFIX.pack(MAGIC, VERSION, len(header), len(head), size, sum(map(len, body))),
+        head, *body]
     digest = hashlib.sha256()
     for p in pieces: digest.update(p)
     return [*pieces, digest.digest()]
@@ -151,14 +172,35 @@ def _seal(header, body, size):
 # %% ../../nbs/squeeze/34_artifact.ipynb #6799c84d
 def _prefix(data, limit):
     "Sizes of header and payload: unpacked, stored; checked against the limits."
-    if len(data) < _PREFIX.size: raise ArtifactError(f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}: truncated; copy it again")
+    if len(data) < _PREFIX.size:
+        raise ArtifactError(
+            f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}: truncated; copy"
+            " it again"
+        )
     magic, version, head_size, head, size, body = _PREFIX.unpack_from(data)
-    if magic != MAGIC: raise ArtifactError(f"starts with {bytes(magic)!r}, not {MAGIC!r}: not a pgolf artifact")
-    if version > VERSION: raise ArtifactError(f"format version {version}, this package reads up to {VERSION}: written by a newer pgolf; update the package, or use the release that wrote it")
+    if magic != MAGIC:
+        raise ArtifactError(f"starts with {bytes(magic)!r}, not {MAGIC!r}: not a pgolf artifact")
+    if version > VERSION:
+        raise ArtifactError(
+            f"format version {version}, this package reads up to {VERSION}: written by a newer"
+            " pgolf; update the package, or use the release that wrote it"
+        )
     if version < 1: raise ArtifactError("format version 0: there is none; the file is damaged")
-    if max(head_size, head) > HEADER_LIMIT: raise ArtifactError(f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}: damaged or hostile")
-    if head_size+size > limit: raise ArtifactError(f"unpacks to {head_size+size} bytes, more than limit={limit}; raise the limit if you trust the file")
-    if head+body > limit+HEADER_LIMIT: raise ArtifactError(f"holds {head+body} bytes, more than limit={limit}; raise the limit if you trust the file")
+    if max(head_size, head) > HEADER_LIMIT:
+        raise ArtifactError(
+            f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}: damaged or"
+            " hostile"
+        )
+    if head_size+size > limit:
+        raise ArtifactError(
+            f"unpacks to {head_size+size} bytes, more than limit={limit}; raise the limit if you"
+            " trust the file"
+        )
+    if head+body > limit+HEADER_LIMIT:
+        raise ArtifactError(
+            f"holds {head+body} bytes, more than limit={limit}; raise the limit if you trust the"
+            " file"
+        )
     return head_size, head, size, body
 
 def _take(f, data, n):
@@ -166,17 +208,26 @@ def _take(f, data, n):
     end = len(data)+n
     while len(data) < end:
         piece = f.read(min(2**20, end-len(data)))
-        if not piece: raise ArtifactError(f"ends after {len(data)} bytes where its prefix says more: truncated; copy it again")
+        if not piece:
+            raise ArtifactError(
+                f"ends after {len(data)} bytes where its prefix says more: truncated; copy it again"
+            )
         data += piece
     return data
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #6889d79f
 def _open(data, limit):
-    "Check what the prefix says, and the checksum; return header (unpacked), payload (as stored) and the payload's unpacked size."
+    """Check what the prefix says, and the checksum; return header (unpacked), payload (as stored)
+    and the payload's unpacked size."""
     head_size, head, size, body = _prefix(data, limit)
-    if len(data) != _PREFIX.size+head+body+_DIGEST: raise ArtifactError(f"{len(data)} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated or extended; copy it again")
+    if len(data) != _PREFIX.size+head+body+_DIGEST:
+        raise ArtifactError(
+            f"{len(data)} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated"
+            " or extended; copy it again"
+        )
     view = memoryview(data)
-    if hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]: raise ArtifactError("checksum differs: the file is damaged; copy it again")
+    if hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
+        raise ArtifactError("checksum differs: the file is damaged; copy it again")
     at = _PREFIX.size+head
     return _expand(view[_PREFIX.size:at], head_size, "header"), view[at:-_DIGEST], size
 
@@ -184,15 +235,20 @@ def _open(data, limit):
 def _expand(data, size, what):
     "Decompress exactly `size` bytes, using no more memory than that."
     try:
-        if zstandard.frame_content_size(data) != size: raise ArtifactError(f"{what}: its frame does not hold the {size} bytes it should")
-        return zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, max_output_size=size, allow_extra_data=False) if size else b""
-    except zstandard.ZstdError as e: raise ArtifactError(f"{what}: not a zstd frame ({e})") from None
+        if zstandard.frame_content_size(data) != size:
+            raise ArtifactError(f"{what}: its frame does not hold the {size} bytes it should")
+        return zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data,
+            max_output_size=size, allow_extra_data=False) if size else b""
+    except zstandard.ZstdError as e:
+        raise ArtifactError(f"{what}: not a zstd frame ({e})") from None
 
 def _expand_rans(data, size, what):
     "Decode exactly `size` bytes."
     try: out = decode(data, limit=size)
     except EntropyError as e: raise ArtifactError(f"{what}: not a rANS stream ({e})") from None
-    if out.itemsize != 1 or out.size != size: raise ArtifactError(f"{what}: {out.size} symbols of {out.dtype} where {size} bytes are expected")
+    if out.itemsize != 1 or out.size != size:
+        raise ArtifactError(
+            f"{what}: {out.size} symbols of {out.dtype} where {size} bytes are expected")
     return out.tobytes()
 
 _EXPAND = dict(zstd=_expand, rans=_expand_rans)
@@ -200,19 +256,27 @@ _EXPAND = dict(zstd=_expand, rans=_expand_rans)
 # %% ../../nbs/squeeze/34_artifact.ipynb #89f2604d
 def _is(value, fields):
     "Whether a JSON value is an object of exactly these fields and types."
-    return isinstance(value, dict) and set(value) == set(fields) and all(type(value[k]) is t for k, t in fields.items())
+    return isinstance(value, dict) and set(value) == set(fields) and all(type(value[k]) is t
+        for k, t in fields.items())
 
 def _refuse(constant): raise ValueError(f"{constant} is not JSON")
 
 def _header(data):
     "Parse the header: meta and frames; a frame of version 1 had one size and no list of streams."
     try: header = json.loads(data, parse_constant=_refuse)
-    except (ValueError, RecursionError) as e: raise ArtifactError(f"header is not JSON: {str(e)[:200]}") from None
-    if not _is(header, dict(meta=dict, frames=list)): raise ArtifactError("header must have the fields meta (object) and frames (list)")
-    frames = [dict(streams=[["zstd", f["stored"]]], tensors=f["tensors"]) if _is(f, dict(stored=int, tensors=list)) else f for f in header["frames"]]
+    except (ValueError, RecursionError) as e:
+        raise ArtifactError(f"header is not JSON: {str(e)[:200]}") from None
+    if not _is(header, dict(meta=dict, frames=list)):
+        raise ArtifactError("header must have the fields meta (object) and frames (list)")
+    frames = [dict(streams=[["zstd", f["stored"]]], tensors=f["tensors"])
+        if _is(f, dict(stored=int, tensors=list)) else f for f in header["frames"]]
     for i, f in enumerate(frames):
-        if isinstance(f, dict) and "codec" in f: raise ArtifactError(f"frame {i}: a rANS stream of format version 1, which nothing reads any more: write the file again from its checkpoint")
-        if not _is(f, dict(streams=list, tensors=list)) or not f["tensors"]: raise ArtifactError(f"frame {i}: {str(f)[:80]!r} must have the fields streams and tensors, lists that are not empty")
+        if isinstance(f, dict) and "codec" in f:
+            raise ArtifactError(
+                f"frame {i}: a rANS stream of format version 1, which nothing reads any more: write the file again from its checkpoint")
+        if not _is(f, dict(streams=list, tensors=list)) or not f["tensors"]:
+            raise ArtifactError(
+                f"frame {i}: {str(f)[:80]!r} must have the fields streams and tensors, lists that are not empty")
     return header["meta"], frames
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #8e658091
@@ -220,25 +284,40 @@ _FIELDS = dict(name=str, kind=str, dtype=str, shape=list, offset=int, length=int
 
 def _check_record(r, at, size):
     "Check a tensor record that must start at byte `at` of a payload of `size` bytes."
-    if not _is(r, _FIELDS): raise ArtifactError(f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)}, each of its type")
+    if not _is(r, _FIELDS):
+        raise ArtifactError(
+            f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)}, each of its"
+            " type"
+        )
     who = f"tensor {r['name'][:80]!r}"
-    if r["kind"] not in ("codes", "scale", "tensor"): raise ArtifactError(f"{who}: unknown kind {r['kind'][:40]!r}")
+    if r["kind"] not in ("codes", "scale", "tensor"):
+        raise ArtifactError(f"{who}: unknown kind {r['kind'][:40]!r}")
     if r["dtype"] not in DTYPES: raise ArtifactError(f"{who}: unknown dtype {r['dtype'][:40]!r}")
-    if len(r["name"]) > 999: raise ArtifactError(f"{who}...: a name of {len(r['name'])} characters; the most is 999")
-    if len(r["shape"]) > 8 or any(type(d) is not int or not 0 <= d < 2**40 for d in r["shape"]) or math.prod(max(1, d) for d in r["shape"]) >= 2**40: raise ArtifactError(f"{who}: bad shape {str(r['shape'])[:40]}")
+    if len(r["name"]) > 999:
+        raise ArtifactError(f"{who}...: a name of {len(r['name'])} characters; the most is 999")
+    if len(r["shape"]) > 8 or any(type(d) is not int or not 0 <= d < 2**40
+        for d in r["shape"]) or math.prod(max(1, d) for d in r["shape"]) >= 2**40:
+        raise ArtifactError(f"{who}: bad shape {str(r['shape'])[:40]}")
     length = math.prod(r["shape"])*DTYPES[r["dtype"]].itemsize
     if r["offset"] != at or r["length"] != length or at+length > size:
-        raise ArtifactError(f"{who}: offset {r['offset']} and length {r['length']} where {at} and {length} of {size} bytes are expected")
+        raise ArtifactError(
+            f"{who}: offset {r['offset']} and length {r['length']} where {at} and {length} of"
+            f" {size} bytes are expected"
+        )
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #063195af
 def _check_streams(f, i):
     "Check the streams of a frame whose tensors have been checked."
     streams, dtypes = f["streams"], {r["dtype"] for r in f["tensors"]}
     width = DTYPES[min(dtypes)].itemsize if len(dtypes) == 1 else 0
-    if len(streams) not in (1, width): raise ArtifactError(f"frame {i}: {len(streams)} streams; one, or one per byte of its type, is expected")
+    if len(streams) not in (1, width):
+        raise ArtifactError(
+            f"frame {i}: {len(streams)} streams; one, or one per byte of its type, is expected")
     for s in streams:
-        if type(s) is not list or len(s) != 2 or s[0] not in ("zstd", "rans") or type(s[1]) is not int or s[1] < 0:
-            raise ArtifactError(f"frame {i}: stream {str(s)[:80]!r} must be a codec, zstd or rans, and a size")
+        if type(s) is not list or len(s) != 2 or s[0] not in ("zstd",
+            "rans") or type(s[1]) is not int or s[1] < 0:
+            raise ArtifactError(
+                f"frame {i}: stream {str(s)[:80]!r} must be a codec, zstd or rans, and a size")
 
 def _layout(head, size, stored):
     "Check the whole header against the sizes of the prefix; return meta and frames."
@@ -249,7 +328,11 @@ def _layout(head, size, stored):
             at += r["length"]
         _check_streams(f, i)
         total += sum(n for _, n in f["streams"])
-    if (at, total) != (size, stored): raise ArtifactError(f"frames hold {at} of {size} bytes, {total} of {stored} stored: some belong to no tensor")
+    if (at, total) != (size, stored):
+        raise ArtifactError(
+            f"frames hold {at} of {size} bytes, {total} of {stored} stored: some belong to no"
+            " tensor"
+        )
     return meta, frames
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #3f0a81e2
@@ -268,17 +351,29 @@ def _expand_frame(f, i, body):
 # %% ../../nbs/squeeze/34_artifact.ipynb #0c1c1e67
 def _tensor(r, raw):
     "Make the tensor of a record from its bytes."
-    if zlib.crc32(raw) != r["crc32"]: raise ArtifactError(f"tensor {r['name'][:80]!r}: its checksum differs")
-    if r["dtype"] == "bool" and bytes(raw).strip(b"\0\1"): raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
+    if zlib.crc32(raw) != r["crc32"]:
+        raise ArtifactError(f"tensor {r['name'][:80]!r}: its checksum differs")
+    if r["dtype"] == "bool" and bytes(raw).strip(b"\0\1"):
+        raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
     return _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
 
 def _join(name, parts):
     "Make a tensor, or a `Quantized` of codes and scale."
     if set(parts) == {"tensor"}: return parts["tensor"]
-    if set(parts) != {"codes", "scale"}: raise ArtifactError(f"tensor {name[:80]!r} has the parts {sorted(parts)}; codes and scale belong together")
+    if set(parts) != {"codes", "scale"}:
+        raise ArtifactError(
+            f"tensor {name[:80]!r} has the parts {sorted(parts)}; codes and scale belong together")
     codes, scale = parts["codes"], parts["scale"]
-    if codes.dtype != torch.int8 or codes.ndim != 2 or scale.dtype != torch.float16 or scale.shape not in ((len(codes), 1), (1, 1)):
-        raise ArtifactError(f"tensor {name[:80]!r}: codes {codes.dtype} {tuple(codes.shape)} and scale {scale.dtype} {tuple(scale.shape)} do not fit")
+    if (
+        codes.dtype != torch.int8
+        or codes.ndim != 2
+        or scale.dtype != torch.float16
+        or scale.shape not in ((len(codes), 1), (1, 1))
+    ):
+        raise ArtifactError(
+            f"tensor {name[:80]!r}: codes {codes.dtype} {tuple(codes.shape)} and scale"
+            f" {scale.dtype} {tuple(scale.shape)} do not fit"
+        )
     return Quantized(codes, scale)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #e9e7a84d
@@ -317,11 +412,15 @@ def _from(source, read):
     if hasattr(source, "read"): return read(source)
     try:
         with open(source, "rb") as f: return read(f)
-    except OSError as e: raise ArtifactError(f"{source}: cannot be read ({e.strerror}); give the path of an artifact") from e
+    except OSError as e:
+        raise ArtifactError(
+            f"{source}: cannot be read ({e.strerror}); give the path of an artifact") from e
     except ArtifactError as e: raise ArtifactError(f"{source}: {e}") from None
 
 def load_artifact(
-    source,          # path, or a binary file open for reading, which is left after the artifact's last byte and may be a pipe
+    # path, or a binary file open for reading, which is left after the artifact's last byte and may
+    # be a pipe
+    source,
     limit:int=LIMIT, # most bytes it may unpack to
 )->tuple[dict,dict]: # name -> Tensor or Quantized; meta
     "Read a file back; an error names it."
@@ -329,7 +428,9 @@ def load_artifact(
         data = _take(f, bytearray(), _PREFIX.size)
         _, head, _, body = _prefix(data, limit)
         _take(f, data, head+body+_DIGEST)
-        if f is not source and f.read(1): raise ArtifactError(f"goes on after {len(data)} bytes, its end: extended; copy it again")
+        if f is not source and f.read(1):
+            raise ArtifactError(
+                f"goes on after {len(data)} bytes, its end: extended; copy it again")
         return unpack(data, limit)
     return _from(source, read)
 
@@ -353,18 +454,28 @@ def _shares(weights, total):
 def peek(
     source,          # path, or a binary file open for reading
     limit:int=LIMIT, # most bytes it may unpack to
-)->tuple[dict,list[LedgerRow]]: # meta; one row per stored part, one for the container, `stored` sums to the size of the file
+)->tuple[dict,
+# meta; one row per stored part, one for the container, `stored` sums to the size of the file
+list[LedgerRow]]:
     "Meta and ledger of an artifact from its header alone: the payload is neither read nor checked."
     def read(f):
         data = _take(f, bytearray(), _PREFIX.size)
         head_size, head, size, body = _prefix(data, limit)
-        if f is not source and (n := os.fstat(f.fileno()).st_size) != _PREFIX.size+head+body+_DIGEST:
-            raise ArtifactError(f"{n} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated or extended; copy it again")
-        (meta, frames), rows = _layout(_expand(bytes(_take(f, data, head)[_PREFIX.size:]), head_size, "header"), size, body), []
+        if f is not source and (n := os.fstat(f.fileno())
+            .st_size) != _PREFIX.size+head+body+_DIGEST:
+            raise ArtifactError(
+                f"{n} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated or"
+                " extended; copy it again"
+            )
+        (meta, frames), rows = _layout(_expand(bytes(_take(f, data, head)[_PREFIX.size:]),
+            head_size, "header"), size, body), []
         for f in frames:
-            stored = _shares([max(1, r["length"]) for r in f["tensors"]], sum(n for _, n in f["streams"]))
-            rows += [LedgerRow(r["name"], r["kind"], tuple(r["shape"]), r["length"], n) for r, n in zip(f["tensors"], stored)]
-        return meta, rows+[LedgerRow("container", "header", (), _PREFIX.size+head_size+_DIGEST, _PREFIX.size+head+_DIGEST)]
+            stored = _shares([max(1, r["length"]) for r in f["tensors"]],
+                sum(n for _, n in f["streams"]))
+            rows += [LedgerRow(r["name"], r["kind"], tuple(r["shape"]), r["length"], n)
+                for r, n in zip(f["tensors"], stored)]
+        return meta, rows+[LedgerRow("container", "header", (), _PREFIX.size+head_size+_DIGEST,
+            _PREFIX.size+head+_DIGEST)]
     return _from(source, read)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #e17b44e3
@@ -374,7 +485,9 @@ def ledger(
 )->list[LedgerRow]: # as `peek`
     "Say where the bytes of an artifact go."
     rows = peek(io.BytesIO(data), limit)[1]
-    if (n := sum(r.stored for r in rows)) != len(data): raise ArtifactError(f"{len(data)} bytes where its prefix says {n}: truncated or extended; copy it again")
+    if (n := sum(r.stored for r in rows)) != len(data):
+        raise ArtifactError(
+            f"{len(data)} bytes where its prefix says {n}: truncated or extended; copy it again")
     return rows
 
 def read_ledger(

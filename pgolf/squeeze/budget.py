@@ -29,12 +29,15 @@ from .gptq import GPTQConfig, gptq, refit_scale
 from .quant import Grid, Quantized, store, to_codes
 
 # %% ../../nbs/squeeze/36_budget.ipynb #bbf13462
-WIDE = Grid(-127, 127) # every code a signed byte can say; behind an entropy coder only those in use cost anything
+# every code a signed byte can say; behind an entropy coder only those in use cost anything
+WIDE = Grid(-127, 127)
 STEPS = ("common", "sigma", "weighted")
 
 def base_step(
     W:Tensor,     # (r, n) float32
-    steps:str,    # "common": one step, rms of the matrix; "sigma": standard deviation of each row; "weighted": rms over the row's importance^(1/4)
+    # "common": one step, rms of the matrix; "sigma": standard deviation of each row; "weighted":
+    # rms over the row's importance^(1/4)
+    steps:str,
     importance:Tensor|None=None, # (r,) for "weighted"
 )->Tensor: # (r, 1) or (1, 1) float32: the step of size 1
     "The unit in which a matrix's step is counted."
@@ -53,7 +56,8 @@ def sigma_scale(
 )->Tensor: # (r, 1) float32, rounded to float16
     "Steps of PR #1394: clip each row at `k` of its standard deviations, without a search."
     if not k > 0: raise ValueError(f"k={k} must be above 0")
-    return (k*base_step(W, "sigma")/(grid.peak or grid.hi)).clamp(min=grid.scale_floor).half().float()
+    return (k*base_step(W, "sigma")/(grid.peak or grid.hi)).clamp(
+        min=grid.scale_floor).half().float()
 
 # %% ../../nbs/squeeze/36_budget.ipynb #d2813de2
 def row_errors(
@@ -66,20 +70,26 @@ def row_errors(
 # %% ../../nbs/squeeze/36_budget.ipynb #27ec95d2
 def importance(
     model:nn.Module, # returns the mean loss from `model.loss(ids, targets)`
-    batches,         # iterable of token ids (B, T) int64, from training data or the model's own samples
+    # iterable of token ids (B, T) int64, from training data or the model's own samples
+    batches,
     split:str="train", # where the ids come from; "val" is refused
     progress:bool=False, # bar if it takes more than 5 s
-)->dict[str,Tensor]: # matrix name -> (r,) float32, mean over a row of the expected squared gradient, per token
+)->dict[str,
+Tensor]: # matrix name -> (r,) float32, mean over a row of the expected squared gradient, per token
     "How much the loss of a token bends when a weight of a row moves."
-    if split != "train": raise ValueError(f"split={split!r}: calibration must not see validation tokens; pass training batches")
+    if split != "train":
+        raise ValueError(
+            f"split={split!r}: calibration must not see validation tokens; pass training batches")
     device,count,training = next(model.parameters()).device,0,model.training
     mats = {n: p for n,p in model.named_parameters() if p.dim() == 2}
     total = {n: torch.zeros(len(p), device=device) for n,p in mats.items()}
     model.eval()
     rows = [row for ids in batches for row in ids]
-    for row in bar(rows, desc="importance", unit="window", delay=5, leave=False, disable=not progress):
+    for row in bar(rows, desc="importance", unit="window", delay=5, leave=False,
+        disable=not progress):
         row = row.to(device)
-        loss = model.loss(row[None,:-1], row[None,1:])*(len(row)-1)   # sum over the sequence: its gradients are one draw
+        # sum over the sequence: its gradients are one draw
+        loss = model.loss(row[None,:-1], row[None,1:])*(len(row)-1)
         grads = torch.autograd.grad(loss, mats.values(), allow_unused=True)
         for t,g in zip(total.values(), grads):
             if g is not None: t += g.float().square().mean(1)
@@ -103,9 +113,11 @@ def metrics(
     out,hessians = {},hessians or {}
     for n,W in ((n,t) for n,t in state.items() if t.dim() == 2):
         H = hessians.get(n)
-        H = H.float() if H is not None and H.shape == (W.shape[1],)*2 and H.diagonal().mean() > 0 else None
+        H = (H.float() if H is not None and H.shape == (W.shape[1],
+            )*2 and H.diagonal().mean() > 0 else None)
         mean = 1. if H is None else H.diagonal().mean()
-        out[n] = Metric(torch.full((len(W),), float(mean)) if rows is None else rows[n].float(), None if H is None else H/mean)
+        out[n] = Metric(torch.full((len(W),), float(mean)) if rows is None else rows[n].float(),
+            None if H is None else H/mean)
     return out
 
 # %% ../../nbs/squeeze/36_budget.ipynb #e332ea56
@@ -116,23 +128,31 @@ class SqueezeConfig:
     use_gptq:bool=True     # round against the Hessian where there is one; False: to nearest
     min_numel:int=4096     # smaller matrices, and what is no matrix, stay float16
     sample:int=32_768      # weights of each matrix that its ladder looks at
-    finest:float=2**-7.    # smallest step, in units of the base step; a byte sets a limit of its own
+    # smallest step, in units of the base step; a byte sets a limit of its own
+    finest:float=2**-7.
     coarsest:float=4.      # largest step
     rungs:int=28           # steps tried from finest to coarsest
     slack:float=5e-4       # share of the budget that may stay unused
     tries:int=8            # times the whole model may be rounded and packed to get there
-    codec:str="best"       # of the codes: "rans", or "best", the smaller of rANS and zstd layer by layer
+    # of the codes: "rans", or "best", the smaller of rANS and zstd layer by layer
+    codec:str="best"
     gptq:GPTQConfig=GPTQConfig() # damping, order, block
     def __post_init__(self):
-        if self.steps not in STEPS: raise ValueError(f"steps={self.steps!r}: choose one of {', '.join(STEPS)}")
-        if not 0 < self.finest < self.coarsest: raise ValueError(f"finest={self.finest}, coarsest={self.coarsest}: give 0 < finest < coarsest")
-        if self.codec not in ("rans","best"): raise ValueError(f"codec={self.codec!r}: choose 'rans' or 'best'")
+        if self.steps not in STEPS:
+            raise ValueError(f"steps={self.steps!r}: choose one of {', '.join(STEPS)}")
+        if not 0 < self.finest < self.coarsest:
+            raise ValueError(
+                f"finest={self.finest}, coarsest={self.coarsest}: give 0 < finest < coarsest")
+        if self.codec not in ("rans","best"):
+            raise ValueError(f"codec={self.codec!r}: choose 'rans' or 'best'")
         for name,least in (("min_numel",1), ("sample",1), ("rungs",2), ("tries",1)):
-            if getattr(self, name) < least: raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
 
     def sizes(self)->list[float]: # finest first, in geometric order
         "Steps of the ladder."
-        return [self.finest*(self.coarsest/self.finest)**(i/(self.rungs-1)) for i in range(self.rungs)]
+        return [self.finest*(self.coarsest/self.finest)**(i/(self.rungs-1))
+            for i in range(self.rungs)]
 
 # %% ../../nbs/squeeze/36_budget.ipynb #9a79e1ef
 def scale_of(
@@ -144,7 +164,8 @@ def scale_of(
     "Steps of a matrix."
     unit = base_step(W, cfg.steps, metric.rows)
     top = W.abs().amax(1, keepdim=True) if len(unit) > 1 else W.abs().max().view(1, 1)
-    room = 15 if cfg.use_gptq and metric.hessian is not None else 0     # codes; GPTQ moves weights by some steps
+    # codes; GPTQ moves weights by some steps
+    room = 15 if cfg.use_gptq and metric.hessian is not None else 0
     return torch.maximum(size*unit, top/(WIDE.hi-room)).half().float()
 
 def round_to(
@@ -172,7 +193,8 @@ def ladder(
     "Bytes and error of a matrix at every step of the ladder, from a sample of its rows."
     W,sizes = W.detach().float(),cfg.sizes()
     pick = torch.linspace(0, len(W)-1, min(len(W), max(16, cfg.sample//W.shape[1]))).long()
-    scale = torch.cat([scale_of(W, s, metric, cfg).expand(len(W), 1)[pick] for s in sizes]) # every rung of a row as a row of its own
+    # every rung of a row as a row of its own
+    scale = torch.cat([scale_of(W, s, metric, cfg).expand(len(W), 1)[pick] for s in sizes])
     many = W[pick].repeat(len(sizes), 1)
     codes = round_to(many, scale, metric, cfg)
     cost = metric.rows[pick]*(metric.rows.sum()/metric.rows[pick].sum().clamp(min=1e-30))
@@ -204,7 +226,8 @@ def allot(
     hulls = {n: hull(rungs) for n,rungs in ladders.items()}
     chosen = {n: h[0] for n,h in hulls.items()}
     left = target - sum(r.bytes for r in chosen.values())
-    offers = sorted(((-_slope(a, b), n, b) for n,h in hulls.items() for a,b in zip(h, h[1:])), key=lambda o: o[:2])
+    offers = sorted(((-_slope(a, b), n, b) for n,h in hulls.items() for a,b in zip(h, h[1:])),
+        key=lambda o: o[:2])
     for _,n,rung in offers:
         left -= rung.bytes - chosen[n].bytes
         if left < 0: break                # no smaller offers behind it: a larger target only adds
@@ -220,8 +243,10 @@ def quantize_to(
     progress:bool=False, # bar if it takes more than 5 s
 )->dict: # name -> Quantized or tensor, in the order of `state`
     "Round the matrices with these steps; the rest becomes float16."
-    out = {n: t.detach().cpu().to(torch.float16 if t.is_floating_point() else t.dtype) for n,t in state.items()}
-    for n,size in bar(sizes.items(), desc="rounding", unit="matrix", delay=5, leave=False, disable=not progress):
+    out = {n: t.detach().cpu().to(torch.float16 if t.is_floating_point() else t.dtype)
+        for n,t in state.items()}
+    for n,size in bar(sizes.items(), desc="rounding", unit="matrix", delay=5, leave=False,
+        disable=not progress):
         W,m = state[n].detach().float(),measure[n]
         scale = scale_of(W, size, m, cfg)
         codes = round_to(W, scale, m, cfg)
@@ -235,7 +260,9 @@ def cost(
     measure:dict, # name -> Metric
 )->dict: # name -> what the rounding of each matrix costs, in the unit of the metrics
     "Error of a quantized model."
-    def one(W, Q, m): return .5*(row_errors(W.detach().float() - Q.dequantize().to(W.device), m.hessian) @ m.rows).item()
+    def one(W, Q, m):
+        return .5*(row_errors(W.detach().float() - Q.dequantize().to(W.device),
+            m.hessian) @ m.rows).item()
     return {n: one(state[n], Q, measure[n]) for n,Q in tensors.items() if isinstance(Q, Quantized)}
 
 # %% ../../nbs/squeeze/36_budget.ipynb #4738f431
@@ -255,8 +282,11 @@ def squeeze_state(
 )->Squeezed:
     "Choose a step for every matrix so that the artifact fits."
     measure = metrics(state) if measure is None else measure
-    names = [n for n,t in state.items() if t.dim() == 2 and t.is_floating_point() and t.numel() >= cfg.min_numel]
-    ladders = {n: ladder(state[n], measure[n], cfg) for n in bar(names, desc="ladders", unit="matrix", delay=5, leave=False, disable=not progress)}
+    names = [n for n,t in state.items() if t.dim() == 2 and t.is_floating_point()
+        and t.numel() >= cfg.min_numel]
+    ladders = {n: ladder(state[n], measure[n], cfg)
+        for n in bar(names, desc="ladders", unit="matrix", delay=5, leave=False,
+            disable=not progress)}
     sizes = {n: r.size for n,r in allot(ladders, budget-_fixed_bytes(state, names, meta)).items()}
     def build(shift):
         now = {n: min(max(s*2**shift, cfg.finest), cfg.coarsest) for n,s in sizes.items()}
@@ -267,11 +297,13 @@ def squeeze_state(
 # %% ../../nbs/squeeze/36_budget.ipynb #bfad40d3
 def _fixed_bytes(state, names, meta):
     "Bytes of what is not quantized, and of the container."
-    empty = {n: Quantized(torch.zeros(state[n].shape, dtype=torch.int8), torch.ones(1, 1).half()) for n in names}
+    empty = {n: Quantized(torch.zeros(state[n].shape, dtype=torch.int8), torch.ones(1, 1).half())
+        for n in names}
     return len(pack(quantize_to(state, {}, {}) | empty, meta, codec="rans"))
 
 def _packed(s, cfg, meta): # each layer by its better codec
-    return s if cfg.codec == "rans" else s._replace(data=min(s.data, pack(s.tensors, meta, codec=cfg.codec), key=len))
+    return s if cfg.codec == "rans" else s._replace(data=min(s.data,
+        pack(s.tensors, meta, codec=cfg.codec), key=len))
 
 def _close_in(build, budget, weights, cfg, meta):
     "Shift all steps together, by a power of 2, until the model just fits."
@@ -279,30 +311,39 @@ def _close_in(build, budget, weights, cfg, meta):
     for _ in range(cfg.tries if weights else 0):
         s = build(shift)
         size,low,high = len(s.data)-gain,min(s.sizes.values()),max(s.sizes.values())
-        if best is None or abs(size-goal) < .02*budget:                  # packing with every codec takes time
+        # packing with every codec takes time
+        if best is None or abs(size-goal) < .02*budget:
             s = _packed(s, cfg, meta)
             gain,size = gain+size-len(s.data),len(s.data)
         if len(s.data) <= budget and (best is None or len(s.data) > len(best.data)): best = s
-        if size > budget and low >= cfg.coarsest or best and (len(best.data) >= (1-cfg.slack)*budget or high <= cfg.finest): break
+        if size > budget and low >= cfg.coarsest or best and (len(best.data) >= (1-cfg.slack)
+            *budget or high <= cfg.finest):
+            break
         seen.append((size, shift))
         above,below = [p for p in seen if p[0] > goal],[p for p in seen if p[0] <= goal]
         if above and below: shift = np.interp(goal, *zip(max(below), min(above))).item()
-        else: shift += 12*(size-goal)/weights                            # a step twice as wide saves a bit on each weight; half as much again, to get across
+        else:
+            # a step twice as wide saves a bit on each weight; half as much again, to get across
+            shift += 12*(size-goal)/weights
         if shift in [p[1] for p in seen]: break
     s = best or _packed(build(math.inf), cfg, meta)
     if len(s.data) <= budget: return s
-    raise ValueError(f"budget={budget} bytes: the smallest artifact of this model has {len(s.data)}; raise the budget, take a smaller model, or change coarsest={cfg.coarsest:g} or min_numel={cfg.min_numel}")
+    raise ValueError(
+        f"budget={budget} bytes: the smallest artifact of this model has {len(s.data)}; raise the budget, take a smaller model, or change coarsest={cfg.coarsest:g} or min_numel={cfg.min_numel}")
 
 # %% ../../nbs/squeeze/36_budget.ipynb #4b25fcfe
 def bits_table(
     data:bytes, # an artifact
-)->list[tuple]: # (family, weights, bits per weight, bytes), largest first; steps count with their codes
+)->list[
+tuple]: # (family, weights, bits per weight, bytes), largest first; steps count with their codes
     "Where the bytes of an artifact go, added up over the blocks."
     total = {}
     for r in ledger(data):
         n,b = total.get(family(r.name), (0, 0))
-        total[family(r.name)] = n + (math.prod(r.shape) if r.kind in ("codes","tensor") else 0), b + r.stored
-    return sorted(((f, n, 8*b/n if n else None, b) for f,(n,b) in total.items()), key=lambda r: -r[3])
+        total[family(r.name)] = n + (math.prod(r.shape) if r.kind in ("codes","tensor")
+            else 0), b + r.stored
+    return sorted(((f, n, 8*b/n if n else None, b) for f,(n,b) in total.items()),
+        key=lambda r: -r[3])
 
 # %% ../../nbs/squeeze/36_budget.ipynb #6dddafc8
 def read_weights(
@@ -311,7 +352,9 @@ def read_weights(
     "Read the weights of a checkpoint."
     try:
         with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError) as e: raise ValueError(f"{path}: cannot be read as safetensors ({e}); give the folder of a run, or a safetensors file") from None
+    except (OSError, SafetensorError) as e:
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({e}); give the folder of a run, or a safetensors file") from None
     kept = {k.removeprefix("averaged/"): t for k,t in state.items() if k.startswith("averaged/")}
     if not (state := kept or state): raise ValueError(f"{path}: holds no tensors")
     return state
@@ -323,26 +366,40 @@ def open_checkpoint(
     "A model with the weights of a checkpoint, published names translated."
     path = Path(path)
     if path.is_dir():
-        if not (path/"recipe.json").is_file(): raise ValueError(f"{path}: no recipe.json, so no folder of a run; give a safetensors file, and name the model with --recipe and --scale")
-        cfg,path = ModelConfig(**json.loads((path/"recipe.json").read_text())["model"]),path/"weights.safetensors"
-    if cfg is None: raise ValueError(f"{path}: a file of weights does not say which model they belong to; name it with --recipe and --scale")
+        if not (path/"recipe.json").is_file():
+            raise ValueError(
+                f"{path}: no recipe.json, so no folder of a run; give a safetensors file, and name the model with --recipe and --scale")
+        cfg,path = (ModelConfig(**json.loads((path/"recipe.json").read_text())["model"]),
+            path/"weights.safetensors")
+    if cfg is None:
+        raise ValueError(
+            f"{path}: a file of weights does not say which model they belong to; name it with --recipe and --scale")
     state = read_weights(path)
     try: return load_published(GPT(cfg), state).eval()
-    except (ValueError, RuntimeError) as e: raise ValueError(f"{path}: {e}; is it this recipe and scale?") from None
+    except (ValueError, RuntimeError) as e:
+        raise ValueError(f"{path}: {e}; is it this recipe and scale?") from None
 
 # %% ../../nbs/squeeze/36_budget.ipynb #47f84abc
 def squeeze_model(
     model:GPT,       # on the device that shall do the work
     budget:int,      # bytes that the artifact may have
-    ids:Tensor|None=None, # (N, T) windows of training text to calibrate on; None: plain squared error, rounding to nearest
+    # (N, T) windows of training text to calibrate on; None: plain squared error, rounding to
+    # nearest
+    ids:Tensor|None=None,
     cfg:SqueezeConfig=SqueezeConfig(),
     meta:dict|None=None, # added to the artifact
     grads:int=32,    # windows that the importance is measured on
     progress:bool=False, # bars if it takes long
 )->Squeezed:
     "Calibrate a model and fit it to a budget."
-    if budget <= 0: raise ValueError(f"budget={budget}: nothing is left for the model; the limit is {BYTE_LIMIT} bytes, code included")
+    if budget <= 0:
+        raise ValueError(
+            f"budget={budget}: nothing is left for the model; the limit is {BYTE_LIMIT} bytes, code"
+            " included"
+        )
     state,meta = model.state_dict(),dict(meta or {}, model=asdict(model.cfg), budget=budget)
     if ids is None: return squeeze_state(state, budget, None, cfg, meta, progress)
     hessians = collect_hessians(model, ids.split(8))
-    return squeeze_state(state, budget, metrics(state, hessians, importance(model, [ids[:grads]], progress=progress)), cfg, meta, progress)
+    return squeeze_state(state, budget,
+        metrics(state, hessians, importance(model, [ids[:grads]], progress=progress)),
+        cfg, meta, progress)

@@ -15,10 +15,12 @@ from .gptq import GPTQConfig
 # %% ../../nbs/squeeze/32_calibration.ipynb #22319c90
 class _Moments:
     "Running sums: x x^T for each distinct input tensor, and how often each row of a table is read."
-    def __init__(self): self.sums,self.count,self.owner,self.last,self.reads = {},{},{},(None,None),{}
+    def __init__(self):
+        self.sums,self.count,self.owner,self.last,self.reads = {},{},{},(None,None),{}
 
     def add(self, name, x):
-        "Add the positions of `x`; a layer called with the tensor just seen (k and v after q) shares its sum."
+        """Add the positions of `x`; a layer called with the tensor just seen (k and v after q)
+        shares its sum."""
         if x is not self.last[0]:
             self.last = x,name
             X = x.detach().flatten(0, -2).float()
@@ -26,12 +28,17 @@ class _Moments:
             self.count[name] = self.count.get(name, 0) + len(X)
         self.owner[name] = self.last[1]
 
-    def add_reads(self, name, ids, rows): self.reads[name] = self.reads.get(name, 0) + torch.bincount(ids.flatten(), minlength=rows)
+    def add_reads(self, name, ids, rows):
+        self.reads[name] = self.reads.get(name, 0) + torch.bincount(ids.flatten(), minlength=rows)
 
     def means(self):
         mean = {n: S/self.count[n] for n,S in self.sums.items()}
         for n,H in mean.items():
-            if not H.sum().isfinite(): raise ValueError(f"{n}: its inputs hold NaN or Inf on the calibration text; check the weights before it")
+            if not H.sum().isfinite():
+                raise ValueError(
+                    f"{n}: its inputs hold NaN or Inf on the calibration text; check the weights"
+                    " before it"
+                )
         return {n: mean[o] for n,o in self.owner.items()}
 
     def shares(self): return {n: (c+1.)/(c.sum()+len(c)) for n,c in self.reads.items()}
@@ -39,12 +46,21 @@ class _Moments:
 # %% ../../nbs/squeeze/32_calibration.ipynb #e2556fe7
 def collect_hessians(
     model:nn.Module,   # its linear layers are the modules with an attribute `fake_quant`
-    batches,           # iterable of token ids (B, T) int64, from training data or the model's own samples
-    split:str="train", # where the ids come from: "train", or "self" for the model's samples; "val" is refused
+    # iterable of token ids (B, T) int64, from training data or the model's own samples
+    batches,
+    # where the ids come from: "train", or "self" for the model's samples; "val" is refused
+    split:str="train",
     tables:bool=False, # embedding tables too
-)->dict[str,Tensor]: # weight name -> (n, n) float32, one object for layers that read one tensor; table name -> (rows,) shares, tied table (n, n)
+)->dict[str,
+# weight name -> (n, n) float32, one object for layers that read one tensor; table name -> (rows,)
+# shares, tied table (n, n)
+Tensor]:
     "Mean of x x^T over all positions, for the input x of every linear layer."
-    if split not in ("train","self"): raise ValueError(f"split={split!r}: calibration must not see validation tokens; pass training batches or the model's own samples")
+    if split not in ("train","self"):
+        raise ValueError(
+            f"split={split!r}: calibration must not see validation tokens; pass training batches or"
+            " the model's own samples"
+        )
     moments,device,training = _Moments(),next(model.parameters()).device,model.training
     handles = _hook(model, moments, tables)
     try:
@@ -56,22 +72,28 @@ def collect_hessians(
     finally:
         model.train(training)
         for h in handles: h.remove()
-    if not moments.sums: raise ValueError("batches is empty or the model has no linear layers: nothing to calibrate on")
+    if not moments.sums:
+        raise ValueError(
+            "batches is empty or the model has no linear layers: nothing to calibrate on")
     return _with_tables(model, moments) if tables else moments.means()
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #a42a11d8
 def _hook(model, moments, tables):
     "Let the moments see what linear layers read, and which rows of the tables are read."
     def linear(name): return lambda m,args: moments.add(f"{name}.weight", args[0])
-    def table(name): return lambda m,args: moments.add_reads(f"{name}.weight", args[0], m.num_embeddings)
-    return [m.register_forward_pre_hook(linear(n)) for n,m in model.named_modules() if hasattr(m, "fake_quant")
-        ] + [m.register_forward_pre_hook(table(n)) for n,m in model.named_modules() if tables and isinstance(m, nn.Embedding)]
+    def table(name):
+        return lambda m,args: moments.add_reads(f"{name}.weight", args[0], m.num_embeddings)
+    return [m.register_forward_pre_hook(linear(n)) for n,m in model.named_modules()
+        if hasattr(m, "fake_quant")
+        ] + [m.register_forward_pre_hook(table(n)) for n,m in model.named_modules() if tables
+        and isinstance(m, nn.Embedding)]
 
 def _with_tables(model, moments):
     "Row shares of input tables; for the tied table the head's Hessian plus its share as an input."
     H,out = moments.means(),moments.shares()
     head,share,W = H.pop("head"),out["tok_emb.weight"],model.tok_emb.weight.detach().float()
-    gain = (share / W.square().mean(-1).clamp(min=1e-12)).mean()      # the norm behind the table divides a row by its own size
+    # the norm behind the table divides a row by its own size
+    gain = (share / W.square().mean(-1).clamp(min=1e-12)).mean()
     return H | out | {"tok_emb.weight": head + gain*torch.eye(len(head), device=head.device)}
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #b31e17bf
@@ -89,10 +111,13 @@ def sample_tokens(
     V = model.cfg.vocab_size
     if n < 1 or seq_len < 1: raise ValueError(f"n={n}, seq_len={seq_len}: both must be 1 or more")
     if not temperature > 0: raise ValueError(f"temperature={temperature} must be above 0")
-    if bos is not None and not 0 <= bos < V: raise ValueError(f"bos={bos} is no token: give 0..{V-1}, or None")
+    if bos is not None and not 0 <= bos < V:
+        raise ValueError(f"bos={bos} is no token: give 0..{V-1}, or None")
     gen,training = torch.Generator().manual_seed(seed),model.training
     first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
-    try: return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen) for ids in first.split(batch)])
+    try:
+        return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
+            for ids in first.split(batch)])
     finally: model.train(training)
 
 def _extend(model, ids, seq_len, temperature, gen):
@@ -111,10 +136,20 @@ def calibration_windows(
     seq_len:int,    # tokens in each
 )->Tensor: # (samples or fewer, seq_len) int64
     "Windows of training text."
-    if samples < 1: raise ValueError(f"samples={samples}: calibration needs 1 window or more; --corpus none does without")
-    if dataset.vocab_size != vocab_size: raise ValueError(f"{dataset.path}: its tokenizer has {dataset.vocab_size} ids, the model {vocab_size}; name the model's own data with --corpus, or --corpus none to do without")
+    if samples < 1:
+        raise ValueError(
+            f"samples={samples}: calibration needs 1 window or more; --corpus none does without")
+    if dataset.vocab_size != vocab_size:
+        raise ValueError(
+            f"{dataset.path}: its tokenizer has {dataset.vocab_size} ids, the model {vocab_size};"
+            " name the model's own data with --corpus, or --corpus none to do without"
+        )
     tokens = dataset.train_tokens(samples*seq_len)
-    if len(tokens) < seq_len: raise ValueError(f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len}; give more data, or --corpus none to do without")
+    if len(tokens) < seq_len:
+        raise ValueError(
+            f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len}; give more"
+            " data, or --corpus none to do without"
+        )
     return tokens[:len(tokens)//seq_len*seq_len].view(-1, seq_len)
 
 def calibrate(
@@ -125,5 +160,6 @@ def calibrate(
 )->dict: # as `collect_hessians`
     "Hessians on training text, or on what the model writes itself."
     own = cfg.windows=="self"
-    ids = sample_tokens(model, cfg.samples, seq_len, seed=0) if own else calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
+    ids = sample_tokens(model, cfg.samples, seq_len,
+        seed=0) if own else calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
     return collect_hessians(model, ids.split(16), cfg.windows, cfg.tables)

@@ -32,7 +32,11 @@ def normalise(
     counts = np.asarray(counts, np.int64)
     present, total = counts > 0, int(counts.sum())
     spare = 2**bits - int(present.sum())
-    if counts.min(initial=0) < 0 or not total or spare < 0: raise EntropyError(f"counts: {int(present.sum())} symbols cannot share 2^{bits} slots; give 1..2^{bits} positive counts")
+    if counts.min(initial=0) < 0 or not total or spare < 0:
+        raise EntropyError(
+            f"counts: {int(present.sum())} symbols cannot share 2^{bits} slots; give 1..2^{bits}"
+            " positive counts"
+        )
     share, rest = np.divmod(counts*spare, total)
     freq = present + share
     freq[np.argsort(-rest, kind="stable")[:2**bits-int(freq.sum())]] += 1
@@ -57,7 +61,10 @@ def _published_table(counts):
     cdf = published_cdf(counts)
     freq = [b-a for a, b in zip(cdf, cdf[1:])]
     if bad := [s for s, f in enumerate(freq) if f < 1]:
-        raise EntropyError(f"counts: the published table gives symbol {bad[0]} the frequency {freq[bad[0]]}; such a stream was never decodable")
+        raise EntropyError(
+            f"counts: the published table gives symbol {bad[0]} the frequency {freq[bad[0]]}; such"
+            " a stream was never decodable"
+        )
     return [s for s, f in enumerate(freq) for _ in range(f)], freq, cdf
 
 def decode_published(
@@ -66,7 +73,8 @@ def decode_published(
     n:int,        # symbols in it
 )->np.ndarray: # (n,) uint16, symbols 0..A-1
     "Decode one stream of a PR #1123 artifact."
-    if len(stream) < 4: raise EntropyError(f"stream: {len(stream)} bytes, 4 hold the state alone: truncated")
+    if len(stream) < 4:
+        raise EntropyError(f"stream: {len(stream)} bytes, 4 hold the state alone: truncated")
     symbol, freq, start = _published_table(counts)
     x, at, end, out = int.from_bytes(stream[:4], "big"), 4, len(stream), np.empty(n, np.uint16)
     for i in range(n):
@@ -74,9 +82,17 @@ def decode_published(
         s = out[i] = symbol[slot]
         x = freq[s]*(x >> 16) + slot - start[s]
         while x < 2**23:
-            if at == end: raise EntropyError(f"stream: {end} bytes, they end at symbol {i} of {n}: truncated, or wrong counts")
+            if at == end:
+                raise EntropyError(
+                    f"stream: {end} bytes, they end at symbol {i} of {n}: truncated, or wrong"
+                    " counts"
+                )
             x, at = x << 8 | stream[at], at+1
-    if at != end or x != 2**23: raise EntropyError(f"stream: after {n} symbols the state is {x}, not {2**23}, and {end-at} of {end} bytes are left: damaged, or wrong counts or length")
+    if at != end or x != 2**23:
+        raise EntropyError(
+            f"stream: after {n} symbols the state is {x}, not {2**23}, and {end-at} of {end} bytes"
+            " are left: damaged, or wrong counts or length"
+        )
     return out
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #494a6189
@@ -84,14 +100,16 @@ def _lanes(n): return min(256, n//4096+1)
 def _bits(present, n): return 16 if present > 4096 else 14 if max(256*present, n) >= 2**18 else 12
 
 def _push(index, tables, bits, lanes):
-    "Code places in the flattened `tables`, last first; give the last states and the words in reading order."
+    """Code places in the flattened `tables`, last first; give the last states and the words in
+    reading order."""
     freq, start = (t.astype(np.uint32).ravel() for t in (tables, tables.cumsum(1)-tables))
     x, q, words = np.full(lanes, 2**16, np.uint32), np.empty(lanes, np.uint32), []
     step = 2**16//lanes*lanes                           # symbols looked up at once
     for at in reversed(range(0, len(index), step)):
         i = index[at:at+step].astype(np.intp)
         f, c = freq.take(i), start.take(i)
-        top, rest = (f << (32-bits))-1, 2**bits-f       # where f = S the shift wraps to 0, and top is the largest state
+        # where f = S the shift wraps to 0, and top is the largest state
+        top, rest = (f << (32-bits))-1, 2**bits-f
         for a in reversed(range(0, len(f), lanes)):
             g = f[a:a+lanes]
             y, z = (x, q) if len(g) == lanes else (x[:len(g)], q[:len(g)])
@@ -100,7 +118,8 @@ def _push(index, tables, bits, lanes):
             words.append(low)
             y[full] = low >> 16
             np.floor_divide(y, g, out=z)
-            z *= rest[a:a+lanes]; y += z; y += c[a:a+lanes] # x + (x//f)(S-f) + c = (x//f)S + x%f + c
+            # x + (x//f)(S-f) + c = (x//f)S + x%f + c
+            z *= rest[a:a+lanes]; y += z; y += c[a:a+lanes]
     return x, np.concatenate(words[::-1]).astype("<u2") # their lower halves
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #a233a22d
@@ -108,10 +127,12 @@ def _pull(x, words, tables, values, n, place=None):
     "Undo `_push`: `values` per symbol of the alphabet; `place` gives the table of each symbol."
     size, freq = int(tables[0].sum()), tables.ravel()
     which = np.repeat(np.arange(freq.size), freq)       # slot -> place in the flattened tables
-    mul, add = freq[which].astype(np.uint32), (np.arange(which.size)%size - (tables.cumsum(1)-tables).ravel()[which]).astype(np.uint32)
+    mul, add = (freq[which].astype(np.uint32),
+        (np.arange(which.size)%size - (tables.cumsum(1)-tables).ravel()[which]).astype(np.uint32))
     value, bits, lanes, x = values[which%len(values)], size.bit_length()-1, len(x), x.copy()
     step = 2**16//lanes*lanes
-    out, slots, words, pos = np.empty(n, values.dtype), np.empty(step, np.intp), words.astype(np.uint32), 0
+    out, slots, words, pos = np.empty(n, values.dtype), np.empty(step,
+        np.intp), words.astype(np.uint32), 0
     for at in range(0, n, step):
         base = None if place is None else place[at:at+step].astype(np.intp) << bits
         for a in range(0, min(step, n-at), lanes):
@@ -122,26 +143,33 @@ def _pull(x, words, tables, values, n, place=None):
             y >>= bits; y *= mul.take(slot); y += add.take(slot)
             low = (y < 2**16).nonzero()[0]
             begin, pos = pos, pos+len(low)
-            if pos > len(words): raise EntropyError(f"stream ends at symbol {at+a} of {n}: truncated")
+            if pos > len(words):
+                raise EntropyError(f"stream ends at symbol {at+a} of {n}: truncated")
             y[low] = y.take(low) << 16 | words[begin:pos]
         out[at:at+b] = value.take(slots[:b])
-    if pos != len(words) or (x != 2**16).any(): raise EntropyError(f"{len(words)-pos} words are left, or a lane is not back where it began: damaged")
+    if pos != len(words) or (x != 2**16).any():
+        raise EntropyError(
+            f"{len(words)-pos} words are left, or a lane is not back where it began: damaged")
     return out
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #aa7814ee
 def _lengths(counts):
-    "(..., A) counts -> bits per symbol, in steps of 1/256; a symbol never seen counts as half a one."
+    """(..., A) counts -> bits per symbol, in steps of 1/256; a symbol never seen counts as half a
+    one."""
     p = counts+.5
     return np.round(-256*np.log2(p/p.sum(-1, keepdims=True)))/256
 
-def _totals(counts, labels, k): return np.tensordot(np.eye(k)[labels], counts, (0, 0)) # whole numbers below 2^53: exact
+# whole numbers below 2^53: exact
+def _totals(counts, labels, k): return np.tensordot(np.eye(k)[labels], counts, (0, 0))
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #74adcb74
 def _regroup(counts, labels, k, rounds):
-    "Move each of the rows of `counts` (R, ..., A) to the group whose tables make it shortest, `rounds` times."
+    """Move each of the rows of `counts` (R, ..., A) to the group whose tables make it shortest,
+    `rounds` times."""
     flat = counts.reshape(len(counts), math.prod(counts.shape[1:]))
     for _ in range(rounds if k > 1 else 0):
-        before, labels = labels, (flat @ _lengths(_totals(counts, labels, k)).reshape(k, -1).T).argmin(1)
+        before, labels = labels, (flat @ _lengths(_totals(counts, labels, k)).reshape(k,
+            -1).T).argmin(1)
         if (labels == before).all(): break
     return labels
 
@@ -173,7 +201,9 @@ def _read(data, at, n):
         v = 0
         for shift in range(0, 36, 7):
             if at == len(data): raise EntropyError(f"header ends at byte {at}: truncated")
-            if shift == 35: raise EntropyError(f"header: number before byte {at} has more than 35 bits: damaged")
+            if shift == 35:
+                raise EntropyError(
+                    f"header: number before byte {at} has more than 35 bits: damaged")
             v, at = v | (data[at] & 127) << shift, at+1
             if data[at-1] < 128: break
         out.append(v)
@@ -198,41 +228,53 @@ def _read_table(data, at, size, bits):
         if v: out.append(v)
         else:
             (run,), at = _read(data, at, 1)
-            if run >= size-len(out): raise EntropyError(f"table: run of {run+1} zeros beyond the {size} symbols: damaged")
+            if run >= size-len(out):
+                raise EntropyError(
+                    f"table: run of {run+1} zeros beyond the {size} symbols: damaged")
             out += [0]*(run+1)
-    if sum(out) != 2**bits: raise EntropyError(f"table: frequencies sum to {sum(out)}, not {2**bits}: damaged")
+    if sum(out) != 2**bits:
+        raise EntropyError(f"table: frequencies sum to {sum(out)}, not {2**bits}: damaged")
     return out, at
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #cd55a41b
 GROUPS, TABLES = 16, 32 # most groups of rows and of columns; most tables
 
 def _nest(counts, most):
-    "Label each row with one of at most `most` groups; list maps from these groups to fewer, down to one."
+    """Label each row with one of at most `most` groups; list maps from these groups to fewer, down
+    to one."""
     labels = np.unique(group_rows(counts, most), return_inverse=True)[1]
     totals, maps = _totals(counts, labels, labels.max()+1), [np.arange(labels.max()+1)]
     while (k := maps[-1].max()+1) > 1:
-        fewer = np.unique(group_rows(_totals(totals, maps[-1], k), (int(k)+1)//2), return_inverse=True)[1]
+        fewer = np.unique(group_rows(_totals(totals, maps[-1], k), (int(k)+1)//2),
+            return_inverse=True)[1]
         maps.append(fewer[maps[-1]])
     return labels, maps
 
 def _tally(matrices, places, size, k):
     "For each matrix, (k, size): how often each symbol occurs at each place 0..k-1."
     t = np.uint16 if k*size < 2**16 else np.int32
-    for m, p in zip(matrices, places): yield np.bincount((p.astype(t)*t(size)+m).ravel(), minlength=k*size).reshape(k, size)
+    for m, p in zip(matrices, places):
+        yield np.bincount((p.astype(t)*t(size)+m).ravel(), minlength=k*size).reshape(k, size)
 
 def _labels(matrices, size, groups, skip):
-    "Nested groups of the rows, and of the columns, from every `skip`-th symbol; one of each where tables would cost more than they say."
+    """Nested groups of the rows, and of the columns, from every `skip`-th symbol; one of each where
+    tables would cost more than they say."""
     m, r, c = matrices.shape
-    if groups < 2 or size > 256 or 4*min(r, c) < max(16, size): return [(np.zeros(m*n, np.intp), [np.zeros(1, np.intp)]) for n in (r, c)]
+    if groups < 2 or size > 256 or 4*min(r, c) < max(16, size):
+        return [(np.zeros(m*n, np.intp), [np.zeros(1, np.intp)]) for n in (r, c)]
     tally = lambda part, place, n: np.concatenate(list(_tally(part, [place]*m, size, n)))
-    return _nest(tally(matrices[:, :, ::skip], np.arange(r)[:, None], r), groups), _nest(tally(matrices[:, ::skip], np.arange(c), c), groups)
+    return _nest(tally(matrices[:, :, ::skip], np.arange(r)[:, None], r),
+        groups), _nest(tally(matrices[:, ::skip], np.arange(c), c), groups)
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #aadba078
 def _price(counts, rows, columns, bits):
-    "Estimated bytes with one table for each of `counts` (r, c, A): codes, tables, and labels of so many rows and columns."
+    """Estimated bytes with one table for each of `counts` (r, c, A): codes, tables, and labels of
+    so many rows and columns."""
     total, seen = counts.sum(-1, keepdims=True), counts > 0
-    code = (total*np.log2(np.maximum(total, 1))).sum() - (counts*np.log2(np.maximum(counts, 1))).sum()
-    table = seen.sum() + (seen & (counts*2**bits >= 128*total)).sum() + 2*(seen[..., :-1] & ~seen[..., 1:]).sum()
+    code = (total*np.log2(np.maximum(total, 1))).sum() - (
+        counts*np.log2(np.maximum(counts, 1))).sum()
+    table = seen.sum() + (seen & (counts*2**bits >= 128*total)).sum() + 2*(
+        seen[..., :-1] & ~seen[..., 1:]).sum()
     labels = rows*(len(counts)-1).bit_length() + columns*(counts.shape[1]-1).bit_length()
     return (code+labels)/8 + table
 
@@ -259,19 +301,26 @@ def _choose(matrices, size, groups):
     skip = max(1, min(matrices.size >> 20, min(r, c) >> 7)) # large arrays: choose by a part
     (rows, maps_r), (columns, maps_c) = _labels(matrices, size, groups, skip)
     a, b = len(maps_r[0]), len(maps_c[0])
-    joint = skip*sum(_tally(matrices[:, ::skip], _places(rows, columns, b, m)[:, ::skip], size, a*b)).reshape(a, b, size)
+    joint = skip*sum(_tally(matrices[:, ::skip], _places(rows, columns, b, m)[:, ::skip], size,
+        a*b)).reshape(a, b, size)
     choices = [(f, g) for f in maps_r for g in maps_c if (f.max()+1)*(g.max()+1) <= TABLES]
-    f, g = min(choices, key=lambda fg: _price(_fold(joint, *fg), m*r, m*c, _bits(np.count_nonzero(joint.any((0, 1))), matrices.size)))
+    f, g = min(choices,
+        key=lambda fg: _price(_fold(joint, *fg), m*r, m*c,
+            _bits(np.count_nonzero(joint.any((0, 1))), matrices.size)))
     return f[rows], g[columns]
 
 def _settle(matrices, size, rows, columns):
-    "Move rows, then columns, to where all symbols make them shortest; give labels and counts (rows' groups, columns' groups, A)."
+    """Move rows, then columns, to where all symbols make them shortest; give labels and counts
+    (rows' groups, columns' groups, A)."""
     (m, r, c), k, l = matrices.shape, int(rows.max())+1, int(columns.max())+1
     if k == l == 1: return rows, columns, np.bincount(matrices.ravel(), minlength=size)[None, None]
-    by_row = np.stack(list(_tally(matrices, np.arange(r)[:, None]*l + columns.reshape(m, 1, c), size, r*l)), dtype=np.float64).reshape(m*r, l, size)
+    by_row = np.stack(
+        list(_tally(matrices, np.arange(r)[:, None]*l + columns.reshape(m, 1, c), size, r*l)),
+        dtype=np.float64).reshape(m*r, l, size)
     rows = _regroup(by_row, rows, k, 2)
     if l == 1: return rows, columns, _totals(by_row, rows, k)
-    by_column = np.stack(list(_tally(matrices, np.arange(c)*k + rows.reshape(m, r, 1), size, c*k)), dtype=np.float64).reshape(m*c, k, size)
+    by_column = np.stack(list(_tally(matrices, np.arange(c)*k + rows.reshape(m, r, 1), size, c*k)),
+        dtype=np.float64).reshape(m*c, k, size)
     columns = _regroup(by_column, columns, l, 2)
     return rows, columns, _totals(by_column, columns, l).swapaxes(0, 1)
 
@@ -284,7 +333,8 @@ def _plan(matrices, size, groups):
     counts[:, 0] += ~counts.any(1)                      # a pair of groups that never meet
     bits = _bits(np.count_nonzero(counts.any(0)), matrices.size)
     tables = np.stack([normalise(n, bits) for n in counts])
-    head = _varint(bits, k, l) + _pack_labels(rows, k) + _pack_labels(columns, l) + b"".join(map(_write_table, tables))
+    head = _varint(bits, k, l) + _pack_labels(rows, k) + _pack_labels(columns,
+        l) + b"".join(map(_write_table, tables))
     return head, _places(rows, columns, l, len(matrices)) if k*l > 1 else None, tables
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #d260f13e
@@ -297,7 +347,9 @@ def encode(
     "Code an array of integers close to its entropy, or below it where rows or columns differ."
     symbols = np.asarray(symbols)
     if not 1 <= groups <= GROUPS: raise EntropyError(f"groups={groups} not in 1..{GROUPS}")
-    if symbols.dtype.name not in DTYPES: raise EntropyError(f"symbols: type {symbols.dtype}; convert them to one of {', '.join(DTYPES)}")
+    if symbols.dtype.name not in DTYPES:
+        raise EntropyError(
+            f"symbols: type {symbols.dtype}; convert them to one of {', '.join(DTYPES)}")
     head = _varint(DTYPES.index(symbols.dtype.name), symbols.ndim, *symbols.shape)
     if not symbols.size: return head
     low, size = int(symbols.min()), int(symbols.max())-int(symbols.min())+1
@@ -315,15 +367,22 @@ def encode(
 def _read_head(data, limit):
     "Type, shape, smallest symbol, size of the alphabet (0 when empty), and where the plan begins."
     (kind, ndim), at = _read(data, 0, 2)
-    if kind >= len(DTYPES) or ndim > 8: raise EntropyError(f"header: type {kind} with {ndim} axes: not a stream of this coder")
+    if kind >= len(DTYPES) or ndim > 8:
+        raise EntropyError(f"header: type {kind} with {ndim} axes: not a stream of this coder")
     shape, at = _read(data, at, ndim)
-    if math.prod(max(1, d) for d in shape) > 2**40: raise EntropyError(f"header: shape {shape}: damaged")
-    if (n := math.prod(shape)) > limit: raise EntropyError(f"header: {n} symbols, more than limit={limit}; raise the limit if you trust the stream")
+    if math.prod(max(1, d) for d in shape) > 2**40:
+        raise EntropyError(f"header: shape {shape}: damaged")
+    if (n := math.prod(shape)) > limit:
+        raise EntropyError(
+            f"header: {n} symbols, more than limit={limit}; raise the limit if you trust the stream"
+        )
     dtype = np.dtype(DTYPES[kind])
     (low, size), at = _read(data, at, 2) if n else ((0, 0), at)
     low += np.iinfo(dtype).min
-    if n and not 1 <= size <= np.iinfo(dtype).max-low+1: raise EntropyError(f"header: {size} symbols from {low} do not fit {dtype}: damaged")
-    if size < 2 and at != len(data): raise EntropyError(f"{len(data)-at} bytes beyond the end: damaged")
+    if n and not 1 <= size <= np.iinfo(dtype).max-low+1:
+        raise EntropyError(f"header: {size} symbols from {low} do not fit {dtype}: damaged")
+    if size < 2 and at != len(data):
+        raise EntropyError(f"{len(data)-at} bytes beyond the end: damaged")
     return dtype, tuple(shape), low, size, at
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #f972401e
@@ -332,16 +391,21 @@ def _read_labels(data, at, rows, k):
     if k == 1: return np.zeros(rows, np.uint8), at
     width = (k-1).bit_length()
     end = at+(rows*width+7)//8
-    if end > len(data): raise EntropyError(f"labels of {rows} rows end beyond the stream: truncated")
-    labels = np.unpackbits(np.frombuffer(data[at:end], np.uint8), count=rows*width).reshape(rows, width) @ (1 << np.arange(width)[::-1])
+    if end > len(data):
+        raise EntropyError(f"labels of {rows} rows end beyond the stream: truncated")
+    labels = np.unpackbits(np.frombuffer(data[at:end], np.uint8), count=rows*width).reshape(rows,
+        width) @ (1 << np.arange(width)[::-1])
     if labels.max() >= k: raise EntropyError(f"labels: group {labels.max()} of {k}: damaged")
     return labels, end
 
 def _read_plan(data, at, shape, size):
     "Table of each symbol or None, tables, and where the states begin."
     (bits, k, l), at = _read(data, at, 3)
-    if bits not in (12, 14, 16) or not 1 <= k*l <= TABLES or k*l > 1 and (len(shape) < 2 or size > 256): raise EntropyError(f"header: {bits} bits, {k} by {l} groups: damaged")
-    place, (m, r, c) = None, (math.prod(shape[:-2]), *shape[-2:]) if len(shape) > 1 else (1, 1, math.prod(shape))
+    if bits not in (12, 14,
+        16) or not 1 <= k*l <= TABLES or k*l > 1 and (len(shape) < 2 or size > 256):
+        raise EntropyError(f"header: {bits} bits, {k} by {l} groups: damaged")
+    place, (m, r, c) = None, (math.prod(shape[:-2]), *shape[-2:]) if len(shape) > 1 else (1, 1,
+        math.prod(shape))
     if k*l > 1:
         rows, at = _read_labels(data, at, m*r, k)
         columns, at = _read_labels(data, at, m*c, l)
@@ -364,8 +428,12 @@ def decode(
     place, tables, at = _read_plan(data, at, shape, size)
     n = math.prod(shape)
     body = at+4*_lanes(n)
-    if len(data) < body or (len(data)-body)%2: raise EntropyError(f"{len(data)-at} bytes of states and words, {4*_lanes(n)} and pairs expected: truncated")
-    x, words = np.frombuffer(data[at:body], "<u4").astype(np.uint32), np.frombuffer(data[body:], "<u2")
+    if len(data) < body or (len(data)-body)%2:
+        raise EntropyError(
+            f"{len(data)-at} bytes of states and words, {4*_lanes(n)} and pairs expected: truncated"
+        )
+    x, words = np.frombuffer(data[at:body],
+        "<u4").astype(np.uint32), np.frombuffer(data[body:], "<u2")
     if (x < 2**16).any(): raise EntropyError(f"a state of {x.min()} is below 65536: damaged")
     values = np.arange(low, low+size).astype(dtype)
     return _pull(x, words, tables, values, n, place).reshape(shape)

@@ -31,7 +31,8 @@ class FormatError(ValueError):
     "A file that cannot be read as a published model."
 
 LIMIT = 2**28 # bytes that a file may unpack to; 34 M parameters in float32 take half of it
-MAGIC = (("none", rb"PK\x03\x04"), ("zstd", rb"\x28\xb5\x2f\xfd"), ("xz", rb"\xfd7zXZ\x00"), ("lzma", rb"\x5d\x00\x00"), ("zlib", rb"\x78[\x01\x5e\x9c\xda]"))
+MAGIC = (("none", rb"PK\x03\x04"), ("zstd", rb"\x28\xb5\x2f\xfd"), ("xz", rb"\xfd7zXZ\x00"),
+    ("lzma", rb"\x5d\x00\x00"), ("zlib", rb"\x78[\x01\x5e\x9c\xda]"))
 
 def sniff(
     data:bytes, # a file
@@ -39,7 +40,10 @@ def sniff(
     "Tell the compressor by the first bytes."
     for name,magic in MAGIC:
         if re.match(magic, data): return name
-    raise FormatError(f"{len(data)} bytes that begin with {data[:4].hex(' ') or 'nothing'}: neither a torch-saved file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote")
+    raise FormatError(
+        f"{len(data)} bytes that begin with {data[:4].hex(' ') or 'nothing'}: neither a torch-saved"
+        " file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote"
+    )
 
 # %% ../../nbs/squeeze/35_formats.ipynb #4565ae64
 def _zlib(data, limit):
@@ -62,9 +66,14 @@ def expand(
 )->tuple[bytes,str]: # what was compressed, and by what
     "Undo the compressor."
     how = sniff(data)
-    try: out,whole = dict(none=lambda d,_: (d,True), zlib=_zlib, zstd=_zstd, xz=_lzma, lzma=_lzma)[how](data, limit)
-    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as e: raise FormatError(f"damaged {how} data ({e})") from None
-    if len(out) > limit: raise FormatError(f"unpacks to more than limit={limit} bytes; raise the limit if you trust the file")
+    try:
+        out,whole = dict(none=lambda d,_: (d,True), zlib=_zlib, zstd=_zstd, xz=_lzma,
+            lzma=_lzma)[how](data, limit)
+    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as e:
+        raise FormatError(f"damaged {how} data ({e})") from None
+    if len(out) > limit:
+        raise FormatError(
+            f"unpacks to more than limit={limit} bytes; raise the limit if you trust the file")
     if not whole: raise FormatError(f"its {how} data stop after {len(out)} bytes: truncated")
     return out, how
 
@@ -72,14 +81,20 @@ def expand(
 def _check_zip(data, limit):
     "Look at every member of a torch-saved file before it is loaded."
     if sniff(data) != "none": raise FormatError("holds no torch-saved dictionary")
-    if data.count(b"PK\x01\x02") > 20_000: raise FormatError("has more than 20,000 members: no model of these systems")
+    if data.count(b"PK\x01\x02") > 20_000:
+        raise FormatError("has more than 20,000 members: no model of these systems")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
             members = z.infolist()
-            plain = all(m.compress_type == zipfile.ZIP_STORED for m in members) and sum(m.file_size for m in members) <= limit
+            plain = all(m.compress_type == zipfile.ZIP_STORED for m in members) and sum(m.file_size
+                for m in members) <= limit
             bad = z.testzip() if plain else None
-    except Exception as e: raise FormatError(f"a damaged or truncated torch-saved file ({e})") from None # zipfile raises a dozen types
-    if not plain: raise FormatError(f"its zip has compressed members, or more than limit={limit} bytes: not as torch saves it")
+    except Exception as e:
+        # zipfile raises a dozen types
+        raise FormatError(f"a damaged or truncated torch-saved file ({e})") from None
+    if not plain:
+        raise FormatError(
+            f"its zip has compressed members, or more than limit={limit} bytes: not as torch saves it")
     if bad: raise FormatError(f"damaged: the checksum of member {bad[:80]} differs")
 
 def load_saved(
@@ -92,61 +107,91 @@ def load_saved(
     try: obj = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it asks for {wants[1][:80]}" if wants else str(e).strip().split("\n")[0][:200] or type(e).__name__
-        raise FormatError(f"holds more than tensors and plain values, or is damaged: {why}; nothing in it was executed") from None
-    if not isinstance(obj, dict): raise FormatError(f"holds a {type(obj).__name__} where a dictionary is expected")
+        why = (f"it asks for {wants[1][:80]}" if wants else str(e).strip().split("\n")[0][:200]
+            or type(e).__name__)
+        raise FormatError(
+            f"holds more than tensors and plain values, or is damaged: {why}; nothing in it was executed") from None
+    if not isinstance(obj, dict):
+        raise FormatError(f"holds a {type(obj).__name__} where a dictionary is expected")
     return obj
 
 # %% ../../nbs/squeeze/35_formats.ipynb #33d4626b
 def _tensor(t, who):
     "A plain tensor with no more numbers than the file holds for it."
-    plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized and not t.is_complex()
-    if not plain or t.numel()*t.element_size() > t.untyped_storage().nbytes(): raise FormatError(f"{who}: not a plain tensor")
+    plain = (
+        type(t) in (Tensor, nn.Parameter)
+        and t.layout == torch.strided
+        and t.device.type == "cpu"
+        and not t.is_quantized
+        and not t.is_complex()
+    )
+    if not plain or t.numel()*t.element_size() > t.untyped_storage().nbytes():
+        raise FormatError(f"{who}: not a plain tensor")
     return t.detach()
 
 def _dicts(obj, *names):
     "Entries that must be dictionaries themselves."
     for k in names:
-        if not isinstance(obj.get(k), dict): raise FormatError(f"the entry {k!r} is missing or no dictionary")
+        if not isinstance(obj.get(k), dict):
+            raise FormatError(f"the entry {k!r} is missing or no dictionary")
     return [obj[k] for k in names]
 
 def _codes(q, s, who):
     "Codes (r, ...) with one step per row, or one in all."
     q,s = _tensor(q, who),_tensor(s, who)
-    if q.dtype != torch.int8 or not q.dim() or not s.is_floating_point() or s.numel() not in (1, len(q)):
-        raise FormatError(f"{who}: codes {q.dtype} {tuple(q.shape)} and steps {s.dtype} {tuple(s.shape)} do not fit")
+    if q.dtype != torch.int8 or not q.dim() or not s.is_floating_point() or s.numel() not in (1,
+        len(q)):
+        raise FormatError(
+            f"{who}: codes {q.dtype} {tuple(q.shape)} and steps {s.dtype} {tuple(s.shape)} do"
+            " not fit"
+        )
     return Quantized(q, s.reshape(-1, *[1]*(q.dim()-1)))
 
 # %% ../../nbs/squeeze/35_formats.ipynb #24df836d
 def _clean(obj, limit):
     "Baseline and PR #598: dictionaries of codes, steps, types and kept tensors."
-    codes,steps,types,kept,was = _dicts(dict(passthrough_orig_dtypes={}) | obj, "quantized", "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")
+    codes,steps,types,kept,was = _dicts(dict(passthrough_orig_dtypes={}) | obj, "quantized",
+        "scales", "dtypes", "passthrough", "passthrough_orig_dtypes")
     for n,q in codes.items(): yield n, _codes(q, steps[n], n), DTYPES[types[n]]
     for n,t in kept.items(): yield n, t, DTYPES[was[n]] if n in was else t.dtype
 
 # %% ../../nbs/squeeze/35_formats.ipynb #9a5427eb
-BF16_NAMES = r"(tok_emb|\.embed|\.attn_gate)\.weight$" # bfloat16 parameters of PRs #610, #576 and #601
+# bfloat16 parameters of PRs #610, #576 and #601
+BF16_NAMES = r"(tok_emb|\.embed|\.attn_gate)\.weight$"
 
 def _pair(obj, limit):
     "PRs #610, #576, #601: tensors as name.q and name.scale or name, beside what each is."
     w,m = _dicts(obj, *obj)
     for n,kind in m.items():
         dtype = torch.bfloat16 if re.search(BF16_NAMES, n) else torch.float32
-        if not isinstance(kind, (str, dict)) or isinstance(kind, dict) and set(kind)-{"type","bits"}: raise FormatError(f"{n}: stored as {str(kind)[:80]}, which these systems do not do")
+        if not isinstance(kind, (str, dict)) or isinstance(kind,
+            dict) and set(kind)-{"type","bits"}:
+            raise FormatError(f"{n}: stored as {str(kind)[:80]}, which these systems do not do")
         if n+".q" in w: yield n, _codes(w[n+".q"], w[n+".scale"], n), dtype
         else: yield n, w[n], dtype if w[n].dtype == torch.float16 else w[n].dtype
 
 # %% ../../nbs/squeeze/35_formats.ipynb #8250a881
 def _rans(obj, limit):
     "PR #1123: a stream, a histogram, an alphabet, a shape and row maxima per matrix."
-    streams,histograms,alphabets,shapes,tops,kept = _dicts(obj, "rans_data", "rans_counts", "rans_alphas", "rans_shapes", "rans_scales", "passthrough")
-    if any(len(s) != 2 or any(type(d) is not int or d < 1 for d in s) for s in shapes.values()): raise FormatError("rans_shapes: every shape must be two positive numbers")
-    if 4*sum(map(math.prod, shapes.values())) > limit: raise FormatError(f"unpacks to more than limit={limit} bytes; raise the limit if you trust the file")
+    streams,histograms,alphabets,shapes,tops,kept = _dicts(obj, "rans_data", "rans_counts",
+        "rans_alphas", "rans_shapes", "rans_scales", "passthrough")
+    if any(len(s) != 2 or any(type(d) is not int or d < 1 for d in s) for s in shapes.values()):
+        raise FormatError("rans_shapes: every shape must be two positive numbers")
+    if 4*sum(map(math.prod, shapes.values())) > limit:
+        raise FormatError(
+            f"unpacks to more than limit={limit} bytes; raise the limit if you trust the file")
     for n,stream in streams.items():
         A,shape,counts = alphabets[n],shapes[n],_tensor(histograms[n], n)
-        if A not in (5, 8, 16, 32, 64, 128, 256) or counts.numel() != A: raise FormatError(f"{n}: {counts.numel()} counts for an alphabet of {str(A)[:20]}; 5, or a power of two from 8 to 256")
-        try: z = decode_published(_tensor(stream, n).numpy().tobytes(), counts.flatten().tolist(), math.prod(shape))
-        except ValueError as e: raise FormatError(f"{n}: {e}") from None
+        if A not in (5, 8, 16, 32, 64, 128, 256) or counts.numel() != A:
+            raise FormatError(
+                f"{n}: {counts.numel()} counts for an alphabet of {str(A)[:20]}; 5, or a power of"
+                " two from 8 to 256"
+            )
+        try:
+            z = decode_published(_tensor(stream, n).numpy().tobytes(), counts.flatten().tolist(),
+                math.prod(shape))
+        except ValueError as e:
+            raise FormatError(f"{n}: {e}") from None
         q = torch.from_numpy(z.astype(np.int16)-A//2).to(torch.int8).view(*shape)
         yield n, _codes(q, _tensor(tops[n], n).float()/(1 if A == 5 else A//2), n), torch.float32
     for n,t in kept.items(): yield n, t, torch.float32
@@ -156,7 +201,8 @@ def _plain(obj, limit):
     for n,t in obj.items(): yield n, t, t.dtype
 
 # %% ../../nbs/squeeze/35_formats.ipynb #62ffb363
-LAYOUTS = {"int8_clean_per_row_v1": _clean, "mixed_clean_per_row_v1": _clean, "hybrid_rans_v1": _rans, "w, m": _pair, "tensors, meta": _pair, "state dict": _plain}
+LAYOUTS = {"int8_clean_per_row_v1": _clean, "mixed_clean_per_row_v1": _clean,
+    "hybrid_rans_v1": _rans, "w, m": _pair, "tensors, meta": _pair, "state dict": _plain}
 
 def layout_of(
     obj:dict, # from `load_saved`
@@ -165,10 +211,16 @@ def layout_of(
     tag = obj.get("__quant_format__", obj.get("__format__"))
     if isinstance(tag, str) and tag in LAYOUTS: return tag
     for name in ("w, m", "tensors, meta"):
-        if list(obj) == name.split(", ") and all(isinstance(v, dict) for v in obj.values()): return name
-    if obj and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in obj.items()): return "state dict"
-    keys = ", ".join(str(k)[:40] for k in islice(obj, 12)) + (f" and {len(obj)-12} more" if len(obj) > 12 else "")
-    raise FormatError(f"an unknown layout: {f'tag {str(tag)[:60]!r}, ' if tag is not None else ''}keys {keys or 'none'}; known are {'; '.join(LAYOUTS)}")
+        if list(obj) == name.split(", ") and all(isinstance(v, dict) for v in obj.values()):
+            return name
+    if obj and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in obj.items()):
+        return "state dict"
+    keys = ", ".join(str(k)[:40] for k in islice(obj, 12)) + (f" and {len(obj)-12} more"
+        if len(obj) > 12 else "")
+    raise FormatError(
+        f"an unknown layout: {f'tag {str(tag)[:60]!r}, ' if tag is not None else ''}keys"
+        f" {keys or 'none'}; known are {'; '.join(LAYOUTS)}"
+    )
 
 # %% ../../nbs/squeeze/35_formats.ipynb #d57cdb03
 class Stored(NamedTuple):
@@ -182,13 +234,20 @@ def _read(data, limit, file):
     obj = load_saved(raw, limit)
     layout,tensors,dtypes,left = layout_of(obj),{},{},limit
     for n,t,dtype in LAYOUTS[layout](obj, limit):
-        if not isinstance(n, str) or n in tensors: raise FormatError(f"the name {str(n)[:80]!r} is there twice, or no text")
+        if not isinstance(n, str) or n in tensors:
+            raise FormatError(f"the name {str(n)[:80]!r} is there twice, or no text")
         tensors[n],dtypes[n] = t if isinstance(t, Quantized) else _tensor(t, n),dtype
         left -= 4*_numel(tensors[n])
-        if left < 0: raise FormatError(f"its weights take more than limit={limit} bytes in float32; raise the limit if you trust the file")
-    inside = [t for v in obj.values() for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, Tensor)]
+        if left < 0:
+            raise FormatError(
+                f"its weights take more than limit={limit} bytes in float32; raise the limit if you"
+                " trust the file"
+            )
+    inside = [t for v in obj.values() for t in (v.values() if isinstance(v, dict) else [v])
+        if isinstance(t, Tensor)]
     coded = sum(_numel(t) for t in tensors.values() if isinstance(t, Quantized))
-    about = dict(file=file, format=layout, compressor=how, bytes=len(data), unpacked=len(raw), container=len(raw)-sum(t.nbytes for t in inside),
+    about = dict(file=file, format=layout, compressor=how, bytes=len(data), unpacked=len(raw),
+        container=len(raw)-sum(t.nbytes for t in inside),
         tensors=len(tensors), parameters=sum(map(_numel, tensors.values())), coded=coded)
     return Stored(tensors, dtypes, about)
 
@@ -199,26 +258,37 @@ def read_stored(
     source,          # file, or its bytes
     limit:int=LIMIT, # most bytes it may unpack to, compressed or as weights
 )->Stored: # codes and steps as they are in the file
-    "Read a published file as it is stored; whatever is wrong with it is a `FormatError` that names it."
+    """Read a published file as it is stored; whatever is wrong with it is a `FormatError` that
+    names it."""
     name = "these bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, bytes): return _read(source, limit, name)
-        if (size := Path(source).stat().st_size) > limit: raise FormatError(f"{size} bytes, more than limit={limit}; raise the limit if you trust the file")
+        if (size := Path(source).stat().st_size) > limit:
+            raise FormatError(
+                f"{size} bytes, more than limit={limit}; raise the limit if you trust the file")
         return _read(Path(source).read_bytes(), limit, Path(source).name)
-    except OSError as e: raise FormatError(f"{name}: cannot be read ({e.strerror}); give the file that the system's script wrote") from None
+    except OSError as e:
+        raise FormatError(
+            f"{name}: cannot be read ({e.strerror}); give the file that the system's script wrote") from None
     except FormatError as e: raise FormatError(f"{name}: {e}") from None
-    except Exception as e: raise FormatError(f"{name}: its entries do not fit together ({type(e).__name__}: {str(e)[:200]})") from None # a layout in name only
+    except Exception as e:
+        # a layout in name only
+        raise FormatError(
+            f"{name}: its entries do not fit together ({type(e).__name__}: {str(e)[:200]})") from None
 
 def read_published(
     source,          # file, or its bytes
     limit:int=LIMIT, # most bytes it may unpack to, compressed or as weights
-)->tuple[dict,dict]: # published name -> weights in the type the system's loader gives them; `Stored.about`
+)->tuple[dict,
+dict]: # published name -> weights in the type the system's loader gives them; `Stored.about`
     "Read a published model as its own system would."
     tensors,dtypes,about = read_stored(source, limit)
-    return {n:(t.dequantize() if isinstance(t, Quantized) else t).to(dtypes[n]) for n,t in tensors.items()}, about
+    return {n:(t.dequantize() if isinstance(t, Quantized) else t).to(dtypes[n])
+        for n,t in tensors.items()}, about
 
 # %% ../../nbs/squeeze/35_formats.ipynb #fb3c1c93
-NAME_MAPS = ((r"^(_orig_mod\.|module\.)+", ""), (r"^bigram_emb\.", "bigram."), (r"^smear_gate\.", "smear."),
+NAME_MAPS = ((r"^(_orig_mod\.|module\.)+", ""), (r"^bigram_emb\.", "bigram."),
+    (r"^smear_gate\.", "smear."),
              (r"\.mlp\.up(_proj)?\.", ".mlp.fc."), (r"\.mlp\.down(_proj)?\.", ".mlp.proj."))
 
 def published_name(
@@ -231,24 +301,29 @@ def published_name(
 # %% ../../nbs/squeeze/35_formats.ipynb #c91a5809
 def load_published(
     model:GPT, # built with the matching configuration
-    state:Mapping[str,Tensor], # parameter name -> tensor or numpy array, under the names of any of the five systems
+    # parameter name -> tensor or numpy array, under the names of any of the five systems
+    state:Mapping[str,Tensor],
 )->GPT: # the same model, its weights replaced
     "Load a checkpoint of a published system."
     new = {published_name(n):torch.as_tensor(v) for n,v in state.items()}
     problems = _differences(dict(model.named_parameters()), new)
     if problems:
         more = f"; and {len(problems)-20} more" if len(problems) > 20 else ""
-        raise ValueError("the checkpoint does not fit the model, so their configurations differ: " + "; ".join(problems[:20]) + more)
+        raise ValueError("the checkpoint does not fit the model, so their configurations differ: "
+            + "; ".join(problems[:20]) + more)
     model.load_state_dict(new)
     return model
 
 def _differences(own:Mapping[str,Tensor], new:Mapping[str,Tensor])->list[str]:
     "Say what is missing, what is unexpected and which shapes differ."
-    def near(n, pool): return "".join(f" (near: {m})" for m in difflib.get_close_matches(n, pool, 1))
+    def near(n, pool):
+        return "".join(f" (near: {m})" for m in difflib.get_close_matches(n, pool, 1))
     missing,extra = sorted(own.keys()-new.keys()),sorted(new.keys()-own.keys())
     shapes = [n for n,p in own.items() if n in new and new[n].shape != p.shape]
-    return ([f"missing {n}{near(n, extra)}" for n in missing] + [f"unexpected {n}{near(n, missing)}" for n in extra]
-            + [f"{n} is {tuple(new[n].shape)}, the model wants {tuple(own[n].shape)}" for n in shapes])
+    return ([f"missing {n}{near(n, extra)}" for n in missing]
+        + [f"unexpected {n}{near(n, missing)}" for n in extra]
+            + [f"{n} is {tuple(new[n].shape)}, the model wants {tuple(own[n].shape)}"
+                for n in shapes])
 
 # %% ../../nbs/squeeze/35_formats.ipynb #79681cdf
 def split_extras(
@@ -266,7 +341,8 @@ def fitting(
     shapes,seen = {published_name(n):t.shape for n,t in split_extras(state)[0].items()},{}
     for c in configs.values():
         if c in seen: continue
-        with torch.device("meta"): seen[c] = {n:p.shape for n,p in GPT(c).named_parameters()} == shapes
+        with torch.device("meta"):
+            seen[c] = {n:p.shape for n,p in GPT(c).named_parameters()} == shapes
     return [name for name,c in configs.items() if seen[c]]
 
 # %% ../../nbs/squeeze/35_formats.ipynb #5791429a
@@ -277,18 +353,24 @@ def import_weights(
     out,             # folder that receives weights.safetensors
     known:dict={},   # name -> ModelConfig, to say what a file that does not fit would fit
 )->GPT: # holding the weights
-    "Write published weights as a finished training leaves its own: raw and averaged, here the same."
+    """Write published weights as a finished training leaves its own: raw and averaged, here the
+    same."""
     path = Path(out)/"weights.safetensors"
     if path.exists(): raise ValueError(f"{path} exists: choose another folder, or remove it")
     params,extras = split_extras(state)
     try: model = load_published(GPT(cfg), params)
-    except ValueError as e: raise FormatError(f"{about['file']}: {e}; it fits {' or '.join(fitting(state, known)) or 'none that is known'}") from None
+    except ValueError as e:
+        raise FormatError(
+            f"{about['file']}: {e}; it fits {' or '.join(fitting(state, known)) or 'none that is known'}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(path, {f"{k}/{n}":t.clone() for k in ("raw","averaged") for n,t in model.state_dict().items()}, about | dict(extras=extras))
+    write_checkpoint(path,
+        {f"{k}/{n}":t.clone() for k in ("raw","averaged") for n,t in model.state_dict().items()},
+        about | dict(extras=extras))
     return model
 
 def describe(
     about:dict, # from `read_published`
 )->str: # for people
     "Say what a file was."
-    return "{file}: {format}, {compressor}, {bytes:,} bytes, {unpacked:,} unpacked; {tensors} tensors, {parameters:,} parameters, {coded:,} of them as codes".format(**about)
+    return (
+        "{file}: {format}, {compressor}, {bytes:,} bytes, {unpacked:,} unpacked; {tensors} tensors, {parameters:,} parameters, {coded:,} of them as codes".format(**about))

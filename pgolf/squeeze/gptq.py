@@ -12,33 +12,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quant import Grid, QuantConfig, Quantized, candidate_scales, pentanary, prune, quantize, search_scale, store
+from .quant import (Grid, QuantConfig, Quantized, candidate_scales, pentanary, prune,
+                                 quantize, search_scale, store)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #e332ea56
 @dataclass(frozen=True)
 class GPTQConfig:
     "How a matrix is rounded against its Hessian."
-    samples:int=256          # calibration windows; this and the next two are read by whoever collects the Hessians
+    # calibration windows; this and the next two are read by whoever collects the Hessians
+    samples:int=256
     windows:str="train"      # "train"ing text, or the model's own writing: "self"
     tables:bool=False        # Hessians of the embedding tables too
-    block:int=8              # columns of which each corrects the others at once; behind them, 1, 2, 1, 4, ... blocks correct as many
-    damping:float=.01        # added to the diagonal, share of its mean; times ten until the factor exists
+    # columns of which each corrects the others at once; behind them, 1, 2, 1, 4, ... blocks correct
+    # as many
+    block:int=8
+    # added to the diagonal, share of its mean; times ten until the factor exists
+    damping:float=.01
     order:str="descending"   # columns by diagonal: "descending", "ascending" or "natural"
-    rule:str="cholesky"      # "plain_inverse" is the faulty rule that PR #576 and PR #610 ran: exhibits only
-    search:str="plain"       # clip candidate of a row by squared error, or by "hessian" error after the pass
-    refit:str=""             # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
+    # "plain_inverse" is the faulty rule that PR #576 and PR #610 ran: exhibits only
+    rule:str="cholesky"
+    # clip candidate of a row by squared error, or by "hessian" error after the pass
+    search:str="plain"
+    # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
+    refit:str=""
     def __post_init__(self):
-        for name,known in (("order",("descending","ascending","natural")), ("rule",("cholesky","plain_inverse")),
-                           ("search",("plain","hessian")), ("refit",("","hessian","plain")), ("windows",("train","self"))):
-            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
+        for name,known in (("order",("descending","ascending","natural")),
+            ("rule",("cholesky","plain_inverse")),
+                           ("search",("plain","hessian")), ("refit",("","hessian","plain")),
+                           ("windows",("train","self"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
         for name in ("samples","block"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.search == "hessian" and self.rule != "cholesky": raise ValueError(f"search='hessian' needs rule='cholesky': under rule={self.rule!r} the pass does not know its error")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.search == "hessian" and self.rule != "cholesky":
+            raise ValueError(
+                f"search='hessian' needs rule='cholesky': under rule={self.rule!r} the pass does"
+                " not know its error"
+            )
         if not self.damping > 0: raise ValueError(f"damping={self.damping} must be above 0")
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #a48a08cc
 def _cholesky(A, panel=192):
-    "Lower factor of A (n, n), and whether it failed. On a CPU panels of columns, all else matrix products: faster than LAPACK for large n."
+    """Lower factor of A (n, n), and whether it failed. On a CPU panels of columns, all else matrix
+    products: faster than LAPACK for large n."""
     if A.is_cuda or len(A) <= 4*panel: return torch.linalg.cholesky_ex(A)
     L,info = torch.zeros_like(A).mT, 0
     for a in range(0, len(A), panel):
@@ -55,7 +72,8 @@ def damped_cholesky(
     damping:float, # share of the mean diagonal, above 0
 )->Tensor: # (n, n) lower L with L L^T = H plus damping on the diagonal
     "Factor a Hessian, with ten times more damping as long as that fails."
-    if not H.sum().isfinite(): raise ValueError("Hessian holds NaN or Inf: check the calibration inputs")
+    if not H.sum().isfinite():
+        raise ValueError("Hessian holds NaN or Inf: check the calibration inputs")
     mean = H.diagonal().mean().item()
     add = damping * (mean if mean > 0 else 1.)
     while True:
@@ -81,7 +99,8 @@ class Factor:
     "A Hessian made ready for rounding."
     H:Tensor     # (n, n) float32, as collected
     order:Tensor # (n,) int64 columns; the last is rounded first
-    feed:Tensor  # (n, n) float32: row j has what column j takes of the errors of the columns behind it
+    # (n, n) float32: row j has what column j takes of the errors of the columns behind it
+    feed:Tensor
     cost:Tensor  # (n,) float32: error of the row per squared rounding error of the column, L_jj^2
 
 def factor(
@@ -99,11 +118,13 @@ def factor(
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #904d9fae
 def _round_columns(W, feed, scale, grid, cfg):
-    "Codes (int8) and targets in steps of W (N, n, r), columns of the layer first and in order; feed (N, n, n), scale (N, 1, r)."
+    """Codes (int8) and targets in steps of W (N, n, r), columns of the layer first and in order;
+    feed (N, n, n), scale (N, 1, r)."""
     W = W/torch.where(scale > 0, scale, torch.inf)
     X,D,codes = W.clone(),torch.empty_like(W),torch.empty_like(W)
     x,q,d = (A.split(1, 1) for A in (X, codes, D))         # by columns, each (N, 1, r)
-    truth = W.split(1, 1) if cfg.rule == "cholesky" else x # the faulty rule passes on x - q, not w - q
+    # the faulty rule passes on x - q, not w - q
+    truth = W.split(1, 1) if cfg.rule == "cholesky" else x
     for i,b in enumerate(range(W.shape[1], 0, -cfg.block), 1):
         a,w = max(0, b-cfg.block),(i & -i)*cfg.block
         for j in range(b-1, a-1, -1):
@@ -117,7 +138,8 @@ def _round_columns(W, feed, scale, grid, cfg):
 def _sorted(W, factors):
     "Matrices (N, r, n) as (N, n, r) float32, their columns in the order of the factors."
     out = W.new_empty((len(W), *W.shape[:0:-1]), dtype=torch.float32)
-    for w,f,o in zip(W.float(), factors, out): torch.index_select(w.mT.contiguous(), 0, f.order, out=o)
+    for w,f,o in zip(W.float(), factors, out):
+        torch.index_select(w.mT.contiguous(), 0, f.order, out=o)
     return out
 
 def _restored(codes, factors):
@@ -134,7 +156,10 @@ def _factors(W, H, cfg):
     "One factor for each matrix, made from Hessians (N, n, n) or given."
     if not isinstance(H, Tensor): return H
     want = (len(W), W.shape[-1], W.shape[-1])
-    if H.shape != want: raise ValueError(f"H.shape={tuple(H.shape)} does not belong to W.shape={tuple(W.shape)}: expected {want}")
+    if H.shape != want:
+        raise ValueError(
+            f"H.shape={tuple(H.shape)} does not belong to W.shape={tuple(W.shape)}: expected {want}"
+        )
     return [factor(h, cfg) for h in H]
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #b70cc610
@@ -146,12 +171,14 @@ def gptq(
     cfg:GPTQConfig=GPTQConfig(),
 )->Tensor: # codes, shape of W, float32 whole numbers
     "Round column by column; the columns still free absorb each error."
-    if W.dim() == 2: return gptq(W[None], H[None] if isinstance(H, Tensor) else H, scale[None], grid, cfg)[0]
+    if W.dim() == 2:
+        return gptq(W[None], H[None] if isinstance(H, Tensor) else H, scale[None], grid, cfg)[0]
     return _rounded(W, _factors(W, H, cfg), scale, grid, cfg).float()
 
 def _rounded(W, factors, scale, grid, cfg):
     "The pass, (N, r, n) to codes of the same shape, int8."
-    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors), scale.float().mT.expand(-1, -1, W.shape[1]), grid, cfg)
+    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors),
+        scale.float().mT.expand(-1, -1, W.shape[1]), grid, cfg)
     return _restored(codes, factors)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #98e0aae4
@@ -175,7 +202,8 @@ def refit_scale(
 )->Tensor: # (..., r, 1) float32
     "Least-squares step of each row for fixed codes, where it lowers the error."
     G = codes if H is None else codes @ H.float()
-    dims = (-2,-1) if scale.shape[-2] == 1 else (-1,)                      # one step per tensor, or per row
+    # one step per tensor, or per row
+    dims = (-2,-1) if scale.shape[-2] == 1 else (-1,)
     a,b = (W*G).sum(dims, keepdim=True), (codes*G).sum(dims, keepdim=True)
     new = torch.where(b > 0, a/b, scale).clamp(min=grid.scale_floor)
     if grid.half_first: new = new.half().float()
@@ -189,11 +217,14 @@ def _search_rows(W, factors, grid, cfg):
     best = least = None
     for scale in candidate_scales(W, grid).mT:                              # (N, 1, r)
         codes,X = _round_columns(V, feed, scale, grid, cfg)
-        err = torch.where(scale > 0, cost[:,None] @ X.sub_(codes).square_() * scale.square(), torch.inf) # (N, 1, r)
+        # (N, 1, r)
+        err = torch.where(scale > 0,
+            cost[:,None] @ X.sub_(codes).square_() * scale.square(), torch.inf)
         if least is None: best,least,chosen = codes,err,scale
         else:
             better = err < least
-            best,least,chosen = torch.where(better, codes, best), torch.minimum(err, least), torch.where(better, scale, chosen)
+            best,least,chosen = torch.where(better, codes, best), torch.minimum(err,
+                least), torch.where(better, scale, chosen)
     return _restored(best, factors), chosen.mT
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #7df3baa2
@@ -205,12 +236,14 @@ def gptq_fit(
 )->tuple[Tensor,Tensor]: # codes (N, r, n) int8, and steps (N, r or 1, 1) float32
     "Choose the steps, round, and refit the steps where asked."
     factors = _factors(W, H, cfg)
-    if cfg.search == "hessian" and grid.rule == "uniform" and grid.scale_per == "row": codes,scale = _search_rows(W, factors, grid, cfg)
+    if cfg.search == "hessian" and grid.rule == "uniform" and grid.scale_per == "row":
+        codes,scale = _search_rows(W, factors, grid, cfg)
     else:
         scale = pentanary(W)[1] if grid.rule == "pentanary" else search_scale(W, grid)
         codes = _rounded(W, factors, scale, grid, cfg)
     if not cfg.refit: return codes, scale
-    return codes, refit_scale(W, codes.float(), scale, torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None, grid)
+    return codes, refit_scale(W, codes.float(), scale, torch.stack([f.H for f in factors])
+        if cfg.refit == "hessian" else None, grid)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #738d52ec
 def _groups(state, cfg, hessians):
@@ -223,9 +256,14 @@ def _groups(state, cfg, hessians):
 
 def _factor_of(name, W, H, cfg, known):
     "The factor of a tensor's Hessian, made once for all that share it."
-    if H.shape != (W.shape[1],)*2: raise ValueError(f"{name}: Hessian of shape {tuple(H.shape)} for a weight of shape {tuple(W.shape)}; collect the Hessians on this model")
-    if not W.sum().isfinite(): raise ValueError(f"{name}: the weight holds NaN or Inf: check the checkpoint")
-    try: return known.setdefault(id(H), known.get(id(H)) or factor(H, cfg))
+    if H.shape != (W.shape[1],)*2:
+        raise ValueError(
+            f"{name}: Hessian of shape {tuple(H.shape)} for a weight of shape {tuple(W.shape)};"
+            " collect the Hessians on this model"
+        )
+    if not W.sum().isfinite():
+        raise ValueError(f"{name}: the weight holds NaN or Inf: check the checkpoint")
+    try:return known.setdefault(id(H), known.get(id(H)) or factor(H, cfg))
     except ValueError as e: raise ValueError(f"{name}: {e}") from e
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #2e492f52
@@ -233,10 +271,12 @@ def quantize_state(
     state:dict,       # name -> tensor
     cfg:QuantConfig,  # which tensor gets which grid
     gptq_cfg:GPTQConfig|None=None, # None: round to nearest everywhere
-    hessians:dict|None=None,       # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
+    # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
+    hessians:dict|None=None,
 )->dict: # name -> Quantized or tensor, on the CPU, in the order of `state`
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
-    if gptq_cfg and not hessians: raise ValueError("gptq_cfg is given but hessians are not: call collect_hessians first")
+    if gptq_cfg and not hessians:
+        raise ValueError("gptq_cfg is given but hessians are not: call collect_hessians first")
     done,known,hessians = {},{},hessians or {}
     for (_,grid),names in (_groups(state, cfg, hessians) if gptq_cfg else {}).items():
         factors = [_factor_of(n, state[n], hessians[n], gptq_cfg, known) for n in names]
@@ -244,7 +284,8 @@ def quantize_state(
         if cfg.prune: W = torch.stack([prune(w, cfg.prune) for w in W])
         codes,scale = gptq_fit(W, factors, grid, gptq_cfg)
         done.update((n, store(c.cpu(), s.cpu())) for n,c,s in zip(names, codes, scale))
-    return {n: done[n] if n in done else _plain(n, t, cfg, hessians.get(n)) for n,t in state.items()}
+    return {n: done[n] if n in done else _plain(n, t, cfg, hessians.get(n))
+        for n,t in state.items()}
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #a89de19c
 def _plain(name, t, cfg, rows=None):
@@ -267,14 +308,19 @@ def quant_errors(
     state:dict,     # name -> tensor before
     quantized:dict, # name -> Quantized or tensor after
     hessians:dict|None=None, # weight name -> (n, n)
-)->list[dict]: # name, numel, codes (distinct ones in use), mse and output (relative errors; output None without Hessian)
+)->list[
+# name, numel, codes (distinct ones in use), mse and output (relative errors; output None without
+# Hessian)
+dict]:
     "Relative squared error of each quantized matrix, plain and as seen in the layer's output."
     rows = []
     for name,q in quantized.items():
         if not isinstance(q, Quantized): continue
         W = state[name].detach().float().cpu()
         D,H = W - q.dequantize(),(hessians or {}).get(name)
-        def relative(f): return (f(D) / f(W).clamp(min=1e-30)).item()      # a matrix of zeros has error 0
+        # a matrix of zeros has error 0
+        def relative(f): return (f(D) / f(W).clamp(min=1e-30)).item()
         out = None if H is None else relative(lambda X: hessian_error(X, 0*X, H.cpu()))
-        rows.append(dict(name=name, numel=W.numel(), codes=len(q.codes.unique()), mse=relative(lambda X: X.square().sum()), output=out))
+        rows.append(dict(name=name, numel=W.numel(), codes=len(q.codes.unique()),
+            mse=relative(lambda X: X.square().sum()), output=out))
     return rows

@@ -30,12 +30,18 @@ class Grid:
     rule:str="uniform"      # "uniform", or "pentanary": thresholds of PR #1123
     def __post_init__(self):
         object.__setattr__(self, "quantiles", tuple(self.quantiles))
-        if not -128 <= self.lo <= 0 < self.hi <= 127: raise ValueError(f"lo={self.lo}, hi={self.hi}: codes must span 0 and fit a signed byte")
-        if not self.quantiles or not all(0 < q <= 1 for q in self.quantiles): raise ValueError(f"quantiles={self.quantiles}: each must lie in (0, 1]")
-        if not self.scale_floor >= 0: raise ValueError(f"scale_floor={self.scale_floor} must be 0 or more")
-        for name,known in (("search",("row","tensor")), ("scale_per",("row","tensor")), ("rule",("uniform","pentanary"))):
-            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
-        if self.rule == "pentanary" and (self.lo,self.hi) != (-2,2): raise ValueError(f"lo={self.lo}, hi={self.hi}: the pentanary rule has codes -2..2")
+        if not -128 <= self.lo <= 0 < self.hi <= 127:
+            raise ValueError(f"lo={self.lo}, hi={self.hi}: codes must span 0 and fit a signed byte")
+        if not self.quantiles or not all(0 < q <= 1 for q in self.quantiles):
+            raise ValueError(f"quantiles={self.quantiles}: each must lie in (0, 1]")
+        if not self.scale_floor >= 0:
+            raise ValueError(f"scale_floor={self.scale_floor} must be 0 or more")
+        for name,known in (("search",("row","tensor")), ("scale_per",("row","tensor")),
+            ("rule",("uniform","pentanary"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
+        if self.rule == "pentanary" and (self.lo,self.hi) != (-2,2):
+            raise ValueError(f"lo={self.lo}, hi={self.hi}: the pentanary rule has codes -2..2")
 
 # %% ../../nbs/squeeze/30_quant.ipynb #a3be3db9
 def int_grid(
@@ -96,7 +102,8 @@ def candidate_scales(
 def search_scale(
     W:Tensor,  # (..., r, c) float32
     grid:Grid, # `search`: per row or per tensor
-    rows:Tensor|None=None, # (r,) share of each row in the error, for a step that rows share; None: equal
+    # (r,) share of each row in the error, for a step that rows share; None: equal
+    rows:Tensor|None=None,
 )->Tensor: # (..., r or 1, 1) float32
     "The candidate with the smallest squared error; the first wins a tie."
     scales = candidate_scales(W, grid)
@@ -135,10 +142,13 @@ def fit(
 def quantize(
     W:Tensor,  # (r, c), any float type
     grid:Grid, # codes and step rule
-    rows:Tensor|None=None, # (r,) share of each row in the error, as token counts give it for a table
+    # (r,) share of each row in the error, as token counts give it for a table
+    rows:Tensor|None=None,
 )->Quantized: # codes int8, step float16
     "Quantize one matrix by rounding each weight by itself."
-    if W.dim() != 2: raise ValueError(f"shape={tuple(W.shape)}: only matrices are quantized; keep other tensors as float16")
+    if W.dim() != 2:
+        raise ValueError(
+            f"shape={tuple(W.shape)}: only matrices are quantized; keep other tensors as float16")
     codes,scale = fit(W.detach().float(), grid, rows)
     return store(codes, scale)
 
@@ -147,7 +157,11 @@ def store(
     scale:Tensor, # (r, 1) or (1, 1) float32
 )->Quantized: # int8 and float16
     "Cast codes and step to their stored types."
-    if not scale.half().isfinite().all(): raise ValueError(f"step={scale.abs().max().item():.3g} does not fit float16 (NaN, Inf or weights beyond 65504): check the weights")
+    if not scale.half().isfinite().all():
+        raise ValueError(
+            f"step={scale.abs().max().item():.3g} does not fit float16 (NaN, Inf or weights beyond"
+            " 65504): check the weights"
+        )
     return Quantized(codes.to(torch.int8), scale.half())
 
 # %% ../../nbs/squeeze/30_quant.ipynb #6c456dcc
@@ -182,7 +196,11 @@ def set_fake_quant(
         if (grid := first_match(f"{name}.weight", grids)) is None: continue
         m.fake_quant = partial(fake_quantize, grid=grid)
         done.append(f"{name}.weight")
-    if not done: raise ValueError(f"grids={[p for p,_ in grids]}: no linear layer's weight matches; print the names with model.named_parameters()")
+    if not done:
+        raise ValueError(
+            f"grids={[p for p,_ in grids]}: no linear layer's weight matches; print the names with"
+            " model.named_parameters()"
+        )
     return tuple(done)
 
 def set_eval_quant(
@@ -191,11 +209,13 @@ def set_eval_quant(
 ):
     "Give each matching linear layer the quantizer that it is evaluated through."
     for name,m in model.named_modules():
-        if hasattr(m, "eval_quant") and (grid := first_match(f"{name}.weight", grids)): m.eval_quant = partial(fake_quantize, grid=grid)
+        if hasattr(m, "eval_quant") and (grid := first_match(f"{name}.weight", grids)):
+            m.eval_quant = partial(fake_quantize, grid=grid)
 
 # %% ../../nbs/squeeze/30_quant.ipynb #2d5fb47e
 class LateQAT:
-    "Listener: switch fake quantization on once the learning-rate scale has fallen below `threshold`."
+    """Listener: switch fake quantization on once the learning-rate scale has fallen below
+    `threshold`."""
     def __init__(self,
         threshold:float, # on when run.lr_scale < threshold; above 1: from the first step
         grids:tuple,     # (pattern on the weight's name, Grid or None), first match wins
@@ -209,7 +229,8 @@ class LateQAT:
 
     def before_step(self, run):
         "Switch on at the first step below the threshold."
-        if not self.switched and run.lr_scale < self.threshold: self.switched = set_fake_quant(run.model, self.grids)
+        if not self.switched and run.lr_scale < self.threshold:
+            self.switched = set_fake_quant(run.model, self.grids)
 
     def on_end(self, run):
         "Switch off, so that later training (test-time training) sees the stored weights."
@@ -227,14 +248,17 @@ def prune(
     if not fraction: return W.clone()
     A = W.abs().float()
     rank = fraction*(A.numel()-1)
-    low = A.flatten().topk(min(int(rank)+2, A.numel()), largest=False).values[-2:] # sorting all of it, as torch.quantile does, takes eight times as long
+    # sorting all of it, as torch.quantile does, takes eight times as long
+    low = A.flatten().topk(min(int(rank)+2, A.numel()), largest=False).values[-2:]
     return torch.where(A < torch.lerp(low[0], low[-1], rank%1), 0, W)
 
 # %% ../../nbs/squeeze/30_quant.ipynb #b143dad9
 @dataclass(frozen=True)
 class QuantConfig:
     "Assignment of grids to the tensors of a state."
-    rules:tuple=((r"\.(attn|mlp)\.", Grid(quantiles=(.999,.9995,.9999,.99999,1.))), (".*", int_grid(8))) # (pattern, Grid or None: float16), first match wins
+    # (pattern, Grid or None: float16), first match wins
+    rules:tuple=((r"\.(attn|mlp)\.", Grid(quantiles=(.999,.9995,.9999,.99999,1.))),
+        (".*", int_grid(8)))
     keep_numel:int=65_536 # tensors up to this size are kept as float16
     keep_float32:str=""   # pattern of small tensors kept as float32 instead; "": none
     prune:float=0.        # share of each quantized matrix set to zero first
@@ -251,7 +275,12 @@ class QuantConfig:
         "How a tensor is stored."
         if not t.is_floating_point(): return t.dtype
         if t.numel() <= self.keep_numel or t.dim() != 2:
-            return torch.float32 if self.keep_float32 and re.search(self.keep_float32, name) else torch.float16
+            return torch.float32 if self.keep_float32 and re.search(self.keep_float32,
+                name) else torch.float16
         grid = first_match(name, self.rules, "none")
-        if grid == "none": raise ValueError(f"{name}: no rule matches; add (pattern, grid), or (pattern, None) to keep it as float16")
+        if grid == "none":
+            raise ValueError(
+                f"{name}: no rule matches; add (pattern, grid), or (pattern, None) to keep it as"
+                " float16"
+            )
         return grid or torch.float16

@@ -16,7 +16,8 @@ import numpy as np
 from ..game.bpb import BYTE_LIMIT
 from .folder import STATUS,Check,Folder,close_to,judge,last_told,seed_of,told,verdict
 from .folder import check_artifacts,check_extras,check_fields,check_files,check_helpers
-from .folder import check_imports,check_log_source,check_patterns,check_script,check_track
+from .folder import (check_imports, check_log_source, check_patterns, check_script,
+                                 check_track)
 from .logs import Log,number,unit
 from .submission import OVERSHOOT,SECONDS,SEEDS,VAL_BYTES,read_log,result_of
 

@@ -7,7 +7,7 @@ __all__ = ['FILTERS', 'bound_names', 'global_names', 'span', 'Unit', 'Module', '
            'reach', 'flat_names', 'rename', 'compact', 'flatten', 'minify', 'pack_code', 'unpack_code']
 
 # %% ../../nbs/submit/60_flatten.ipynb #0a7e1dbc
-import ast,base64,builtins,lzma,re
+import ast,base64,builtins,io,lzma,math,re,tokenize
 from collections.abc import Iterable,Iterator
 from dataclasses import dataclass
 from functools import cached_property,lru_cache
@@ -26,8 +26,11 @@ def bound_names(
     while todo:
         n = todo.pop()
         if isinstance(n, (*_FUNCTIONS, ast.ClassDef)): out.add(n.name)
-        elif isinstance(n, (ast.Import,ast.ImportFrom)): out |= {a.asname or a.name.partition(".")[0] for a in n.names}
-        elif isinstance(n, _LOOPS): todo += [m for m in ast.walk(n) if isinstance(m, ast.NamedExpr)] # their targets are their own
+        elif isinstance(n, (ast.Import,ast.ImportFrom)):
+            out |= {a.asname or a.name.partition(".")[0] for a in n.names}
+        elif isinstance(n, _LOOPS):
+            # their targets are their own
+            todo += [m for m in ast.walk(n) if isinstance(m, ast.NamedExpr)]
         elif not isinstance(n, ast.Lambda):
             if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load): out.add(n.id)
             if isinstance(n, ast.ExceptHandler) and n.name: out.add(n.name)
@@ -38,16 +41,22 @@ def bound_names(
 def global_names(
     node:ast.AST,              # a top-level statement
     local:set=frozenset(),     # names that functions around it bind
-    of_class:set=frozenset(),  # names that the class body around it has bound so far; functions in it do not see them
-)->Iterator[ast.Name]: # in the order of the text; annotations are left out, they are never evaluated
+    # names that the class body around it has bound so far; functions in it do not see them
+    of_class:set=frozenset(),
+)->Iterator[
+ast.Name]: # in the order of the text; annotations are left out, they are never evaluated
     "Names that are looked up at the top of the module."
     inner = _inside(node, local) if isinstance(node, (*_FUNCTIONS, ast.Lambda, *_LOOPS)) else local
     if isinstance(node, ast.Name) and node.id not in local|of_class: yield node
-    for field,x in ((f,x) for f,v in ast.iter_fields(node) for x in (v if isinstance(v, list) else [v]) if isinstance(x, ast.AST)):
+    for field,x in ((f,x) for f,v in ast.iter_fields(node)
+        for x in (v if isinstance(v, list) else [v]) if isinstance(x, ast.AST)):
         if field in ("annotation","returns"): continue
-        if isinstance(node, ast.ClassDef) and field=="body": yield from global_names(x, local, bound_names(node.body[:node.body.index(x)]))
-        elif isinstance(node, _LOOPS) and x is node.generators[0]: yield from _first_loop(x, local, of_class, inner)
-        elif inner is not local and field in ("body","elt","key","value","generators"): yield from global_names(x, inner)
+        if isinstance(node, ast.ClassDef) and field=="body":
+            yield from global_names(x, local, bound_names(node.body[:node.body.index(x)]))
+        elif isinstance(node, _LOOPS) and x is node.generators[0]:
+            yield from _first_loop(x, local, of_class, inner)
+        elif inner is not local and field in ("body","elt","key","value","generators"):
+            yield from global_names(x, inner)
         else: yield from global_names(x, local, of_class)
 
 def _inside(node, local):
@@ -55,7 +64,8 @@ def _inside(node, local):
     if isinstance(node, _LOOPS): return local | bound_names(g.target for g in node.generators)
     a,body = node.args,node.body if isinstance(node.body, list) else [node.body]
     shared = {n for s in ast.walk(node) if isinstance(s, ast.Global) for n in s.names}
-    return local | {x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if x} | bound_names(body)-shared
+    return local | {x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg)
+        if x} | bound_names(body)-shared
 
 def _first_loop(g, local, of_class, inner):
     "The first iterable of a comprehension is evaluated outside of it."
@@ -67,7 +77,8 @@ def span(
     node:ast.stmt,
 )->tuple[int,int]: # first line, decorators included, and last, from 1
     "Lines of a statement."
-    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]),node.end_lineno
+    return (min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]),
+        node.end_lineno)
 
 # %% ../../nbs/submit/60_flatten.ipynb #09605b83
 @dataclass
@@ -83,11 +94,14 @@ class Unit:
     @cached_property
     def mentions(self)->list[tuple[str,int]]: # name and line
         "Attributes and strings that may name a method."
-        return [(getattr(n, "attr", None) or n.value, n.lineno) for s in self.body for n in ast.walk(s)
-            if isinstance(n, ast.Attribute) or isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier()]
+        return [(getattr(n, "attr", None) or n.value, n.lineno) for s in self.body
+            for n in ast.walk(s)
+            if isinstance(n, ast.Attribute) or isinstance(n, ast.Constant)
+            and isinstance(n.value, str) and n.value.isidentifier()]
     def methods(self)->list[tuple[ast.ClassDef,str,tuple[int,int]]]: # class, name, lines
         "Methods of its classes."
-        return [(c, x.name, span(x)) for c in self.body if isinstance(c, ast.ClassDef) for x in c.body if isinstance(x, _FUNCTIONS)]
+        return [(c, x.name, span(x)) for c in self.body if isinstance(c, ast.ClassDef)
+            for x in c.body if isinstance(x, _FUNCTIONS)]
 
 # %% ../../nbs/submit/60_flatten.ipynb #fae95996
 class Module:
@@ -97,10 +111,12 @@ class Module:
         text:str,    # its source
         package:str, # imports from it are its own
     ):
-        self.name,self.package,self.lines,self.units,self.defs,self.inside,self.outside = name,package,text.encode().splitlines(),[],{},{},{}
+        self.name,self.package,self.lines,self.units,self.defs,self.inside,self.outside = (name,
+            package,text.encode().splitlines(),[],{},{},{})
         for s in ast.parse(text).body:
             if isinstance(s, (ast.Import,ast.ImportFrom)): self._import(s)
-            elif not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)): self._define(s) # a docstring is no definition
+            elif not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)):
+                self._define(s) # a docstring is no definition
     def _define(self, s):
         first,last = span(s)[0],self.units[-1] if self.units else None
         if last and first<=last.last: last.last,last.body = s.end_lineno,[*last.body,s]
@@ -117,12 +133,14 @@ class Module:
                 plain = ast.ImportFrom(source, [a], 0) if from_ else ast.Import([a])
                 self.outside.setdefault(alias, []).append(ast.unparse(plain))
     def _source(self, s):
-        "Full name of the module that a statement imports from: dots count from the module's own folder."
+        """Full name of the module that a statement imports from: dots count from the module's own
+        folder."""
         source = getattr(s, "module", "") or ""
         if not getattr(s, "level", 0): return source
         folder = [self.package, *self.name.split(".")][:-s.level]
         return ".".join([*folder, source]).rstrip(".")
-_module = lru_cache(maxsize=256)(Module) # a module is read once, however many scripts are made of it
+# a module is read once, however many scripts are made of it
+_module = lru_cache(maxsize=256)(Module)
 
 # %% ../../nbs/submit/60_flatten.ipynb #81fe52a3
 def read_package(
@@ -145,10 +163,14 @@ def read_package(
 
 # %% ../../nbs/submit/60_flatten.ipynb #96ce4627
 def resolve(
-    modules:dict[str,Module], # those of the package; "stand_ins", if there, comes before all others
-    module:str, # where the name stands
-    name:str,   # what it is there
-)->tuple|None: # (module, name) of a definition, (None, name) of something imported from outside; None: neither, a builtin
+    modules: dict[
+        str, Module
+    ],  # those of the package; "stand_ins", if there, comes before all others
+    module: str,  # where the name stands
+    name: str,  # what it is there
+) -> (
+    tuple | None
+):  # (module, name) of a definition, (None, name) of something imported from outside; None: neither, a builtin
     "Follow a name to where it is made."
     while True:
         m = modules[module]
@@ -156,7 +178,11 @@ def resolve(
         if name in m.defs: return module,name
         if name in m.outside: return None,name
         if name not in m.inside: return None
-        if m.inside[name][0] not in modules: raise ValueError(f"{m.name} imports {name!r} from the package itself, which a single file has not; import from the module that defines it")
+        if m.inside[name][0] not in modules:
+            raise ValueError(
+                f"{m.name} imports {name!r} from the package itself, which a single file has not;"
+                " import from the module that defines it"
+            )
         module,name = m.inside[name]
 
 # %% ../../nbs/submit/60_flatten.ipynb #72f1ab47
@@ -166,10 +192,11 @@ def optional_methods(
     unit:Unit,
     unchecked:set=frozenset(),# dataclasses that need no checks
 )->dict[tuple,str]: # lines -> name; "" for what nothing will ask for
-    "Methods that may be left out: of classes that derive from nothing outside, which might call them."
+    """Methods that may be left out: of classes that derive from nothing outside, which might call
+    them."""
     out = {}
     for c,name,lines in unit.methods():
-        if name=="__post_init__" and c.name in unchecked: out[lines] = ""
+        if name=="__post_init__" and c.name in unchecked:out[lines] = ""
         elif not name.startswith("__") and _is_own(modules, module, c): out[lines] = name
     return out
 
@@ -177,7 +204,9 @@ def _is_own(modules, module, c):
     "Whether all base classes of a class are the package's."
     for b in c.bases:
         to = resolve(modules, module, b.id) if isinstance(b, ast.Name) else None
-        if not to or not to[0] or not all(_is_own(modules, to[0], d) for i in modules[to[0]].defs[to[1]] for d in modules[to[0]].units[i].body): return False
+        if not to or not to[0] or not all(_is_own(modules, to[0], d)
+            for i in modules[to[0]].defs[to[1]] for d in modules[to[0]].units[i].body):
+            return False
     return True
 
 # %% ../../nbs/submit/60_flatten.ipynb #9f54981d
@@ -185,7 +214,10 @@ def reach(
     modules:dict[str,Module], # the last one is the entry; all of it is needed
     absent:set=frozenset(),   # definitions that are not followed
     unchecked:set=frozenset(),# dataclasses whose `__post_init__` is left out
-)->tuple[dict,dict,set]: # (module, unit) -> lines left out; name -> statements that import it; those of `absent` that are named
+)->tuple[dict,dict,
+# (module, unit) -> lines left out; name -> statements that import it; those of `absent` that are
+# named
+set]:
     "Collect what an entry needs."
     entry,units,outside,stubs,mentioned = list(modules)[-1],{},{},set(),set()
     todo = [(entry, i) for i in range(len(modules[entry].units))]
@@ -194,7 +226,8 @@ def reach(
         mentioned.update(n for n,line in unit.mentions if within(line))
         for name in {n for n,line in unit.names if within(line)}:
             if (to := resolve(modules, module, name)) is None: continue
-            if to[0] is None: outside.setdefault(name, {}).update(dict.fromkeys(_imports(modules, module, name)))
+            if to[0] is None:
+                outside.setdefault(name, {}).update(dict.fromkeys(_imports(modules, module, name)))
             elif to[1] in absent: stubs.add(to[1])
             else: todo.extend((to[0], i) for i in modules[to[0]].defs[to[1]])
     while todo:
@@ -202,7 +235,8 @@ def reach(
             unit = modules[at[0]].units[at[1]]
             units[at] = optional_methods(modules, at[0], unit, unchecked) if at[0]!=entry else {}
             look(at[0], unit, (unit.first, unit.last), units[at])
-        for (module,i),gone in () if todo else units.items(): # now the methods whose names have come up
+        # now the methods whose names have come up
+        for (module,i),gone in () if todo else units.items():
             for lines in [l for l,name in gone.items() if name in mentioned]:
                 del gone[lines]
                 look(module, modules[module].units[i], lines)
@@ -239,35 +273,69 @@ def rename(
     lines = text.encode().splitlines()
     for s in tree.body:
         found = [(n, n.lineno-1, n.col_offset, "id") for n in global_names(s) if n.id in new]
-        if getattr(s, "name", None) in new: found.append((s, s.lineno-1, lines[s.lineno-1].index(s.name.encode(), 4), "name"))
+        if getattr(s, "name", None) in new:
+            found.append((s, s.lineno-1, lines[s.lineno-1].index(s.name.encode(), 4), "name"))
         for n,line,column,field in found:
             old = getattr(n, field)
             setattr(n, field, new[old])
             edits.add((line, column, column+len(old.encode()), new[old].encode()))
-    for line,a,b,name in sorted(edits, reverse=True): lines[line] = lines[line][:a]+name+lines[line][b:]
+    for line,a,b,name in sorted(edits, reverse=True):
+        lines[line] = lines[line][:a]+name+lines[line][b:]
     return _same(b"\n".join(lines).decode(), tree)
 
 def _same(text, tree, other=""):
-    "The text if it means the tree, else the other one, by default the tree written anew without comments."
-    try: same = ast.dump(ast.parse(text))==ast.dump(tree)
+    """The text if it means the tree, else the other one, by default the tree written anew without
+    comments."""
+    try:same = ast.dump(ast.parse(text))==ast.dump(tree)
     except (SyntaxError,ValueError): same = False
     return text if same else other or ast.unparse(tree)
 
 # %% ../../nbs/submit/60_flatten.ipynb #503343e6
 def _one_line(f, lines, first=1):
-    "A function's header on one line, with docstring and comments behind it: first line, last line, text."
+    """A function's header on one line, with docstring and comments behind it: first line, last
+    line, text."""
     a,doc = f.lineno-first,ast.get_docstring(f) if len(f.body)>1 else None
-    if doc and "\n" in doc: doc = None
-    if doc: f.body = f.body[1:]
+    if doc: f.body,doc = f.body[1:]," ".join(doc.split())
     start,at = f.body[0].lineno-first,f.body[0].col_offset
     before,rest = lines[start].encode()[:at].decode(),lines[start].encode()[at:].decode()
     end = start if before.strip() else start-1
     if isinstance(f.body[0], _FUNCTIONS) or end==a: return None
-    notes = [re.match(r"\s*(?:def .*?\()?(\*{0,2}\w+|\)).*?\s?# ?(.*)", l) for l in lines[a:start]]
-    notes = [f"{'returns' if n[1]==')' or start-a<3 else n[1]}: {n[2]}" for n in notes if n]
-    bare = type(f)(**{k:v for k,v in ast.iter_fields(f)} | dict(body=[ast.Pass()], decorator_list=[], lineno=0))
+    head = _notes_behind(lines[a:start])
+    notes = [re.match(r"\s*(?:def .*?\()?(\*{0,2}\w+|\)).*?\s?# ?(.*)", l) for l in head]
+    notes = [f"{'returns' if n[1]==')' or len(head)<3 else n[1]}: {n[2]}" for n in notes if n]
+    bare = type(f)(**{k:v for k,v in ast.iter_fields(f)} | dict(body=[ast.Pass()],
+        decorator_list=[], lineno=0))
     text = " "*f.col_offset+ast.unparse(bare).splitlines()[0]+(f" {rest}" if before.strip() else "")
-    return a,end,text+(f" # {' '.join(filter(None, (doc, '; '.join(notes))))}" if doc or notes else "")
+    return a,end,text+(f" # {' '.join(filter(None, (doc, '; '.join(notes))))}" if doc
+        or notes else "")
+
+# %% ../../nbs/submit/60_flatten.ipynb #5e1fc0de
+def _notes_behind(lines, widest=math.inf):
+    "Comments that have a line of their own stand behind the line they speak of."
+    out,notes = [],[]
+    for l in lines:
+        note = l.lstrip().startswith("# ")
+        if note: notes.append(l)
+        elif notes and " # " not in l and len(l)+sum(map(len, notes))<widest:
+            out.append(f"{l} # {' '.join(n.strip()[2:] for n in notes)}")
+        else: out += [*notes, l]
+        if not note: notes = []
+    return out+notes
+
+def _unfold(text, widest):
+    "What stands in brackets goes on one line, as far as it fits."
+    inner,depth,before = set(),0,None
+    for t in tokenize.generate_tokens(io.StringIO(text).readline):
+        if t.type==tokenize.OP: depth += (t.string in "([{")-(t.string in ")]}")
+        if t.type==tokenize.NL and depth and before!=tokenize.COMMENT: inner.add(t.start[0])
+        before = t.type
+    out = []
+    for i,l in enumerate(text.split("\n")):
+        if i in inner and len(out[-1])+len(l.strip())<widest:
+            out[-1] += " "*(out[-1][-1] not in "([{" and l.lstrip()[0] not in ")]}.")+l.lstrip()
+        else: out.append(l)
+    return _same("\n".join(_notes_behind(out, widest)), ast.parse(text), text)
+
 
 # %% ../../nbs/submit/60_flatten.ipynb #aaa2bb07
 @lru_cache(maxsize=4096)
@@ -280,10 +348,14 @@ def compact(
     tree,lines = ast.parse(text),text.split("\n")
     edits = [(a-1, b-1, None) for a,b in gone]
     for c in ast.walk(tree):
-        if isinstance(c, ast.ClassDef): c.body = [x for x in c.body if span(x) not in gone] or [ast.Pass()]
-    edits += filter(None, [_one_line(f, lines, 1) for f in ast.walk(tree) if isinstance(f, _FUNCTIONS)])
-    for a,b,text in sorted(edits, key=lambda e: e[0], reverse=True): lines[a:b+1] = [text] if text else []
+        if isinstance(c, ast.ClassDef):
+            c.body = [x for x in c.body if span(x) not in gone] or [ast.Pass()]
+    edits += filter(None,
+        [_one_line(f, lines, 1) for f in ast.walk(tree) if isinstance(f, _FUNCTIONS)])
+    for a,b,text in sorted(edits, key=lambda e: e[0], reverse=True):
+        lines[a:b+1] = [text] if text else []
     text = _same("\n".join(l for l in lines if l.strip()), tree)
+    text = _unfold(text, 160 if block==1 else 240)
     return _join_blocks(_join_fields(text) if block>1 else text, block)
 
 # %% ../../nbs/submit/60_flatten.ipynb #dcc71004
@@ -292,28 +364,39 @@ def _join_blocks(text, most):
     widest = max(240, 60*most)
     lines,blocks = text.split("\n"),[]
     for n in ast.walk(ast.parse(text)):
-        if not isinstance(n, (ast.Module,ast.ClassDef)): blocks += [b for f in ("body","orelse","finalbody") if isinstance(b := getattr(n, f, None), list) and b]
+        if not isinstance(n, (ast.Module,ast.ClassDef)):
+            blocks += [b for f in ("body","orelse","finalbody")
+                if isinstance(b := getattr(n, f, None), list) and b]
     for b in sorted(blocks, key=lambda b: b[0].lineno, reverse=True):
         first,last = b[0].lineno-1,b[-1].lineno
-        if len(b)>most or any(hasattr(s, "body") or s.lineno!=s.end_lineno for s in b) or len({s.lineno for s in b})<len(b): continue
+        if len(b)>most or any(hasattr(s, "body") or s.lineno!=s.end_lineno
+            for s in b) or len({s.lineno for s in b})<len(b):
+            continue
         if lines[first].encode()[:b[0].col_offset].strip(): continue # it stands there already
         code,_,notes = zip(*(l.rstrip().partition(" # ") for l in lines[first-1:last]))
         joined = f"{code[0]} {'; '.join(c.strip() for c in code[1:])}"
-        if code[0].endswith(":") and len(joined)<widest: lines[first-1:last] = [joined+(f" # {'; '.join(filter(None, notes))}" if any(notes) else "")]
+        if code[0].endswith(":") and len(joined)<widest:
+            lines[first-1:last] = [joined
+                +(f" # {'; '.join(filter(None, notes))}" if any(notes) else "")]
     return _same("\n".join(lines), ast.parse(text), text)
 
 # %% ../../nbs/submit/60_flatten.ipynb #88dfeb88
 def _join_fields(text, widest=160):
     "Fields of a dataclass share lines, their comments behind them."
     lines,groups = text.split("\n"),[]
-    fields = {x.lineno-1:x.target.id for c in ast.walk(ast.parse(text)) if isinstance(c, ast.ClassDef) for x in c.body if isinstance(x, ast.AnnAssign) and x.lineno==x.end_lineno}
+    fields = {x.lineno-1:x.target.id for c in ast.walk(ast.parse(text))
+        if isinstance(c, ast.ClassDef) for x in c.body if isinstance(x, ast.AnnAssign)
+        and x.lineno==x.end_lineno}
     code,note = zip(*(re.split(r"\s*# |$", l, maxsplit=1)[:2] for l in lines))
     for i in sorted(fields):
-        if groups and i==groups[-1][-1]+1 and sum(len(code[j]) for j in groups[-1])+len(code[i])<widest: groups[-1].append(i)
+        if groups and i==groups[-1][-1]+1 and sum(len(code[j])
+            for j in groups[-1])+len(code[i])<widest:
+            groups[-1].append(i)
         else: groups.append([i])
     for g in (g for g in reversed(groups) if len(g)>1):
         notes = "; ".join(f"{fields[i]}: {note[i]}" for i in g if note[i])
-        lines[g[0]:g[-1]+1] = [f"{code[g[0]]}; {'; '.join(code[i].strip() for i in g[1:])}{f' # {notes}' if notes else ''}"]
+        lines[g[0]:g[-1]+1] = [
+            f"{code[g[0]]}; {'; '.join(code[i].strip() for i in g[1:])}{f' # {notes}' if notes else ''}"]
     return _same("\n".join(lines), ast.parse(text), text)
 
 # %% ../../nbs/submit/60_flatten.ipynb #131696b2
@@ -327,18 +410,28 @@ def flatten(
 )->str: # one file that imports nothing from the package
     "Write an entry and all it needs from the package as one script."
     modules = read_package(package)
-    modules = {"stand_ins":Module("stand_ins", stand_ins, package.__name__)} | modules | {"entry":Module("entry", entry, package.__name__)}
+    modules = ({"stand_ins":Module("stand_ins", stand_ins, package.__name__)} | modules
+        | {"entry":Module("entry", entry, package.__name__)})
     absent,unchecked = set(absent),set(unchecked)
     units,outside,stubs = reach(modules, absent, unchecked)
     flat = flat_names(modules, units, outside)
-    out = ["from __future__ import annotations # they are for readers", *_merged({s for found in outside.values() for s in found})]
-    if stubs: out += ["def left_out(*_, **__): raise NotImplementedError('this part was left out of the script')", f"{' = '.join(sorted(stubs))} = left_out"]
+    out = ["from __future__ import annotations # they are for readers",
+        *_merged({s for found in outside.values() for s in found})]
+    if stubs:
+        out += [
+            (
+                "def left_out(*_, **__): raise NotImplementedError('this part was left out of the"
+                " script')"
+            ),
+            f"{' = '.join(sorted(stubs))} = left_out",
+        ]
     for m in modules.values():
         mine = sorted(i for name,i in units if name==m.name)
         if mine: out.append(f"# ---- {m.name}")
         new = _locally(modules, m, mine, flat) if mine else {}
         for i,u in ((i, m.units[i]) for i in mine):
-            text,gone = b"\n".join(m.lines[u.first-1:u.last]).decode(),[(a-u.first+1, b-u.first+1) for a,b in units[m.name,i]]
+            text,gone = b"\n".join(m.lines[u.first-1:u.last]).decode(),[(a-u.first+1, b-u.first+1)
+                for a,b in units[m.name,i]]
             out.append(rename(compact(text, tuple(gone), block), new))
     return "\n".join(out)+"\n"
 
@@ -348,12 +441,15 @@ def _merged(imports):
     plain = sorted(s.removeprefix("import ") for s in imports if s.startswith("import "))
     per = {}
     for s in sorted(imports):
-        if s.startswith("from "): per.setdefault(s.partition(" import ")[0], []).append(s.partition(" import ")[2])
-    return [*([f"import {', '.join(plain)}"] if plain else []), *(f"{source} import {', '.join(names)}" for source,names in per.items())]
+        if s.startswith("from "):
+            per.setdefault(s.partition(" import ")[0], []).append(s.partition(" import ")[2])
+    return [*([f"import {', '.join(plain)}"] if plain else []),
+        *(f"{source} import {', '.join(names)}" for source,names in per.items())]
 
 def _locally(modules, m, units, flat):
     "Names that some units of a module look up, and that are others in the single file."
-    seen = {n:resolve(modules, m.name, n) for i in units for n in (*(n for n,_ in m.units[i].names), *m.defs)}
+    seen = {n:resolve(modules, m.name, n) for i in units
+        for n in (*(n for n,_ in m.units[i].names), *m.defs)}
     return {n:flat[to] for n,to in seen.items() if to in flat and flat[to]!=n}
 
 # %% ../../nbs/submit/60_flatten.ipynb #36d56638
@@ -367,15 +463,21 @@ class _Minify(ast.NodeTransformer):
         f.returns,f.body = None,_no_docstring(f.body)
         return self.generic_visit(f)
     def visit_ClassDef(self, c):
-        c.body = [x if not isinstance(x, ast.AnnAssign) else ast.AnnAssign(x.target, ast.Name("int"), x.value, 1) for x in _no_docstring(c.body)] # a field stays one
+        # a field stays one
+        c.body = [x if not isinstance(x, ast.AnnAssign)
+            else ast.AnnAssign(x.target, ast.Name("int"), x.value, 1)
+            for x in _no_docstring(c.body)]
         for x in c.body: self.generic_visit(x) if isinstance(x, ast.AnnAssign) else self.visit(x)
         return c
-    def visit_AnnAssign(self, n): return self.generic_visit(ast.Assign([n.target], n.value, lineno=0)) if n.value else ast.Pass()
+    def visit_AnnAssign(self, n):
+        return (self.generic_visit(ast.Assign([n.target], n.value, lineno=0)) if n.value
+            else ast.Pass())
     def visit_ImportFrom(self, n): return None if n.module=="__future__" else n
 
 def _no_docstring(body):
     "Statements without a docstring; never none."
-    return (body[1:] if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) else body) or [ast.Pass()]
+    return (body[1:] if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+        else body) or [ast.Pass()]
 
 @lru_cache(maxsize=64)
 def minify(
@@ -388,22 +490,34 @@ def minify(
     return _same(thin, ast.parse(wide))+"\n"
 
 # %% ../../nbs/submit/60_flatten.ipynb #a9518c70
-FILTERS = [[dict(id=lzma.FILTER_LZMA1, preset=9|lzma.PRESET_EXTREME, lc=lc, lp=0, pb=0)] for lc in (2,3,4)]
+FILTERS = [[dict(id=lzma.FILTER_LZMA1, preset=9|lzma.PRESET_EXTREME, lc=lc, lp=0, pb=0)]
+    for lc in (2,3,4)]
 
 def pack_code(
     text:str, # minified source
 )->str: # one line of Python that runs it
     "Make a script that unpacks itself."
-    data = min((lzma.compress(text.encode(), format=lzma.FORMAT_ALONE, filters=f) for f in FILTERS), key=len)
-    return f"import base64,lzma;exec(lzma.decompress(base64.b85decode({base64.b85encode(data).decode()!r})))\n"
+    data = min((lzma.compress(text.encode(), format=lzma.FORMAT_ALONE, filters=f)
+        for f in FILTERS), key=len)
+    return (
+        "import"
+        f" base64,lzma;exec(lzma.decompress(base64.b85decode({base64.b85encode(data).decode()!r})))\n"
+    )
 
 # %% ../../nbs/submit/60_flatten.ipynb #e3fa0e91
-_PACKED = re.compile(r"import base64,lzma;exec\(lzma\.decompress\(base64\.b85decode\(('[^']*')\)\)\)\s*")
+_PACKED = re.compile(
+    r"import base64,lzma;exec\(lzma\.decompress\(base64\.b85decode\(('[^']*')\)\)\)\s*")
 
 def unpack_code(
     text:str, # a script, packed or not
 )->str: # its source; nothing is executed
     "Look into a self-extracting script."
     if (found := _PACKED.fullmatch(text)) is None: return text
-    try: return lzma.LZMADecompressor(memlimit=2**28).decompress(base64.b85decode(ast.literal_eval(found[1])), max_length=2**22).decode()
-    except (lzma.LZMAError,ValueError,EOFError) as e: raise ValueError(f"train_gpt.py: it looks self-extracting, but its payload cannot be read ({e}); pack it again") from e
+    try:
+        return lzma.LZMADecompressor(memlimit=2**28).decompress(
+            base64.b85decode(ast.literal_eval(found[1])), max_length=2**22).decode()
+    except (lzma.LZMAError,ValueError,EOFError) as e:
+        raise ValueError(
+            f"train_gpt.py: it looks self-extracting, but its payload cannot be read ({e}); pack it"
+            " again"
+        ) from e

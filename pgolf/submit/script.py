@@ -22,17 +22,21 @@ def literal(
     value, # of a recipe: dataclasses, tuples, plain values
 )->str: # expression that makes it anew; fields at their default are left out
     "Write a value as source."
-    if isinstance(value, tuple): return f"({', '.join(map(literal, value))}{',' if len(value)==1 else ''})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(literal, value))}{',' if len(value)==1 else ''})"
     if not is_dataclass(value): return repr(value)
     default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()
-    return f"{type(value).__name__}({', '.join(f'{f.name}={literal(v)}' for f in fields(value) if (v := getattr(value, f.name))!=default(f))})"
+    return (
+        f"{type(value).__name__}({', '.join(f'{f.name}={literal(v)}' for f in fields(value) if (v := getattr(value, f.name))!=default(f))})"
+    )
 
 # %% ../../nbs/submit/61_script.ipynb #34e79ff9
 def parts_of(
     value, # of a recipe
 )->set[type]: # classes that `literal` names
     "Dataclasses that a value is made of."
-    inside = value if isinstance(value, tuple) else [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else ()
+    inside = value if isinstance(value, tuple) else [getattr(value, f.name)
+        for f in fields(value)] if is_dataclass(value) else ()
     return ({type(value)} if is_dataclass(value) else set()).union(*map(parts_of, inside))
 
 # %% ../../nbs/submit/61_script.ipynb #75791739
@@ -120,29 +124,49 @@ if __name__=="__main__": main()
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #64bd4d04
-_STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_threshold","qat_rules","use_gptq","first_rules","eval_rules",
-    "use_ttt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"} # what the script below knows; the illegal second score is never in it
+_STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_threshold","qat_rules",
+    "use_gptq","first_rules","eval_rules",
+    # what the script below knows; the illegal second score is never in it
+    "use_ttt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
 
 def _average(s):
     "Listener, and the weights that are kept."
-    made = dict(ema=f"EMA({s.ema_decay})", hma=f"HMA({s.ema_decay})", swa=f"SWA({s.swa_every}, {s.swa_start_scale})", none="None")[s.average]
-    late = f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), " if s.late_qat_threshold else ""
-    return dict(average=made, listeners=late+("average, " if s.average!="none" else ""), weights="model.state_dict()" if s.average=="none" else "average.weights()")
+    made = dict(ema=f"EMA({s.ema_decay})", hma=f"HMA({s.ema_decay})",
+        swa=f"SWA({s.swa_every}, {s.swa_start_scale})", none="None")[s.average]
+    late = (f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), "
+        if s.late_qat_threshold else "")
+    return dict(average=made, listeners=late+("average, " if s.average!="none" else ""),
+        weights="model.state_dict()" if s.average=="none" else "average.weights()")
 
 def _squeeze(s):
     "Lines that turn weights into codes."
     lines,source = [],"state"
     if s.use_gptq: lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
         "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len)"]
-    if s.first_rules: lines,source = [*lines, f"first = dequantize_state(quantize_state(state, replace(QUANT, rules={literal(s.first_rules)})))"],"first"
-    lines.append(f"codes = quantize_state({source}, QUANT{', GPTQ, hessians' if s.use_gptq else ''})")
-    return dict(squeeze="\n    ".join(lines), codec=f"{s.zstd_level or None}, {s.zstd_long}, {s.codec!r}", eval_rules=literal(s.eval_rules))
+    if s.first_rules:
+        lines, source = [
+            *lines,
+            (
+                "first = dequantize_state(quantize_state(state, replace(QUANT,"
+                f" rules={literal(s.first_rules)})))"
+            ),
+        ], "first"
+    lines.append(
+        f"codes = quantize_state({source}, QUANT{', GPTQ, hessians' if s.use_gptq else ''})")
+    return dict(squeeze="\n    ".join(lines),
+        codec=f"{s.zstd_level or None}, {s.zstd_long}, {s.codec!r}",
+        eval_rules=literal(s.eval_rules))
 
 def _adapt(s):
     "Lines that score once more, learning from what has been scored."
     if not s.use_ttt: return dict(adapt="")
     rules = f"    set_fake_quant(learner.model, {literal(s.ttt_rules)})\n" if s.ttt_rules else ""
-    return dict(adapt=f"    learner = Learner(model, TTT)\n{rules}    grade(\"adapted\", lambda t,b: score_with(learner, t, b, SCORE), *text)\n")
+    return dict(
+        adapt=(
+            f"    learner = Learner(model, TTT)\n{rules}    grade(\"adapted\", lambda t,b:"
+            " score_with(learner, t, b, SCORE), *text)\n"
+        )
+    )
 
 # %% ../../nbs/submit/61_script.ipynb #76a98ac4
 def entry_script(
@@ -152,20 +176,32 @@ def entry_script(
     "Compose the script of a recipe."
     s = recipe.stages
     strange = [f.name for f in fields(s) if f.name not in _STAGES and getattr(s, f.name)!=f.default]
-    if strange: raise ValueError(f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the script cannot do that yet; leave the setting at its default")
-    sections = {n.upper():c for n,c in recipe.sections().items() if n!="stages" and getattr(s, f"use_{n}", True)}
-    text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title, seed=recipe.train.seed, sections="\n".join(f"{n} = {literal(c)}" for n,c in sections.items()),
+    if strange:
+        raise ValueError(
+            f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the script cannot do"
+            " that yet; leave the setting at its default"
+        )
+    sections = {n.upper():c for n,c in recipe.sections().items() if n!="stages"
+        and getattr(s, f"use_{n}", True)}
+    text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
+        seed=recipe.train.seed,
+        sections="\n".join(f"{n} = {literal(c)}" for n,c in sections.items()),
         **_average(s), **_squeeze(s), **_adapt(s))
     return f"{_find_imports(text, package)}\n{text}"
 
 # %% ../../nbs/submit/61_script.ipynb #f9abe6c7
 def _find_imports(text, package):
-    "Import statements for the names that a script takes from a package, whatever module they are in."
+    """Import statements for the names that a script takes from a package, whatever module they are
+    in."""
     modules,entry = read_package(package),Module("entry", text, package.__name__)
-    names = sorted({n.id for u in entry.units for s in u.body for n in global_names(s)}-entry.defs.keys()-entry.outside.keys()-{*dir(builtins), "__file__"})
-    homes = {n:next((m.name for m in modules.values() if n in m.defs), None) for n in names} # the first in import order
+    names = sorted({n.id for u in entry.units for s in u.body for n in global_names(s)}
+        -entry.defs.keys()-entry.outside.keys()-{*dir(builtins), "__file__"})
+    # the first in import order
+    homes = {n:next((m.name for m in modules.values() if n in m.defs), None) for n in names}
     for n,home in homes.items():
-        if home is None: raise ValueError(f"no module of {package.__name__} defines {n!r}, which the script needs")
+        if home is None:
+            raise ValueError(
+                f"no module of {package.__name__} defines {n!r}, which the script needs")
     return "\n".join(f"from {package.__name__}.{home} import {n}" for n,home in homes.items())
 
 # %% ../../nbs/submit/61_script.ipynb #6bd5eb39
@@ -183,7 +219,8 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #64f65a36
-UNUSED = {name:unused for names,unused in { # definition -> whether a script of the recipe never runs it
+# definition -> whether a script of the recipe never runs it
+UNUSED = {name:unused for names,unused in {
     "save_checkpoint load_checkpoint": lambda r: True, # a script starts anew
     "SidecarBytes _with_sidecar": lambda r: True, # it refuses a text that was rewritten
     "ValueEmbedding": lambda r: not r.model.ve_dim,
@@ -208,9 +245,12 @@ def script(
     recipe:Recipe, # at its final scale
     block:int=1,   # statements, at most, behind a colon
 )->str: # source of train_gpt.py, readable
-    "One file that trains, squeezes and scores a recipe, with no more of the package than that takes."
-    unused,checked = [n for n,test in UNUSED.items() if test(recipe)],{c.__name__ for c in parts_of(recipe)}
-    return flatten(entry_script(recipe), stand_ins=STAND_INS, absent=unused, unchecked=checked, block=block)
+    """One file that trains, squeezes and scores a recipe, with no more of the package than that
+    takes."""
+    unused,checked = [n for n,test in UNUSED.items() if test(recipe)],{c.__name__
+        for c in parts_of(recipe)}
+    return flatten(entry_script(recipe), stand_ins=STAND_INS, absent=unused,
+        unchecked=checked, block=block)
 
 # %% ../../nbs/submit/61_script.ipynb #8d7680d6
 class Code(NamedTuple):
@@ -220,16 +260,22 @@ class Code(NamedTuple):
     packed:str   # self-extracting, if that is the smaller
     def sizes(self)->dict: # lines of the readable form, bytes of all three; the last is what counts
         "How large it is."
-        return dict(lines=self.readable.count("\n"), **{n:len(t.encode()) for n,t in self._asdict().items()})
+        return dict(lines=self.readable.count("\n"),
+            **{n:len(t.encode()) for n,t in self._asdict().items()})
 
 # %% ../../nbs/submit/61_script.ipynb #cc08fadf
 def make_code(
     recipe:Recipe, # at its final scale
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
-    for block in (1, 2, 4, 8): # the more statements stand on a line, the fewer lines: no more than it takes
+    # the more statements stand on a line, the fewer lines: no more than it takes
+    for block in (1, 2, 4, 8):
         if (n := (readable := script(recipe, block)).count("\n"))<LINE_LIMIT: break
-    else: raise ValueError(f"the script of {recipe.name} has {n} lines, the challenge's own may have {LINE_LIMIT}: leave more definitions out (UNUSED)")
+    else:
+        raise ValueError(
+            f"the script of {recipe.name} has {n} lines, the challenge's own may have {LINE_LIMIT}:"
+            " leave more definitions out (UNUSED)"
+        )
     return Code(readable, *_counted(readable))
 
 def _counted(readable):

@@ -21,7 +21,8 @@ from ..systems.recipes import Recipe,load_recipe
 from .script import Code,make_code
 
 # %% ../../nbs/submit/62_submission.ipynb #b2729480
-SECONDS,OVERSHOOT = 600,.5 # of training, and of evaluation, on 8 x H100; how far the last step ran over in merged logs
+# of training, and of evaluation, on 8 x H100; how far the last step ran over in merged logs
+SECONDS,OVERSHOOT = 600,.5
 SEEDS = 3               # of a record claim
 VAL_BYTES = 151_080_000 # of the validation split, about
 
@@ -43,11 +44,15 @@ def log_text(
 )->str: # what the script would have printed, and the stages before the artifact
     "Write a run's log in the script's form."
     r,t = report,report.training
-    head = log_line("run", recipe=r.recipe, scale=r.scale, seed=r.seed, nproc=r.nproc, torch=r.environment["torch"], device=r.environment["device"])
+    head = log_line("run", recipe=r.recipe, scale=r.scale, seed=r.seed, nproc=r.nproc,
+        torch=r.environment["torch"], device=r.environment["device"])
     steps = "".join(f"step {l}\n" for l in metrics.splitlines())
-    mid = log_line("trained", seed=r.seed, steps=t["steps"], tokens=t["tokens"], seconds=t["elapsed"], stopped_by=t["stopped_by"])
-    mid += log_line("squeezed", bytes_artifact=r.bytes_artifact, bytes_code=bytes_code, bytes_total=r.bytes_artifact+bytes_code, seconds=t["squeeze_seconds"])
-    return head+steps+mid+"".join(log_line("score", **{k:v for k,v in row.items() if k!="what"}) for row in r.rows)
+    mid = log_line("trained", seed=r.seed, steps=t["steps"], tokens=t["tokens"],
+        seconds=t["elapsed"], stopped_by=t["stopped_by"])
+    mid += log_line("squeezed", bytes_artifact=r.bytes_artifact, bytes_code=bytes_code,
+        bytes_total=r.bytes_artifact+bytes_code, seconds=t["squeeze_seconds"])
+    return head+steps+mid+"".join(log_line("score", **{k:v for k,v in row.items() if k!="what"})
+        for row in r.rows)
 
 # %% ../../nbs/submit/62_submission.ipynb #1f93d3e9
 def read_log(
@@ -72,7 +77,8 @@ class Finished(NamedTuple):
     path:Path
     report:Report
     recipe:Recipe
-    def log(self, bytes_code): return log_text(self.report, (self.path/"metrics.jsonl").read_text(), bytes_code)
+    def log(self, bytes_code):
+        return log_text(self.report, (self.path/"metrics.jsonl").read_text(), bytes_code)
 
 def read_runs(
     folders:Iterable, # of runs of one recipe, each with another seed
@@ -82,17 +88,33 @@ def read_runs(
     if not runs: raise ValueError("no run to pack: name the folder of at least one")
     first = runs[0].recipe.but(seed=0)
     for r in runs[1:]:
-        if r.recipe.but(seed=0)!=first: raise ValueError(f"{r.path} is a run of {r.recipe.name} with other settings than {runs[0].path}: only the seed may differ")
-        if r.report.data!=runs[0].report.data: raise ValueError(f"{r.path} was made on other data than {runs[0].path}")
+        if r.recipe.but(seed=0)!=first:
+            raise ValueError(
+                f"{r.path} is a run of {r.recipe.name} with other settings than {runs[0].path}:"
+                " only the seed may differ"
+            )
+        if r.report.data!=runs[0].report.data:
+            raise ValueError(f"{r.path} was made on other data than {runs[0].path}")
     seeds = [r.report.seed for r in runs]
-    if len({*seeds})<len(seeds): raise ValueError(f"two runs have one seed, there are {seeds}: each counts once")
+    if len({*seeds})<len(seeds):
+        raise ValueError(f"two runs have one seed, there are {seeds}: each counts once")
     return sorted(runs, key=lambda r: r.report.seed)
 
 def _finished(path):
-    if path.is_file(): raise ValueError(f"{path} is a file: packing takes the folder of a finished run, for its logs")
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file: packing takes the folder of a finished run, for its logs")
     report,artifact = Report.load(path/"report.json"),path/"model.pgolf"
-    if not report.complete or not report.result: raise ValueError(f"{path} is an incomplete run: start the same command again, it goes on where it stopped")
-    if not artifact.is_file() or artifact.stat().st_size!=report.bytes_artifact: raise ValueError(f"{artifact} is not the file of {report.bytes_artifact:,} bytes that the report tells of: run again")
+    if not report.complete or not report.result:
+        raise ValueError(
+            f"{path} is an incomplete run: start the same command again, it goes on where it"
+            " stopped"
+        )
+    if not artifact.is_file() or artifact.stat().st_size!=report.bytes_artifact:
+        raise ValueError(
+            f"{artifact} is not the file of {report.bytes_artifact:,} bytes that the report tells"
+            " of: run again"
+        )
     return Finished(path, report, load_recipe(path/"recipe.json"))
 
 # %% ../../nbs/submit/62_submission.ipynb #0bb0bef2
@@ -105,22 +127,36 @@ def describe(
     date:str,        # YYYY-MM-DD
 )->dict: # content of submission.json
     "Fill in the fields of a submission."
-    rows,reports,size = [r.report.result for r in runs],[r.report for r in runs],len(code.packed.encode())
-    loss,bpb,model = [x["val_loss"] for x in rows],[x["val_bpb"] for x in rows],[r.bytes_artifact for r in reports]
-    seeds = {str(r.seed):dict(val_loss=x["val_loss"], val_bpb=x["val_bpb"], artifact_bytes=r.bytes_artifact, steps=r.training["steps"],
-        step_avg_ms=1000*r.training["elapsed"]/max(1, r.training["steps"]), train_seconds=r.training["elapsed"], eval_seconds=x["seconds"], stage=x["stage"]) for r,x in zip(reports, rows)}
+    rows,reports,size = ([r.report.result for r in runs],[r.report for r in runs],
+        len(code.packed.encode()))
+    loss,bpb,model = [x["val_loss"] for x in rows],[x["val_bpb"] for x in rows],[r.bytes_artifact
+        for r in reports]
+    seeds = {str(r.seed):dict(val_loss=x["val_loss"], val_bpb=x["val_bpb"],
+        artifact_bytes=r.bytes_artifact, steps=r.training["steps"],
+        step_avg_ms=1000*r.training["elapsed"]/max(1, r.training["steps"]),
+        train_seconds=r.training["elapsed"], eval_seconds=x["seconds"], stage=x["stage"])
+        for r,x in zip(reports, rows)}
     r,record = reports[0],len(runs)>=SEEDS and reports[0].scale=="full"
-    facts = dict(author=author, github_id=github_id, name=name, date=date, blurb=blurb, track="10min_16mb" if record else "non_record_16mb",
-        val_loss=float(np.mean(loss)), val_bpb=float(np.mean(bpb)), val_loss_std=_spread(loss), val_bpb_std=_spread(bpb), pre_quant_val_bpb=float(np.mean([x.bpb("averaged") for x in reports])),
-        seeds=[x.seed for x in reports], seed_results=seeds, bytes_code=size, bytes_code_readable=len(code.readable.encode()), artifact_bytes_mean=float(np.mean(model)),
-        artifact_bytes_max=max(model), bytes_total=max(model)+size, hardware=f"{r.nproc} x {r.environment['device']}", pytorch_version=r.environment["torch"], technique_summary=r.title)
+    facts = dict(author=author, github_id=github_id, name=name, date=date, blurb=blurb,
+        track="10min_16mb" if record else "non_record_16mb",
+        val_loss=float(np.mean(loss)), val_bpb=float(np.mean(bpb)), val_loss_std=_spread(loss),
+        val_bpb_std=_spread(bpb),
+        pre_quant_val_bpb=float(np.mean([x.bpb("averaged") for x in reports])),
+        seeds=[x.seed for x in reports], seed_results=seeds, bytes_code=size,
+        bytes_code_readable=len(code.readable.encode()), artifact_bytes_mean=float(np.mean(model)),
+        artifact_bytes_max=max(model), bytes_total=max(model)+size,
+        hardware=f"{r.nproc} x {r.environment['device']}", pytorch_version=r.environment["torch"],
+        technique_summary=r.title)
     return facts | dict(compliance=_compliance(facts, runs[0].recipe.stages.use_ttt))
 
 def _compliance(facts, ttt):
-    "What the numbers say about the rules; the techniques of the last four are no part of the package."
+    """What the numbers say about the rules; the techniques of the last four are no part of the
+    package."""
     each = facts["seed_results"].values()
-    return dict(train_under_600s=all(s["train_seconds"]<=SECONDS+OVERSHOOT for s in each), eval_under_600s=all(s["eval_seconds"]<=SECONDS for s in each),
-        artifact_under_16mb=facts["bytes_total"]<=BYTE_LIMIT, three_seeds=len(each)>=SEEDS, score_first_ttt=ttt, no_slot=True, no_pre_quant_ttt=True, no_etlb=True, no_ngram_cache=True)
+    return dict(train_under_600s=all(s["train_seconds"]<=SECONDS+OVERSHOOT for s in each),
+        eval_under_600s=all(s["eval_seconds"]<=SECONDS for s in each),
+        artifact_under_16mb=facts["bytes_total"]<=BYTE_LIMIT, three_seeds=len(each)>=SEEDS,
+        score_first_ttt=ttt, no_slot=True, no_pre_quant_ttt=True, no_etlb=True, no_ngram_cache=True)
 
 # %% ../../nbs/submit/62_submission.ipynb #772d0687
 README = """# {name}
@@ -167,10 +203,25 @@ def open_questions(
 )->list[str]: # sentences
     "What a folder does not show."
     n,hardware = len(facts["seeds"]),facts["hardware"]
-    out = [] if _is_h100(hardware) else [f"The time limits of {SECONDS} s hold on 8 x H100; this ran on {hardware}."]
-    if n<SEEDS: out.append(f"{n} seed{'s' if n>1 else ''}: a record claim needs {SEEDS}, and a test against the record before it.")
-    if not _is_full(row["text_bytes"]): out.append(f"{row['text_bytes']:,} bytes were scored, not the challenge's validation split of about {VAL_BYTES:,}.")
-    return [*out, "Whether training and validation documents are disjoint is decided by the shards. The tokenizer's file is not counted, as in the merged records."]
+    out = ([] if _is_h100(hardware)
+        else [f"The time limits of {SECONDS} s hold on 8 x H100; this ran on {hardware}."])
+    if n<SEEDS:
+        out.append(
+            f"{n} seed{'s' if n>1 else ''}: a record claim needs {SEEDS}, and a test against the"
+            " record before it."
+        )
+    if not _is_full(row["text_bytes"]):
+        out.append(
+            f"{row['text_bytes']:,} bytes were scored, not the challenge's validation split of"
+            f" about {VAL_BYTES:,}."
+        )
+    return [
+        *out,
+        (
+            "Whether training and validation documents are disjoint is decided by the shards. The"
+            " tokenizer's file is not counted, as in the merged records."
+        ),
+    ]
 
 # %% ../../nbs/submit/62_submission.ipynb #6dc7256e
 def readme_text(
@@ -179,17 +230,29 @@ def readme_text(
     code:Code,  # their script
 )->str: # Markdown
     "Fill in the README from what was measured."
-    table = lambda rows,head,**kw: tabulate(rows, head, tablefmt="github", intfmt=",", floatfmt=".4f", missingval="-", **kw)
+    table = lambda rows,head,**kw: tabulate(rows, head, tablefmt="github", intfmt=",",
+        floatfmt=".4f", missingval="-", **kw)
     r,n,sizes = runs[0].report,len(runs),code.sizes()
-    seeds = [[k,s["val_loss"],s["val_bpb"],s["steps"],s["train_seconds"],s["eval_seconds"],s["artifact_bytes"]] for k,s in facts["seed_results"].items()]
-    ledger = [[f"{f} ({kind})",raw,b] for f,kind,raw,b in by_family(read_ledger(runs[0].path/"model.pgolf"))]
-    ledger += [["train_gpt.py",sizes["readable"],sizes["packed"]], ["total","",r.bytes_artifact+sizes["packed"]]]
-    packed = "It unpacks itself: Python source under LZMA and base-85, nothing else." if code.packed!=code.minified else "It is minified."
-    over = f"mean of {n} seeds (standard deviation {facts['val_bpb_std']:.4f} bpb)" if n>1 else "one seed"
-    return README.format(**facts | dict(over=over, limit=BYTE_LIMIT, seed=r.seed, packed=packed, artifact=artifact_name(r.seed), recipe=r.recipe, title=r.title, scale=r.scale, corpus=r.corpus,
-        seeds=table(seeds, ["seed","val_loss","val_bpb","steps","training s","evaluation s","artifact bytes"]),
-        stages=table([[x["stage"],x["what"],x["val_loss"],x["val_bpb"],x["targets"],x["seconds"]] for x in r.rows], ["stage","what","val_loss","val_bpb","targets","seconds"]),
-        bytes=table(ledger, ["part","plain bytes","bytes"]), claims=table([[c["stage"],c["claimed"],c["logged"],c["note"]] for c in r.claims], ["stage","claimed","logged","note"]),
+    seeds = [[k,s["val_loss"],s["val_bpb"],s["steps"],s["train_seconds"],s["eval_seconds"],
+        s["artifact_bytes"]] for k,s in facts["seed_results"].items()]
+    ledger = [[f"{f} ({kind})",raw,b]
+        for f,kind,raw,b in by_family(read_ledger(runs[0].path/"model.pgolf"))]
+    ledger += [["train_gpt.py",sizes["readable"],sizes["packed"]],
+        ["total","",r.bytes_artifact+sizes["packed"]]]
+    packed = ("It unpacks itself: Python source under LZMA and base-85, nothing else."
+        if code.packed!=code.minified else "It is minified.")
+    over = (f"mean of {n} seeds (standard deviation {facts['val_bpb_std']:.4f} bpb)" if n>1
+        else "one seed")
+    return README.format(**facts | dict(over=over, limit=BYTE_LIMIT, seed=r.seed, packed=packed,
+        artifact=artifact_name(r.seed), recipe=r.recipe, title=r.title, scale=r.scale,
+        corpus=r.corpus,
+        seeds=table(seeds,
+            ["seed","val_loss","val_bpb","steps","training s","evaluation s","artifact bytes"]),
+        stages=table([[x["stage"],x["what"],x["val_loss"],x["val_bpb"],x["targets"],x["seconds"]]
+            for x in r.rows], ["stage","what","val_loss","val_bpb","targets","seconds"]),
+        bytes=table(ledger, ["part","plain bytes","bytes"]),
+        claims=table([[c["stage"],c["claimed"],c["logged"],c["note"]] for c in r.claims],
+            ["stage","claimed","logged","note"]),
         open="\n".join(f"- {q}" for q in open_questions(facts, r.result))))
 
 # %% ../../nbs/submit/62_submission.ipynb #09a35fc5
@@ -219,14 +282,21 @@ def pack_submission(
     runs,out = read_runs([runs] if isinstance(runs, (str,Path)) else runs),Path(out)
     for field,value in dict(author=author, github_id=github_id).items():
         if not value.strip(): raise ValueError(f"{field} is empty: say who submits")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise FileExistsError(f"{out} exists: remove it or choose another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists: remove it or choose another folder")
     first,env = runs[0],runs[0].report.environment
     code = make_code(first.recipe)
-    facts = describe(runs, code, author, github_id, name or first.report.title, blurb or first.report.title, date or datetime.date.today().isoformat())
-    files = {"train_gpt.py":code.packed, "train_gpt_readable.py":code.readable, "submission.json":json.dumps(facts, indent=1), "README.md":readme_text(facts, runs, code),
-        "requirements.txt":"".join(f"{p}=={env[p].partition('+')[0]}\n" if p in env else f"{p}\n" for p in outside_imports(code.readable))}
+    facts = describe(runs, code, author, github_id, name or first.report.title,
+        blurb or first.report.title, date or datetime.date.today().isoformat())
+    files = {"train_gpt.py":code.packed, "train_gpt_readable.py":code.readable,
+        "submission.json":json.dumps(facts, indent=1), "README.md":readme_text(facts, runs, code),
+        "requirements.txt":"".join(f"{p}=={env[p].partition('+')[0]}\n" if p in env else f"{p}\n"
+            for p in outside_imports(code.readable))}
     files |= {f"train_seed{r.report.seed}.log":r.log(facts["bytes_code"]) for r in runs}
-    _write_folder(out, {n:t.encode() for n,t in files.items()} | {artifact_name(r.report.seed):(r.path/"model.pgolf").read_bytes() for r in runs})
+    _write_folder(out,
+        {n:t.encode()
+            for n,t in files.items()} | {artifact_name(r.report.seed):(r.path/"model.pgolf")
+            .read_bytes() for r in runs})
     return out
 
 def _write_folder(out, files):
@@ -236,5 +306,11 @@ def _write_folder(out, files):
         tmp.mkdir(parents=True)
         for name,data in files.items(): (tmp/name).write_bytes(data)
         tmp.rename(out)
-    except OSError as e: raise OSError(e.errno, f"{e.strerror or e} while writing {out}: nothing was left there; free some space or choose another folder") from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    except OSError as e:
+        raise OSError(
+            e.errno,
+            f"{e.strerror or e} while writing {out}: nothing was left there; free some space or"
+            " choose another folder",
+        ) from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

@@ -34,22 +34,30 @@ CASES = { # name -> (system, its weights, what is set otherwise)
     "#610, step x 25": ("pr610", "artifact", dict(ttt_lr=.05)),
     "#576": ("pr576", "artifact", dict(ttt_temperatures=GRID)),
     "#598": ("pr598", "artifact", {}),
-    "#598, learning through a grid": ("pr598", "artifact", dict(ttt_rules=get_recipe("pr598-as-run").stages.ttt_rules, ttt_train_mode=True)),
+    "#598, learning through a grid": ("pr598", "artifact",
+        dict(ttt_rules=get_recipe("pr598-as-run").stages.ttt_rules, ttt_train_mode=True)),
     "#1123": ("pr1123", "artifact", {}),
-    "#1123, scoring through a grid": ("pr1123", "artifact", dict(eval_rules=get_recipe("pr1123-as-run").stages.eval_rules, ttt_train_mode=True)),
+    "#1123, scoring through a grid": ("pr1123", "artifact",
+        dict(eval_rules=get_recipe("pr1123-as-run").stages.eval_rules, ttt_train_mode=True)),
     "#601": ("pr601", "artifact", {}),
     "#601, float weights": ("pr601", "averaged", {}),
-    "#601, control tensors": ("pr601", "artifact", dict(ttt_only=get_recipe("pr601-as-run").ttt.ttt_only, ttt_freeze_embeddings=False)),
-    "#601, control tensors, local": ("pr601", "artifact", dict(ttt_only=get_recipe("pr601-as-run").ttt.ttt_only, ttt_freeze_embeddings=False, ttt_local=True)),
+    "#601, control tensors": ("pr601", "artifact",
+        dict(ttt_only=get_recipe("pr601-as-run").ttt.ttt_only, ttt_freeze_embeddings=False)),
+    "#601, control tensors, local": ("pr601", "artifact",
+        dict(ttt_only=get_recipe("pr601-as-run").ttt.ttt_only, ttt_freeze_embeddings=False,
+            ttt_local=True)),
 }
-LORA = {"q and v, rank 8":LoRAConfig(ttt_lora_lr=.001), "q and v, rank 8, step x 5":LoRAConfig(ttt_lora_lr=.005), "attention and MLP, rank 8":LoRAConfig(ttt_lora_lr=.001, ttt_lora_targets=r"\.(attn|mlp)\.")}
+LORA = {"q and v, rank 8":LoRAConfig(ttt_lora_lr=.001),
+    "q and v, rank 8, step x 5":LoRAConfig(ttt_lora_lr=.005),
+    "attention and MLP, rank 8":LoRAConfig(ttt_lora_lr=.001, ttt_lora_targets=r"\.(attn|mlp)\.")}
 
 # %% ../../nbs/systems/56_adaptation.ipynb #eb67f507
 def weights_of_run(
     recipe:Recipe,   # at its scale
     dataset:Dataset, # training and held-out text
     out:Path,        # folder for all runs; what is in it is not trained again
-    which:str,       # "averaged", "artifact", or "int4", "int3", ...: the averaged ones, each row rounded to nearest
+    # "averaged", "artifact", or "int4", "int3", ...: the averaged ones, each row rounded to nearest
+    which:str,
     eval_rules:tuple=(), # (pattern, grid) applied whenever the model is scored
 )->GPT: # in eval mode
     "Train and quantize a system, or find it done; give its weights."
@@ -59,7 +67,9 @@ def weights_of_run(
     state = read_weights(out/"weights"/training_key(recipe)/"weights.safetensors")
     if which!="averaged":
         top = 2**(int(which.removeprefix("int"))-1)-1
-        state = dequantize_state(quantize_state(state, QuantConfig(((r"\.(attn|mlp)\.",Grid(-top, top)),(".*",None)), recipe.quant.keep_numel)))
+        state = dequantize_state(quantize_state(state,
+            QuantConfig(((r"\.(attn|mlp)\.",Grid(-top, top)),(".*",None)),
+                recipe.quant.keep_numel)))
     model = GPT(recipe.model).eval()
     model.load_state_dict(state)
     return model
@@ -80,21 +90,27 @@ def measure_case(
     out:Path,        # folder for all runs
     targets:int,     # from the start of the held-out text
 )->dict: # a row: nats and bytes per chunk
-    "Score a text with and without learning, by the same windows, at temperature 1; with candidates also at each of them, as chosen on the way, and a second time."
+    """Score a text with and without learning, by the same windows, at temperature 1; with
+    candidates also at each of them, as chosen on the way, and a second time."""
     system,which,changes = CASES[name]
     base = at_scale(get_recipe(system), scale).but(seed=seed)
     r = at_scale(get_recipe(system).but(**changes), scale)
-    model,tokens,tables = weights_of_run(base, dataset, out, which, r.stages.eval_rules),dataset.val_tokens(targets+1),dataset.byte_tables()
+    model,tokens,tables = weights_of_run(base, dataset, out, which,
+        r.stages.eval_rules),dataset.val_tokens(targets+1),dataset.byte_tables()
     plain,learner = Learner(model, replace(r.ttt, ttt_local=False)),Learner(model, r.ttt)
     if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
     for _ in scored_chunks(plain, tokens, tables, r.score): pass # graded, never learnt from
     adapted,size = score_with(learner, tokens, tables, r.score),r.ttt.ttt_chunk_tokens
-    row = dict(case=name, scale=scale, seed=seed, targets=adapted.n_targets, chunk=size, bytes=[int(b.sum()) for b in adapted.bytes.split(size)],
+    row = dict(case=name, scale=scale, seed=seed, targets=adapted.n_targets, chunk=size,
+        bytes=[int(b.sum()) for b in adapted.bytes.split(size)],
         plain=[float(c.nll.double().sum()) for c in plain.graded], adapted=per_chunk(adapted, size))
     if r.ttt.ttt_temperatures:
-        for k,l in (("plain",plain),("adapted",learner)): row |= {k:[float(c.trials[GRID.index(1.)]) for c in l.graded], f"{k}_chosen":row[k],
-            f"{k}_trials":[c.trials.tolist() for c in l.graded], f"{k}_temperatures":[c.temperature for c in l.graded]}
-        row["rescored"] = {str(t):per_chunk(illegal_rescore(learner, tokens, tables, replace(r.score, eval_temperature=t)), size) for t in GRID[2:9:2]}
+        for k,l in (("plain",plain),("adapted",learner)):
+            row |= {k:[float(c.trials[GRID.index(1.)]) for c in l.graded], f"{k}_chosen":row[k],
+            f"{k}_trials":[c.trials.tolist() for c in l.graded],
+            f"{k}_temperatures":[c.temperature for c in l.graded]}
+        row["rescored"] = {str(t):per_chunk(illegal_rescore(learner, tokens, tables,
+            replace(r.score, eval_temperature=t)), size) for t in GRID[2:9:2]}
     return row
 
 # %% ../../nbs/systems/56_adaptation.ipynb #a515a445
@@ -108,9 +124,13 @@ def measure_lora(
 )->dict: # a row: nats and bytes per 2,048 targets
     "Score a text document by document, with adapters and without."
     r = at_scale(get_recipe("pr610"), scale).but(seed=seed)
-    model,tokens,tables = weights_of_run(r, dataset, out, "artifact"),dataset.val_tokens(targets+1),dataset.byte_tables()
-    adapted,plain = (score_documents(model, tokens, tables, r.score, c) for c in (LORA[name], replace(LORA[name], ttt_lora_rank=0)))
-    return dict(case=f"LoRA: {name}", scale=scale, seed=seed, targets=targets, chunk=2048, bytes=[int(b.sum()) for b in adapted.bytes.split(2048)], plain=per_chunk(plain, 2048), adapted=per_chunk(adapted, 2048))
+    model,tokens,tables = weights_of_run(r, dataset, out, "artifact"),dataset.val_tokens(targets
+        +1),dataset.byte_tables()
+    adapted,plain = (score_documents(model, tokens, tables, r.score, c)
+        for c in (LORA[name], replace(LORA[name], ttt_lora_rank=0)))
+    return dict(case=f"LoRA: {name}", scale=scale, seed=seed, targets=targets, chunk=2048,
+        bytes=[int(b.sum()) for b in adapted.bytes.split(2048)], plain=per_chunk(plain, 2048),
+        adapted=per_chunk(adapted, 2048))
 
 # %% ../../nbs/systems/56_adaptation.ipynb #17261e8a
 def gain(
@@ -133,7 +153,9 @@ def of(
     case:str,        # its name
 )->list[dict]: # its rows, by seed; never none
     "The rows of a case."
-    if not (found := sorted((r for r in rows if r["case"]==case), key=lambda r: r["seed"])): raise ValueError(f"case={case!r} has no rows; there are {', '.join(sorted({r['case'] for r in rows}))}")
+    if not (found := sorted((r for r in rows if r["case"]==case), key=lambda r: r["seed"])):
+        raise ValueError(
+            f"case={case!r} has no rows; there are {', '.join(sorted({r['case'] for r in rows}))}")
     return found
 
 # %% ../../nbs/systems/56_adaptation.ipynb #563b7f26
@@ -142,5 +164,8 @@ def gain_table(
     cases:list[str],   # names, in the order of the table
 )->str: # a Markdown table
     "Score without learning and gain, mean and standard deviation over seeds."
-    body = [[c, len(x), f"{np.mean([bpb(r,'plain') for r in x]):.4f}", spread([gain(r) for r in x]), f"{sum(gain(r)>0 for r in x)} of {len(x)}", f"{x[0]['targets']:,}"] for c in cases for x in [of(rows, c)]]
-    return tabulate(body, headers=["case","seeds","without, bpb","gain, bpb","seeds that gain","targets"], tablefmt="github", disable_numparse=True)
+    body = [[c, len(x), f"{np.mean([bpb(r,'plain') for r in x]):.4f}",
+        spread([gain(r) for r in x]), f"{sum(gain(r)>0 for r in x)} of {len(x)}",
+        f"{x[0]['targets']:,}"] for c in cases for x in [of(rows, c)]]
+    return tabulate(body, headers=["case","seeds","without, bpb","gain, bpb","seeds that gain",
+        "targets"], tablefmt="github", disable_numparse=True)

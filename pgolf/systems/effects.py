@@ -19,8 +19,12 @@ from .pipeline import Report,run,start
 from .recipes import CLIPS,Recipe,SCALES,at_scale,diff,get_recipe
 
 # %% ../../nbs/systems/55_effects.ipynb #9ead6654
-TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")), ("QAT", ("stages.late_qat", "stages.qat_rules")),
-    ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")), ("adapting through another grid", ("stages.eval_rules", "stages.ttt_rules", "ttt.ttt_train_mode")), ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
+TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")),
+    ("QAT", ("stages.late_qat", "stages.qat_rules")),
+    ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")),
+    ("adapting through another grid",
+        ("stages.eval_rules", "stages.ttt_rules", "ttt.ttt_train_mode")),
+        ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
 
 def changes(
     a:Recipe, # as described
@@ -39,7 +43,9 @@ def training_key(
 )->str: # equal for recipes that train the same weights
     "Fingerprint of everything that training reads."
     s = recipe.stages
-    used = dict(average=s.average, ema_decay=s.ema_decay, swa=(s.swa_every,s.swa_start_scale), late=s.late_qat_threshold, qat=[(p,g and asdict(g)) for p,g in s.qat_rules] if s.late_qat_threshold else [])
+    used = dict(average=s.average, ema_decay=s.ema_decay, swa=(s.swa_every,s.swa_start_scale),
+        late=s.late_qat_threshold, qat=[(p,g and asdict(g)) for p,g in s.qat_rules]
+        if s.late_qat_threshold else [])
     parts = [asdict(c) for c in (recipe.model,recipe.optim,recipe.schedule,recipe.train)]
     return hashlib.sha256(json.dumps([used,parts], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -53,7 +59,10 @@ def run_shared(
 )->Report:
     "Run a system, taking its weights from an equal training if there was one."
     scored = eval_tokens or (SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0)
-    if (out/"report.json").exists() and (old := Report.load(out/"report.json")).complete and old.rows[0]["targets"]==(scored or old.rows[0]["targets"]): return old
+    if (out/"report.json").exists() and (
+        old := Report.load(out/"report.json")).complete and old.rows[0]["targets"]==(scored
+        or old.rows[0]["targets"]):
+        return old
     if (out/"report.json").exists(): set_aside(out) # of other targets: it stays beside the new one
     job = start(recipe, dataset, out, "cpu", scored, progress=False)
     kept = weights/training_key(recipe)
@@ -71,7 +80,8 @@ def measure(
     seeds:Iterable[int], # initial weights
     dataset:Dataset, # training and held-out text
     out:Path,        # folder for all runs
-    only:dict=None,  # name -> settings: measure these changes of the description instead of the differences
+    # name -> settings: measure these changes of the description instead of the differences
+    only:dict=None,
     eval_tokens:int=0, # targets to score; 0: as many as the scale says
 )->list[dict]: # one row per change: its settings, and bpb per stage and bytes of each seed
     "Run the description, the run, and the description with each single change."
@@ -79,23 +89,38 @@ def measure(
     changed = only or {**changes(a, b), "as run":{k:y for k,_,y in diff(a, b)}}
     rows = []
     for name,settings in {"as described":{}, **changed}.items():
-        reports = [run_shared(at_scale(a.but(**settings), scale).but(seed=s), dataset, out/system/name.replace(" ","_")/str(s), out/"weights", eval_tokens) for s in seeds]
+        reports = [run_shared(at_scale(a.but(**settings), scale).but(seed=s), dataset,
+            out/system/name.replace(" ","_")/str(s), out/"weights", eval_tokens) for s in seeds]
         stages = {x["stage"]:[r.bpb(x["stage"]) for r in reports] for x in reports[0].rows}
-        rows.append(dict(system=system, scale=scale, change=name, settings=list(settings), targets=reports[0].rows[0]["targets"], stages=stages,
-            bytes=[r.bytes_artifact for r in reports], coverage=[r.result["coverage"] for r in reports]))
+        rows.append(dict(system=system, scale=scale, change=name, settings=list(settings),
+            targets=reports[0].rows[0]["targets"], stages=stages,
+            bytes=[r.bytes_artifact for r in reports],
+            coverage=[r.result["coverage"] for r in reports]))
     return rows
 
 # %% ../../nbs/systems/55_effects.ipynb #6fbf9a9f
-_LITE = tuple((p, g if g is None or g.hi==127 else replace(g, quantiles=CLIPS)) for p,g in get_recipe("pr601").quant.rules)
+_LITE = tuple((p, g if g is None or g.hi==127 else replace(g, quantiles=CLIPS))
+    for p,g in get_recipe("pr601").quant.rules)
 PROBES = dict(
-    pr610={"no SmearGate":dict(smear=False), "no BigramHash":dict(bigram_vocab_size=0), "BigramHash, 4 x the buckets":dict(bigram_vocab_size=8192), "no value embedding":dict(ve_dim=0, ve_layers=()),
-        "no XSA":dict(xsa_last_n=0), "XSA in all layers":dict(xsa_last_n=11), "no positions":dict(rope_dims=0), "no LN scale":dict(ln_scale=False), "relu2":dict(activation="relu2"),
-        "q gain 1":dict(qk_gain_init=1.), "softcap 15":dict(logit_softcap=15.), "value residual":dict(value_residual=True), "gated attention":dict(gated_attention=True),
-        "MHA":dict(num_kv_heads=8), "row-normalized Muon":dict(row_norm=True), "no weight decay":dict(muon_weight_decay=0., adam_weight_decay=0.), "cosine decay":dict(decay="cosine"),
-        "no average":dict(average="none"), "SWA":dict(average="swa", swa_every=50), "HMA":dict(average="hma")},
-    pr601={"values of block 0 in float16":dict(rules=get_recipe("pr601-v0").quant.rules), "10,240 buckets":dict(bigram_vocab_size=10_240),
-        "GPTQ-lite":dict(rules=_LITE), "no value residual":dict(value_residual=False), "no gated attention":dict(gated_attention=False)},
-    pr1123={"no average":dict(average="none"), "EMA":dict(average="ema"), "HMA":dict(average="hma"), "no QAT":dict(late_qat_threshold=0.)})
+    pr610={"no SmearGate":dict(smear=False), "no BigramHash":dict(bigram_vocab_size=0),
+        "BigramHash, 4 x the buckets":dict(bigram_vocab_size=8192),
+        "no value embedding":dict(ve_dim=0, ve_layers=()),
+        "no XSA":dict(xsa_last_n=0), "XSA in all layers":dict(xsa_last_n=11),
+        "no positions":dict(rope_dims=0), "no LN scale":dict(ln_scale=False),
+        "relu2":dict(activation="relu2"),
+        "q gain 1":dict(qk_gain_init=1.), "softcap 15":dict(logit_softcap=15.),
+        "value residual":dict(value_residual=True), "gated attention":dict(gated_attention=True),
+        "MHA":dict(num_kv_heads=8), "row-normalized Muon":dict(row_norm=True),
+        "no weight decay":dict(muon_weight_decay=0., adam_weight_decay=0.),
+        "cosine decay":dict(decay="cosine"),
+        "no average":dict(average="none"), "SWA":dict(average="swa", swa_every=50),
+        "HMA":dict(average="hma")},
+    pr601={"values of block 0 in float16":dict(rules=get_recipe("pr601-v0").quant.rules),
+        "10,240 buckets":dict(bigram_vocab_size=10_240),
+        "GPTQ-lite":dict(rules=_LITE), "no value residual":dict(value_residual=False),
+        "no gated attention":dict(gated_attention=False)},
+    pr1123={"no average":dict(average="none"), "EMA":dict(average="ema"),
+        "HMA":dict(average="hma"), "no QAT":dict(late_qat_threshold=0.)})
 
 # %% ../../nbs/systems/55_effects.ipynb #820c20fe
 def spread(
@@ -137,7 +162,8 @@ def differences(
 )->dict: # change -> one difference to the description per seed, bpb
     "Paired differences of all changes that have this stage."
     base = rows[0]["stages"][stage]
-    return {r["change"]:np.subtract(r["stages"][stage], base) for r in rows[1:] if stage in r["stages"]}
+    return {r["change"]:np.subtract(r["stages"][stage], base) for r in rows[1:]
+        if stage in r["stages"]}
 
 def effects(
     found:dict, # name -> one difference per seed, bpb; all of them are read together
@@ -150,7 +176,8 @@ def effects(
 def effect_table(
     rows:list[dict], # from `measure`
 )->str: # a Markdown table
-    "Paired differences to the description with intervals that hold together for a column; clear ones in bold."
+    """Paired differences to the description with intervals that hold together for a column; clear
+    ones in bold."""
     base,stages = rows[0],("sliding","adapted")
     found = {k:effects(differences(rows, k)) for k in stages if k in base["stages"]}
     def cell(r, k):
@@ -171,7 +198,8 @@ def stage_table(
     rows:list[dict], # from `measure`
 )->str: # a Markdown table
     "What each stage changes, as described and as run: mean and standard deviation over seeds."
-    steps = (("raw","averaged"),("averaged","artifact"),("artifact","sliding"),("sliding","adapted"),("adapted","rescored"))
+    steps = (("raw","averaged"),("averaged","artifact"),("artifact","sliding"),
+        ("sliding","adapted"),("adapted","rescored"))
     runs = [r for r in rows if r["change"] in ("as described","as run")]
     def cell(r, x, y):
         if not (x in r["stages"] and y in r["stages"]): return "-"
@@ -179,5 +207,6 @@ def stage_table(
         return spread(np.subtract(r["stages"][y], r["stages"][x]))
     body = [[f"{x} → {y}", *(cell(r, x, y) for r in runs)] for x,y in steps]
     body = [row for row in body if set(row[1:])!={"-"}]
-    return tabulate(body, headers=["step",*(f"{r['change']}, bpb" for r in runs)], tablefmt="pipe", disable_numparse=True,
+    return tabulate(body, headers=["step",*(f"{r['change']}, bpb" for r in runs)], tablefmt="pipe",
+        disable_numparse=True,
                     colalign=["left"]+["right"]*len(runs))

@@ -44,7 +44,10 @@ def claim(
             f.seek(0)
             who = f.read().strip() or "another process"
             f.close()
-            raise ValueError(f"{out} is in use by {who}: wait until it has ended, or take another folder with --out")
+            raise ValueError(
+                f"{out} is in use by {who}: wait until it has ended, or take another folder with"
+                " --out"
+            )
         if not _is_there(f, path): f.close(); continue # its last owner removed it in between
         f.truncate(0); f.write(f"process {os.getpid()} on {platform.node()}"); f.flush()
         _HELD[path] = f
@@ -89,7 +92,11 @@ def keep_free(
 ):
     "Raise if a file is there, before any work, or set it aside."
     if not Path(path).exists(): return
-    if not overwrite: raise ValueError(f"{path} exists: name another file with {option}, or --overwrite, which keeps the old one beside it")
+    if not overwrite:
+        raise ValueError(
+            f"{path} exists: name another file with {option}, or --overwrite, which keeps the old"
+            " one beside it"
+        )
     set_aside(path)
 
 # %% ../../nbs/systems/51_ownership.ipynb #b714f6bf
@@ -97,8 +104,10 @@ def fingerprint(
     dataset:Dataset, # shards and tokenizer
 )->str: # equal for equal names, sizes and tokenizer
     "Short name of the data that a run was made on."
-    files = [(p.name,p.stat().st_size) for p in (*dataset.train_shards,*dataset.val_shards,*dataset.val_bytes)]
-    return hashlib.sha256(repr(files).encode()+Path(dataset.tokenizer_path).read_bytes()).hexdigest()[:12]
+    files = [(p.name,p.stat().st_size) for p in (*dataset.train_shards,*dataset.val_shards,
+        *dataset.val_bytes)]
+    return hashlib.sha256(repr(files).encode()
+        +Path(dataset.tokenizer_path).read_bytes()).hexdigest()[:12]
 
 def remember_data(
     out,             # folder of a run
@@ -106,7 +115,9 @@ def remember_data(
 ):
     "Write data.json."
     path = dataset.path.resolve()/"datasets"/dataset.name
-    about = dict(name=dataset.name, path=str(path), near=os.path.relpath(path, Path(out).resolve()), fingerprint=fingerprint(dataset), tokenizer=tokenizer_id(dataset.tokenizer_path))
+    about = dict(name=dataset.name, path=str(path),
+        near=os.path.relpath(path, Path(out).resolve()), fingerprint=fingerprint(dataset),
+        tokenizer=tokenizer_id(dataset.tokenizer_path))
     if read_json(Path(out)/"data.json") != about: write_json(Path(out)/"data.json", about)
 
 def own_data(
@@ -117,16 +128,23 @@ def own_data(
     if not (about := read_json(folder/"data.json")): return None
     places = [p for p in (Path(about["path"]), folder/about["near"]) if p.is_dir()]
     if not places and about["name"] == "austen_sp1024": data = austen()
-    elif not places: raise ValueError(f"{folder} was run on {about['name']} in {about['path']}, which is not there any more: name the data with --corpus")
+    elif not places:
+        raise ValueError(
+            f"{folder} was run on {about['name']} in {about['path']}, which is not there any more: name the data with --corpus")
     else: data = open_dataset(places[0])
-    if fingerprint(data) != about["fingerprint"]: raise ValueError(f"{folder} was run on other data than {data.path} holds now: name its data with --corpus")
+    if fingerprint(data) != about["fingerprint"]:
+        raise ValueError(
+            f"{folder} was run on other data than {data.path} holds now: name its data with --corpus")
     return data
 
 # %% ../../nbs/systems/51_ownership.ipynb #aa0e29f7
 def same_data(known, dataset, who):
     "Raise if a run's data are not these."
     if known != (here := fingerprint(dataset)):
-        raise ValueError(f"{who} was not run on the data in {dataset.path} (fingerprint {here}, the run's is {known}): name its own data with --corpus")
+        raise ValueError(
+            f"{who} was not run on the data in {dataset.path} (fingerprint {here}, the run's is"
+            f" {known}): name its own data with --corpus"
+        )
 
 def same_tokenizer(
     known:str|None,  # of the model's tokenizer; None or "": nobody kept it
@@ -134,7 +152,14 @@ def same_tokenizer(
     who,             # names the model
 )->str: # "" or what is not known
     "Raise if a model was made with another tokenizer."
-    if not known: return f"{who} does not say which tokenizer it was made with: not known whether {dataset.path} fits"
+    if not known:
+        return (
+            f"{who} does not say which tokenizer it was made with: not known whether {dataset.path}"
+            " fits"
+        )
     if known != (here := tokenizer_id(dataset.tokenizer_path)):
-        raise ValueError(f"{who} was made with another tokenizer (fingerprint {known}) than {dataset.path} ({here}): name its own data with --corpus")
+        raise ValueError(
+            f"{who} was made with another tokenizer (fingerprint {known}) than {dataset.path}"
+            f" ({here}): name its own data with --corpus"
+        )
     return ""

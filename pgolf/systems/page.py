@@ -173,7 +173,8 @@ def bytes_figure(page:Page):
     a.barh([f"{f} ({k})" for f, k, *_ in top], [size for *_, size in top])
     a.tick_params(axis="y", labelsize=6)
     a.xaxis.set_major_locator(plt.MaxNLocator(4))
-    a.set(xlabel="bytes", title=f"{top[-1][0]}: {top[-1][3]/job.report.bytes_artifact:.0%} of the file")
+    a.set(xlabel="bytes",
+        title=f"{top[-1][0]}: {top[-1][3]/job.report.bytes_artifact:.0%} of the file")
     draw_errors(b, page)
     fig.savefig(job.out/"figures"/"bytes.png", dpi=120)
     return fig

@@ -38,7 +38,8 @@ from ..score.ttt import Learner,illegal_rescore,score_with
 @dataclass(frozen=True)
 class Row:
     "Score of one stage."
-    stage:str           # "raw", "averaged", "quantized", "artifact", "sliding", "adapted" or "rescored"
+    # "raw", "averaged", "quantized", "artifact", "sliding", "adapted" or "rescored"
+    stage:str
     what:str            # one line for readers
     val_loss:float      # nats per token
     val_bpb:float       # bits per byte
@@ -76,14 +77,18 @@ class Report:
     def mark(self)->str: # "" if the audit of the result has passed, else what is wrong
         "What a scoreboard has to say about the run."
         a,last = self.audit,self.result or {}
-        if not a or (a["stage"],a["val_bpb"])!=(last.get("stage"),last.get("val_bpb")): return "not audited"
-        return "" if a["passed"] else "FAILED: "+" ".join(f["name"] for f in a["findings"] if f["status"]=="failed" and f["name"] not in LATER)
+        if not a or (a["stage"],a["val_bpb"])!=(last.get("stage"),last.get("val_bpb")):
+            return "not audited"
+        return "" if a["passed"] else "FAILED: "+" ".join(f["name"] for f in a["findings"]
+            if f["status"]=="failed" and f["name"] not in LATER)
     def save(self, path): write_json(path, asdict(self))
     @classmethod
     def load(cls, path):
         "Read a report; a file that is none is named."
         try: return cls(**json.loads(Path(path).read_text()))
-        except (OSError,ValueError,TypeError) as e: raise ValueError(f"{path} is not a report of pgolf ({e}); a run writes one as OUT/report.json") from None
+        except (OSError,ValueError,TypeError) as e:
+            raise ValueError(
+                f"{path} is not a report of pgolf ({e}); a run writes one as OUT/report.json") from None
 
 # %% ../../nbs/systems/52_pipeline.ipynb #d76c1c33
 def code_bytes()->tuple[int,int]: # bytes of all modules: as they are, and packed with LZMA
@@ -97,8 +102,10 @@ def environment(
 )->dict: # name -> version or description
     "What the run ran on."
     names = ("torch","numpy","sentencepiece","zstandard")
-    card = torch.cuda.get_device_name(device) if torch.device(device).type=="cuda" else platform.machine()
-    return dict(python=platform.python_version(), **{n:importlib.metadata.version(n) for n in names}, pgolf=pgolf.__version__,
+    card = (torch.cuda.get_device_name(device) if torch.device(device).type=="cuda"
+        else platform.machine())
+    return dict(python=platform.python_version(),
+        **{n:importlib.metadata.version(n) for n in names}, pgolf=pgolf.__version__,
         device=card, threads=torch.get_num_threads(), system=platform.system())
 
 def pick_device(
@@ -106,8 +113,10 @@ def pick_device(
 )->str: # a device that is there
     "Take the GPU if there is one."
     if device=="auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu","cuda"): raise ValueError(f"device={device!r}: choose auto, cpu or cuda")
-    if torch.device(device).type=="cuda" and not torch.cuda.is_available(): raise ValueError(f"device={device!r}: torch sees no CUDA device; choose device='cpu'")
+    if device.partition(":")[0] not in ("cpu","cuda"):
+        raise ValueError(f"device={device!r}: choose auto, cpu or cuda")
+    if torch.device(device).type=="cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch sees no CUDA device; choose device='cpu'")
     return device
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
@@ -142,17 +151,21 @@ def start(
     progress:bool=True,# show progress
     overwrite:bool=False, # set aside whatever run the folder holds, and start anew
 )->Job:
-    "Open a run's folder: a new run, an unfinished one to go on with, or a finished one to read back."
+    """Open a run's folder: a new run, an unfinished one to go on with, or a finished one to read
+    back."""
     out,device = Path(out),pick_device(device)
     check_start(recipe, dataset, out, eval_tokens, nproc)
     out.mkdir(parents=True, exist_ok=True)
     claim(out)
-    try: report = _kept(out, recipe, dataset, eval_tokens, overwrite)
+    try:report = _kept(out, recipe, dataset, eval_tokens, overwrite)
     except BaseException: release(out); raise
-    job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report or _new_report(recipe, dataset, device, nproc))
+    job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress,
+        report or _new_report(recipe, dataset, device, nproc))
     remember_data(out, dataset)
     if job.report.complete: return job
-    if report: job.report = replace(report, rows=[], device=device, nproc=nproc, environment=environment(device))
+    if report:
+        job.report = replace(report, rows=[], device=device, nproc=nproc,
+            environment=environment(device))
     write_json(out/"recipe.json", asdict(recipe))
     job.report.save(out/"report.json")
     return job
@@ -160,25 +173,42 @@ def start(
 def _new_report(recipe, dataset, device, nproc):
     "The report of a run that has not begun."
     size = sum(count_parameters(recipe.model).values())
-    return Report(recipe.name, recipe.title, recipe.scale, dataset.name, recipe.train.seed, device, nproc, size, data=fingerprint(dataset),
-        settings=recipe.settings(), environment=environment(device), claims=[asdict(c) for c in recipe.claims], bytes_code=code_bytes()[1])
+    return Report(recipe.name, recipe.title, recipe.scale, dataset.name, recipe.train.seed, device,
+        nproc, size, data=fingerprint(dataset),
+        settings=recipe.settings(), environment=environment(device),
+        claims=[asdict(c) for c in recipe.claims], bytes_code=code_bytes()[1])
 
 # %% ../../nbs/systems/52_pipeline.ipynb #9a6580dc
 def check_start(recipe, dataset, out, eval_tokens, nproc):
     "Raise for what would fail later, before anything is written: settings, data, folder."
     r,T = recipe,recipe.train.train_seq_len
     if dataset.vocab_size!=r.model.vocab_size:
-        raise ValueError(f"vocab_size={r.model.vocab_size} of the recipe, but the tokenizer of {dataset.path} has {dataset.vocab_size}: set vocab_size or take other data")
-    if nproc<1 or r.train.num_spans%nproc: raise ValueError(f"nproc={nproc} must be 1 or more and divide num_spans={r.train.num_spans}")
-    if eval_tokens<0: raise ValueError(f"eval_tokens={eval_tokens}: give the number of targets to score, or 0 for all")
-    if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose another folder for the run")
-    if (n := len(dataset.train_tokens(T)))<T: raise ValueError(f"{dataset.path}: {n} training tokens, one window has {T}: give more data, or a smaller train_seq_len")
-    if len(dataset.val_tokens(2))<2: raise ValueError(f"{dataset.path}: the held-out text has no target to score: give more data")
+        raise ValueError(
+            f"vocab_size={r.model.vocab_size} of the recipe, but the tokenizer of {dataset.path}"
+            f" has {dataset.vocab_size}: set vocab_size or take other data"
+        )
+    if nproc<1 or r.train.num_spans%nproc:
+        raise ValueError(
+            f"nproc={nproc} must be 1 or more and divide num_spans={r.train.num_spans}")
+    if eval_tokens<0:
+        raise ValueError(
+            f"eval_tokens={eval_tokens}: give the number of targets to score, or 0 for all")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another folder for the run")
+    if (n := len(dataset.train_tokens(T)))<T:
+        raise ValueError(
+            f"{dataset.path}: {n} training tokens, one window has {T}: give more data, or a smaller"
+            " train_seq_len"
+        )
+    if len(dataset.val_tokens(2))<2:
+        raise ValueError(
+            f"{dataset.path}: the held-out text has no target to score: give more data")
     check_bytes(dataset)
     check_recipe(r)
 
 def check_recipe(recipe):
-    "Raise for settings that fit no model: a tensor without a rule or an optimizer, nothing left to adapt."
+    """Raise for settings that fit no model: a tensor without a rule or an optimizer, nothing left
+    to adapt."""
     with torch.device("meta"): model = GPT(recipe.model)
     param_groups(model, recipe.optim.groups)
     for name,t in model.state_dict().items():
@@ -187,31 +217,42 @@ def check_recipe(recipe):
     if recipe.stages.use_ttt: Learner(model, recipe.ttt)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #93263651
-MADE = ("weights.safetensors","checkpoint.safetensors","model.pgolf","scores.npz") # what took work; without any of them a folder holds a start that failed
+# what took work; without any of them a folder holds a start that failed
+MADE = ("weights.safetensors","checkpoint.safetensors","model.pgolf","scores.npz")
 
 def _kept(out, recipe, dataset, eval_tokens, overwrite):
     "Report of the run that a folder holds, if it is this one."
     made = [n for n in MADE if (out/n).exists()]
     report = Report.load(out/"report.json") if made and (out/"report.json").exists() else None
-    if overwrite and made: print(f"the run that was in {out} is in {set_aside(out)} now", file=sys.stderr); return None
+    if overwrite and made:
+        print(f"the run that was in {out} is in {set_aside(out)} now", file=sys.stderr)
+        return None
     if made and (found := _differences(out, report, recipe, dataset, eval_tokens)):
         what = "a finished run" if report and report.complete else "an unfinished run"
         more = f" and {len(found)-4} more" if len(found)>4 else ""
-        raise ValueError(f"{out} holds {what} of other settings or data ({'; '.join(found[:4])}{more}): choose another folder with --out, or --overwrite, which keeps the old one beside it")
+        raise ValueError(
+            f"{out} holds {what} of other settings or data ({'; '.join(found[:4])}{more}): choose another folder with --out, or --overwrite, which keeps the old one beside it")
     return report
 
 def _differences(out, report, recipe, dataset, eval_tokens):
     "In what the run of a folder is not the one that is asked for."
     if not (out/"recipe.json").exists(): return ["a folder with weights and without recipe.json"]
     try: old = load_recipe(out/"recipe.json")
-    except (ValueError,TypeError,KeyError) as e: return [f"its recipe.json is of another version of pgolf, {e}"]
-    found = [f"{k}: {x} there, {y} here" for k,x,y in (("recipe",old.name,recipe.name), ("scale",old.scale,recipe.scale)) if x!=y]
-    changed = [d for d in diff(old, recipe) if report or d[0].startswith("model.")] # imported weights fix the model alone
+    except (ValueError,TypeError,KeyError) as e:
+        return [f"its recipe.json is of another version of pgolf, {e}"]
+    found = [f"{k}: {x} there, {y} here" for k,x,y in (("recipe",old.name,recipe.name),
+        ("scale",old.scale,recipe.scale)) if x!=y]
+    # imported weights fix the model alone
+    changed = [d for d in diff(old, recipe) if report or d[0].startswith("model.")]
     found += [f"{k}: {brief(x)} there, {brief(y)} here" for k,x,y in changed]
-    if report and report.data and report.data!=fingerprint(dataset): found.append(f"data: {report.corpus}, fingerprint {report.data}, there, {dataset.name}, {fingerprint(dataset)}, here")
+    if report and report.data and report.data!=fingerprint(dataset):
+        found.append(
+            f"data: {report.corpus}, fingerprint {report.data}, there, {dataset.name}, {fingerprint(dataset)}, here")
     if report and report.complete:
         most,had = len(dataset.val_tokens())-1,max(r["targets"] for r in report.rows)
-        if found==[] and had!=(wanted := min(eval_tokens or most, most)): found.append(f"targets scored: {had:,} there, {wanted:,} here; `pgolf score` scores another part")
+        if found==[] and had!=(wanted := min(eval_tokens or most, most)):
+            found.append(
+                f"targets scored: {had:,} there, {wanted:,} here; `pgolf score` scores another part")
     return found
 
 # %% ../../nbs/systems/52_pipeline.ipynb #d96cd575
@@ -220,7 +261,8 @@ def make_average(
 ):# EMA, SWA, HMA or None
     "The listener whose weights the run keeps."
     s = recipe.stages
-    return dict(ema=lambda: EMA(s.ema_decay), hma=lambda: HMA(s.ema_decay), swa=lambda: SWA(s.swa_every, s.swa_start_scale), none=lambda: None)[s.average]()
+    return dict(ema=lambda: EMA(s.ema_decay), hma=lambda: HMA(s.ema_decay),
+        swa=lambda: SWA(s.swa_every, s.swa_start_scale), none=lambda: None)[s.average]()
 
 def make_listeners(
     job:Job, # names the techniques and the folder
@@ -242,37 +284,52 @@ def train_here(
     r,ranks = job.recipe,setup_ranks(job.device)
     model,average = GPT(r.model, r.train.seed),make_average(r)
     loader = make_loader(job.dataset.train_shards, r.train, ranks, vocab_size=r.model.vocab_size)
-    done = train(model, loader, r.optim, r.schedule, r.train, make_listeners(job, average), job.device, job.out, job.state if job.state.exists() else None)
+    done = train(model, loader, r.optim, r.schedule, r.train, make_listeners(job, average),
+        job.device, job.out, job.state if job.state.exists() else None)
     if ranks.is_main:
-        curve = dict(asdict(done), losses=[round(l, 5) for l in done.losses], seconds=[round(t, 3) for t in done.seconds], checkpoint=None)
+        curve = dict(asdict(done), losses=[round(l, 5) for l in done.losses],
+            seconds=[round(t, 3) for t in done.seconds], checkpoint=None)
         before,begin = read_json(job.out/"training.json"),done.steps-len(done.losses)
         for k in ("losses","seconds","lr_scales"): curve[k] = before.get(k, [])[:begin]+curve[k]
         write_json(job.out/"training.json", curve)
         if done.stopped_by=="interrupted": return
-        states = {"raw":model.state_dict(), "averaged":average.weights() if average else {n:t.clone() for n,t in model.state_dict().items()}}
-        write_checkpoint(job.weights, {f"{k}/{n}":t for k,s in states.items() for n,t in s.items()}, dict(steps=done.steps))
+        states = {"raw":model.state_dict(), "averaged":average.weights() if average
+            else {n:t.clone() for n,t in model.state_dict().items()}}
+        write_checkpoint(job.weights,
+            {f"{k}/{n}":t for k,s in states.items() for n,t in s.items()}, dict(steps=done.steps))
 
 # %% ../../nbs/systems/52_pipeline.ipynb #f529afa8
 def launch(
     job:Job, # its folder tells the processes everything
 ):
     "Train in `nproc` processes of this machine."
-    write_json(job.out/"job.json", dict(dataset=str(job.dataset.path), device=job.device, lines=job.lines, progress=job.progress))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out)]
+    write_json(job.out/"job.json",
+        dict(dataset=str(job.dataset.path), device=job.device, lines=job.lines,
+            progress=job.progress))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out)]
     reached = read_json(job.out/"training.json").get("steps", 0)
     heard = False
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as p:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        bufsize=1) as p:
         while True:
             try:
                 for line in p.stdout: # after Ctrl-C only torchrun speaks, of its own end
-                    if not heard: print(line, end="", file=None if job.lines else sys.stderr, flush=True)
+                    if not heard:
+                        print(line, end="", file=None if job.lines else sys.stderr, flush=True)
                 break
-            except KeyboardInterrupt: heard = True # the processes have heard it too; they write a checkpoint and end
+            except KeyboardInterrupt:
+                heard = True # the processes have heard it too; they write a checkpoint and end
     now = read_json(job.out/"training.json")
     stopped = now.get("stopped_by")=="interrupted" and now["steps"]>reached
-    if heard and p.returncode and not stopped: raise KeyboardInterrupt("before a checkpoint was written; the same command goes on from where this one began")
+    if heard and p.returncode and not stopped:
+        raise KeyboardInterrupt(
+            "before a checkpoint was written; the same command goes on from where this one began")
     if p.returncode and not stopped:
-        raise RuntimeError(f"training in {job.nproc} processes failed with exit code {p.returncode}; its last lines are above, the same command goes on from {job.state} if it is there")
+        raise RuntimeError(
+            f"training in {job.nproc} processes failed with exit code {p.returncode}; its last"
+            f" lines are above, the same command goes on from {job.state} if it is there"
+        )
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
 def work(
@@ -281,7 +338,8 @@ def work(
     "Be one rank of a run."
     about = json.loads((Path(out)/"job.json").read_text())
     recipe = load_recipe(Path(out)/"recipe.json")
-    train_here(Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"], lines=about["lines"], progress=about["progress"]))
+    train_here(Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"],
+        lines=about["lines"], progress=about["progress"]))
     close_ranks()
 
 # %% ../../nbs/systems/52_pipeline.ipynb #39debc24
@@ -293,9 +351,14 @@ def train_weights(
         train_here(job) if job.nproc==1 else launch(job)
     curve = json.loads((job.out/"training.json").read_text())
     if job.report.complete: return curve
-    job.report.training |= {k:curve[k] for k in ("steps","tokens","elapsed","stopped_by","compiled")}
+    job.report.training |= {k:curve[k]
+        for k in ("steps","tokens","elapsed","stopped_by","compiled")}
     job.report.save(job.out/"report.json")
-    if curve["stopped_by"]=="interrupted": raise KeyboardInterrupt(f"stopped at step {curve['steps']}; {job.out/'report.json'} is partial, the same command goes on from {job.state}")
+    if curve["stopped_by"]=="interrupted":
+        raise KeyboardInterrupt(
+            f"stopped at step {curve['steps']}; {job.out/'report.json'} is partial, the same"
+            f" command goes on from {job.state}"
+        )
     return curve
 
 def weights_of(
@@ -303,7 +366,8 @@ def weights_of(
     which:str,  # "raw" or "averaged"
 )->dict: # name -> tensor
     "Read weights that training has left."
-    return {k.partition("/")[2]:t for k,t in read_checkpoint(job.weights)[0].items() if k.startswith(which+"/")}
+    return {k.partition("/")[2]:t for k,t in read_checkpoint(job.weights)[0].items()
+        if k.startswith(which+"/")}
 
 # %% ../../nbs/systems/52_pipeline.ipynb #fa76e6bd
 def model_of(
@@ -323,16 +387,23 @@ def _ready(cfg, state, device, eval_rules):
 # %% ../../nbs/systems/52_pipeline.ipynb #4002844e
 def write_artifact(
     job:Job, # after `train_weights`
-)->tuple[dict,list[dict]]: # codes as they were written; error of each quantized matrix, as `quant_errors` gives it
+)->tuple[dict,
+# codes as they were written; error of each quantized matrix, as `quant_errors` gives it
+list[dict]]:
     "Averaged weights to a file on disk, unless a run before this one has written it."
-    if _is_written(job): return load_artifact(job.artifact)[0],json.loads((job.out/"errors.json").read_text())
+    if _is_written(job):
+        return load_artifact(job.artifact)[0],json.loads((job.out/"errors.json").read_text())
     r,began = job.recipe,time.perf_counter()
     state = weights_of(job, "averaged")
-    hessians = calibrate(model_of(job, state), job.dataset, r.gptq, r.train.train_seq_len) if r.stages.use_gptq else None
-    source = dequantize_state(quantize_state(state, replace(r.quant, rules=r.stages.first_rules))) if r.stages.first_rules else state
+    hessians = calibrate(model_of(job, state), job.dataset, r.gptq,
+        r.train.train_seq_len) if r.stages.use_gptq else None
+    source = (dequantize_state(quantize_state(state, replace(r.quant, rules=r.stages.first_rules)))
+        if r.stages.first_rules else state)
     codes = quantize_state(source, r.quant, r.gptq if r.stages.use_gptq else None, hessians)
-    meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name, tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
-    job.report.bytes_artifact = save_artifact(job.artifact, codes, meta, r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)
+    meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name,
+        tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
+    job.report.bytes_artifact = save_artifact(job.artifact, codes, meta,
+        r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)
     job.report.training["squeeze_seconds"] = time.perf_counter()-began
     errors = quant_errors(state, codes, hessians)
     write_json(job.out/"errors.json", errors)
@@ -342,9 +413,13 @@ def write_artifact(
 def _is_written(job):
     "Whether the artifact that the report tells of is there, made from the weights that are there."
     size,file = job.report.bytes_artifact,job.artifact
-    there = size and file.exists() and file.stat().st_size==size and (job.out/"errors.json").exists()
-    if job.report.complete and not there: raise ValueError(f"{file} is not the file of {size:,} bytes that the finished report tells of: --overwrite starts anew and keeps the rest beside it")
-    return there and (job.report.complete or file.stat().st_mtime_ns>=job.weights.stat().st_mtime_ns)
+    there = size and file.exists() and file.stat().st_size==size and (
+        job.out/"errors.json").exists()
+    if job.report.complete and not there:
+        raise ValueError(
+            f"{file} is not the file of {size:,} bytes that the finished report tells of: --overwrite starts anew and keeps the rest beside it")
+    return there and (job.report.complete
+        or file.stat().st_mtime_ns>=job.weights.stat().st_mtime_ns)
 
 def read_artifact(
     path,              # written by `write_artifact`
@@ -354,7 +429,9 @@ def read_artifact(
     "A model from nothing but the artifact."
     tensors,meta = load_artifact(path)
     try: return _ready(ModelConfig(**meta["model"]), dequantize_state(tensors), device, eval_rules)
-    except (KeyError,TypeError,ValueError,RuntimeError) as e: raise ArtifactError(f"{path}: a sound container, but no model of this package ({e}); give the artifact of a run") from e
+    except (KeyError,TypeError,ValueError,RuntimeError) as e:
+        raise ArtifactError(
+            f"{path}: a sound container, but no model of this package ({e}); give the artifact of a run") from e
 
 # %% ../../nbs/systems/52_pipeline.ipynb #46de7474
 def check_parameters(
@@ -362,8 +439,14 @@ def check_parameters(
     known:Iterable[str], # its parameters
 ):
     "Raise for a plain lower-case value that is no parameter."
-    strange = [n for n,v in namespace.items() if type(v) in (str,int,float,bool,dict,list) and n.islower() and not n.startswith("_") and n not in known]
-    for n in strange: raise ValueError(f"unknown parameter {n!r}; near matches: {', '.join(difflib.get_close_matches(n, known, 3, .4)) or 'none'}; there are: {', '.join(known)}")
+    strange = [n for n,v in namespace.items() if type(v) in (str,int,float,bool,dict,list)
+        and n.islower() and not n.startswith("_") and n not in known]
+    for n in strange:
+        raise ValueError(
+            f"unknown parameter {n!r}; near matches:"
+            f" {', '.join(difflib.get_close_matches(n, known, 3, .4)) or 'none'}; there are:"
+            f" {', '.join(known)}"
+        )
 
 # %% ../../nbs/systems/52_pipeline.ipynb #07d6b315
 def grade(
@@ -376,31 +459,41 @@ def grade(
     tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     began = time.perf_counter()
     s = fn(tokens, job.dataset.byte_tables())
-    row = Row(stage, what, s.val_loss, s.val_bpb, s.n_targets, s.n_bytes, s.coverage, s.legal, time.perf_counter()-began)
+    row = Row(stage, what, s.val_loss, s.val_bpb, s.n_targets, s.n_bytes, s.coverage, s.legal,
+        time.perf_counter()-began)
     job.report.rows = [r for r in job.report.rows if r["stage"]!=stage]+[asdict(row)]
     job.report.save(job.out/"report.json")
-    if job.progress and job.lines: print(f"{stage}: {row.val_bpb:.4f} bpb, {what}, {row.seconds:.1f} s", flush=True)
+    if job.progress and job.lines:
+        print(f"{stage}: {row.val_bpb:.4f} bpb, {what}, {row.seconds:.1f} s", flush=True)
     return s
 
 # %% ../../nbs/systems/52_pipeline.ipynb #caedea17
 def score_blocks(job, stage, what, model):
     "Grade a model on disjoint blocks."
     c = job.recipe.score
-    return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_seq_len, c.eval_batch, c.eval_temperature, progress=job.progress, compile=c.eval_compile))
+    return grade(job, stage, what,
+        lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_seq_len, c.eval_batch,
+            c.eval_temperature, progress=job.progress, compile=c.eval_compile))
 
 def score_windows(job, stage, what, model):
     "Grade a model on overlapping windows."
     c = job.recipe.score
-    return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_stride, c.eval_batch, c.eval_temperature, progress=job.progress, compile=c.eval_compile))
+    return grade(job, stage, what,
+        lambda t,b: score(model, t, b, c.eval_seq_len, c.eval_stride, c.eval_batch,
+            c.eval_temperature, progress=job.progress, compile=c.eval_compile))
 
 def score_adapting(job, model):
-    "Grade a model that learns from what it has been graded on; as an exhibit, grade the same text again."
+    """Grade a model that learns from what it has been graded on; as an exhibit, grade the same text
+    again."""
     r,learner = job.recipe,Learner(model, job.recipe.ttt)
     if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
-    out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks", lambda t,b: score_with(learner, t, b, r.score, job.progress)))
+    out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks",
+        lambda t,b: score_with(learner, t, b, r.score, job.progress)))
     if again := r.stages.rescore_temperature:
         cfg = replace(r.score, eval_temperature=again)
-        out["rescored"] = grade(job, "rescored", "ILLEGAL: the same text again, with weights that have learnt it", lambda t,b: illegal_rescore(learner, t, b, cfg, job.progress))
+        out["rescored"] = grade(job, "rescored",
+            "ILLEGAL: the same text again, with weights that have learnt it",
+            lambda t,b: illegal_rescore(learner, t, b, cfg, job.progress))
     return out
 
 # %% ../../nbs/systems/52_pipeline.ipynb #04675d18
@@ -408,16 +501,21 @@ def score_all(
     job:Job,    # after `write_artifact`
     codes:dict, # what was written, still in memory
 )->dict[str,Scores]: # stage -> scores per target, also in OUT/scores.npz
-    "Every stage's score; what counts is read back from the file. Of a finished run the scores are read back too."
+    """Every stage's score; what counts is read back from the file. Of a finished run the scores are
+    read back too."""
     if job.report.complete: return kept_scores(job)
-    states = dict(raw=("last weights",weights_of(job, "raw")), averaged=("averaged weights",weights_of(job, "averaged")),
+    states = dict(raw=("last weights",weights_of(job, "raw")),
+        averaged=("averaged weights",weights_of(job, "averaged")),
         quantized=("codes in memory",dequantize_state(codes)))
-    out = {k:score_blocks(job, k, f"{what}, blocks", model_of(job, state)) for k,(what,state) in states.items()}
+    out = {k:score_blocks(job, k, f"{what}, blocks", model_of(job, state))
+        for k,(what,state) in states.items()}
     model = read_artifact(job.artifact, job.device, job.recipe.stages.eval_rules)
     out["artifact"] = score_blocks(job, "artifact", "read back from the file, blocks", model)
-    out["sliding"] = score_windows(job, "sliding", f"read back, windows with stride {job.recipe.score.eval_stride}", model)
+    out["sliding"] = score_windows(job, "sliding",
+        f"read back, windows with stride {job.recipe.score.eval_stride}", model)
     if job.recipe.stages.use_ttt: out |= score_adapting(job, model)
-    with atomic_write(job.out/"scores.npz") as f: np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
+    with atomic_write(job.out/"scores.npz") as f:
+        np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
     job.report.complete = True
     job.report.save(job.out/"report.json")
     release(job.out)
@@ -430,8 +528,11 @@ def kept_scores(
     release(job.out)
     tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     n_bytes = job.dataset.byte_tables().count(tokens[:-1], tokens[1:])
-    with np.load(job.out/"scores.npz") as z: kept = {r["stage"]:(torch.from_numpy(z[r["stage"]]).double(),r["legal"]) for r in job.report.rows}
-    return {k:Scores(nll, n_bytes[:len(nll)], len(n_bytes), legal) for k,(nll,legal) in kept.items()}
+    with np.load(job.out/"scores.npz") as z:
+        kept = {r["stage"]:(torch.from_numpy(z[r["stage"]]).double(),r["legal"])
+            for r in job.report.rows}
+    return {k:Scores(nll, n_bytes[:len(nll)], len(n_bytes), legal)
+        for k,(nll,legal) in kept.items()}
 
 # %% ../../nbs/systems/52_pipeline.ipynb #220d4e2f
 def run(
@@ -459,9 +560,14 @@ def scoreboard(
     "All runs side by side."
     def row(r):
         last = r.result or {}
-        return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **{k:r.bpb(k) for k in ("raw","averaged","artifact","sliding","adapted","rescored") if k!="rescored" or r.bpb(k)},
-            coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact, bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"), complete=r.complete, audit=r.mark)
-    return sorted(map(row, reports), key=lambda r: min((r[k] for k in ("adapted","sliding") if r[k]), default=math.inf))
+        return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus,
+            **{k:r.bpb(k) for k in ("raw","averaged","artifact","sliding","adapted","rescored")
+                if k!="rescored" or r.bpb(k)},
+            coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact,
+            bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"),
+            complete=r.complete, audit=r.mark)
+    return sorted(map(row, reports),
+        key=lambda r: min((r[k] for k in ("adapted","sliding") if r[k]), default=math.inf))
 
 # %% ../../nbs/systems/52_pipeline.ipynb #f7807e8c
 def by_system(
@@ -471,10 +577,13 @@ def by_system(
     "Aggregate runs over seeds."
     groups = {}
     for r in reports:
-        row = next((x for x in reversed(r.rows) if x["stage"]==(stage or x["stage"]) and x["legal"]), None)
+        row = next((x for x in reversed(r.rows) if x["stage"]==(stage or x["stage"])
+            and x["legal"]), None)
         if row: groups.setdefault((r.recipe,r.scale,r.corpus,row["stage"]), []).append(row)
     std = lambda x: float(np.std(x, ddof=1)) if len(x)>1 else None
     def fold(key, rows):
         loss,bpb = [x["val_loss"] for x in rows],[x["val_bpb"] for x in rows]
-        return dict(zip(("system","scale","corpus","stage"), key), seeds=len(rows), bpb=float(np.mean(bpb)), bpb_std=std(bpb), val_loss=float(np.mean(loss)), loss_std=std(loss))
+        return dict(zip(("system","scale","corpus","stage"), key), seeds=len(rows),
+            bpb=float(np.mean(bpb)), bpb_std=std(bpb), val_loss=float(np.mean(loss)),
+            loss_std=std(loss))
     return sorted((fold(k, v) for k,v in groups.items()), key=lambda d: d["bpb"])

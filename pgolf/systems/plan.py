@@ -48,7 +48,8 @@ def estimate_bytes(
     rows = {}
     for name,t in state.items():
         grid = recipe.quant.grid(name, t)
-        if isinstance(grid, Grid): kind,size = f"{grid.lo}..{grid.hi}",t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
+        if isinstance(grid, Grid):
+            kind,size = f"{grid.lo}..{grid.hi}",t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
         else: kind,size = str(grid).removeprefix("torch."),t.numel()*grid.itemsize
         n,b = rows.get((family(name),kind), (0,0))
         rows[family(name),kind] = n+t.numel(),b+size
@@ -62,7 +63,8 @@ def payload_bytes(
     with torch.device("meta"): state = GPT(recipe.model).state_dict()
     def size(name, t):
         grid = recipe.quant.grid(name, t)
-        return t.numel()+2*(len(t) if grid.scale_per=="row" else 1) if isinstance(grid, Grid) else t.numel()*grid.itemsize
+        return t.numel()+2*(len(t) if grid.scale_per=="row" else 1) if isinstance(grid,
+            Grid) else t.numel()*grid.itemsize
     return sum(size(n, t) for n,t in state.items())
 
 def memory_bytes(
@@ -72,11 +74,16 @@ def memory_bytes(
     "Estimate the memory of a training step."
     with torch.device("meta"): model = GPT(recipe.model)
     model.compute_dtype = torch.bfloat16 if torch.device(device).type=="cuda" else torch.float32
-    size = lambda kinds: 4*sum(p.numel() for g in recipe.optim.groups if g.kind in kinds for _,p in param_groups(model, recipe.optim.groups)[g.name])
-    short,long = saved_bytes(model, 16),saved_bytes(model, 32)    # the difference leaves out what does not grow: weights cast for use
-    n,micro = 4*sum(p.numel() for p in model.parameters()),recipe.train.train_batch_tokens//recipe.train.num_spans
-    if device=="cpu": micro = min(micro, max(recipe.train.pass_tokens or 8192, recipe.train.train_seq_len))
-    return dict(weights=n, gradients=n, optimizers=size(("muon",))+2*size(("adamw",)), average=n if recipe.stages.average!="none" else 0,
+    size = lambda kinds: 4*sum(p.numel() for g in recipe.optim.groups if g.kind in kinds
+        for _,p in param_groups(model, recipe.optim.groups)[g.name])
+    # the difference leaves out what does not grow: weights cast for use
+    short,long = saved_bytes(model, 16),saved_bytes(model, 32)
+    n,micro = (4*sum(p.numel() for p in model.parameters()),
+        recipe.train.train_batch_tokens//recipe.train.num_spans)
+    if device=="cpu":
+        micro = min(micro, max(recipe.train.pass_tokens or 8192, recipe.train.train_seq_len))
+    return dict(weights=n, gradients=n, optimizers=size(("muon",))+2*size(("adamw",)),
+        average=n if recipe.stages.average!="none" else 0,
         activations=short+round((micro-16)*(long-short)/16))
 
 def plan_run(
@@ -85,5 +92,8 @@ def plan_run(
 )->dict: # parameters, flops_per_token, tokens_per_step, steps, memory, bytes; plain numbers
     "What a run will cost, before any training."
     r,T = recipe,recipe.train.train_seq_len
-    return dict(parameters=count_parameters(r.model), flops_per_token=3*flops_per_token(r.model, T), tokens_per_step=r.train.train_batch_tokens,
-        steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full" else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r), payload=payload_bytes(r), code_bytes=code_bytes()[1])
+    return dict(parameters=count_parameters(r.model),
+        flops_per_token=3*flops_per_token(r.model, T), tokens_per_step=r.train.train_batch_tokens,
+        steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full"
+        else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r),
+        payload=payload_bytes(r), code_bytes=code_bytes()[1])

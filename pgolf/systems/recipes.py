@@ -29,29 +29,43 @@ from ..score.ttt import TTTConfig
 @dataclass(frozen=True)
 class StageConfig:
     "Which optional stages run between training and the artifact, and with what."
-    average:str="ema"               # weights that are quantized: "ema", "swa", "hma" or "none" (the last iterate)
+    # weights that are quantized: "ema", "swa", "hma" or "none" (the last iterate)
+    average:str="ema"
     ema_decay:float=.997            # per step
     swa_every:int=0                 # steps between snapshots of "swa"
     swa_start_scale:float=.2        # snapshots start when the learning-rate multiplier falls below
-    late_qat_threshold:float=0.     # training sees rounded weights when the multiplier falls below; 0: never
-    qat_rules:tuple=((r"\.(attn|mlp)\.", Grid(-32, 31)),) # what it sees: (pattern, grid), first match wins
+    # training sees rounded weights when the multiplier falls below; 0: never
+    late_qat_threshold:float=0.
+    # what it sees: (pattern, grid), first match wins
+    qat_rules:tuple=((r"\.(attn|mlp)\.", Grid(-32, 31)),)
     use_gptq:bool=True              # calibrated rounding; False: round to nearest
-    first_rules:tuple=()            # (pattern, grid) of a first rounding whose result is rounded again; (): round the weights themselves
-    eval_rules:tuple=()             # (pattern, grid) applied again whenever the model is evaluated; (): none
+    # (pattern, grid) of a first rounding whose result is rounded again; (): round the weights
+    # themselves
+    first_rules:tuple=()
+    # (pattern, grid) applied again whenever the model is evaluated; (): none
+    eval_rules:tuple=()
     use_ttt:bool=True               # adapt to the text after scoring it
-    ttt_rules:tuple=()              # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
-    rescore_temperature:float=0.    # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
-    codec:str="best"                # of the integer codes: "zstd", "rans", or the "best" of both, layer by layer
+    # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
+    ttt_rules:tuple=()
+    # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
+    rescore_temperature:float=0.
+    # of the integer codes: "zstd", "rans", or the "best" of both, layer by layer
+    codec:str="best"
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
     def __post_init__(self):
-        if self.average not in ("ema","swa","hma","none"): raise ValueError(f"average={self.average!r}: choose 'ema', 'swa', 'hma' or 'none'")
-        if self.average=="swa" and not self.swa_every: raise ValueError("average='swa' needs swa_every > 0")
+        if self.average not in ("ema","swa","hma","none"):
+            raise ValueError(f"average={self.average!r}: choose 'ema', 'swa', 'hma' or 'none'")
+        if self.average=="swa" and not self.swa_every:
+            raise ValueError("average='swa' needs swa_every > 0")
         if not 0<=self.ema_decay<1: raise ValueError(f"ema_decay={self.ema_decay} not in [0, 1)")
-        if not 0<=self.zstd_level<=22: raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
+        if not 0<=self.zstd_level<=22:
+            raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
         for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):
-            if not 0<=getattr(self, name)<math.inf: raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.codec not in ("zstd","rans","best"): raise ValueError(f"codec={self.codec!r}: choose 'zstd', 'rans' or 'best'")
+            if not 0<=getattr(self, name)<math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.codec not in ("zstd","rans","best"):
+            raise ValueError(f"codec={self.codec!r}: choose 'zstd', 'rans' or 'best'")
 
 # %% ../../nbs/systems/50_recipes.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -75,9 +89,11 @@ def claim_table(
     rows = []
     for c in recipe.claims:
         here = total if c.size or c.bytes_logged else None
-        rows.append([c.stage,c.claimed,c.logged,scores.get(c.stage),c.size or None,c.bytes_logged,here,c.note,comparable])
+        rows.append([c.stage,c.claimed,c.logged,scores.get(c.stage),c.size or None,c.bytes_logged,
+            here,c.note,comparable])
     heads = ["claimed bpb","logged bpb","here bpb","claimed size","logged bytes","here bytes"]
-    return tabulate(rows, headers=["stage",*heads,"what the published number covers","comparable"], tablefmt="github", floatfmt=".4f", intfmt=",", missingval="-")
+    return tabulate(rows, headers=["stage",*heads,"what the published number covers","comparable"],
+        tablefmt="github", floatfmt=".4f", intfmt=",", missingval="-")
 
 # %% ../../nbs/systems/50_recipes.ipynb #0f914358
 @dataclass(frozen=True)
@@ -100,10 +116,12 @@ class Recipe:
     ours:tuple[str,...]=()  # settings chosen by us where description and run agree
     def sections(self)->dict: # section name -> its configuration
         "The configurations that a recipe is made of."
-        return {f.name:getattr(self,f.name) for f in fields(self) if is_dataclass(getattr(self,f.name))}
+        return {f.name:getattr(self,f.name) for f in fields(self)
+            if is_dataclass(getattr(self,f.name))}
     def settings(self)->dict: # "section.field" -> value
         "Every setting of every section, flat."
-        return {f"{s}.{f.name}":getattr(c,f.name) for s,c in self.sections().items() for f in fields(c)}
+        return {f"{s}.{f.name}":getattr(c,f.name) for s,c in self.sections().items()
+            for f in fields(c)}
     def but(self, **changes)->"Recipe": # field=value, or **{"section.field": value}
         "A copy with other settings; an unknown name is an error that lists the near ones."
         per = {}
@@ -122,9 +140,11 @@ def load_recipe(
     path, # written by `Recipe.save`
 )->Recipe: # equal to the one that was saved
     "Read a recipe from JSON."
-    saved,sections = json.loads(Path(path).read_text()),{f.name:f.default_factory for f in fields(Recipe) if is_dataclass(f.type)}
+    saved,sections = json.loads(Path(path).read_text()),{f.name:f.default_factory
+        for f in fields(Recipe) if is_dataclass(f.type)}
     saved["optim"]["groups"] = tuple(Group(**g) for g in saved["optim"]["groups"])
-    for rules in ("qat_rules","first_rules","eval_rules","ttt_rules"): saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
+    for rules in ("qat_rules","first_rules","eval_rules","ttt_rules"):
+        saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
     saved["ours"] = tuple(saved.get("ours", ()))
     return Recipe(**{k:sections[k](**v) if k in sections else v for k,v in saved.items()})
@@ -138,9 +158,16 @@ def find_setting(
     known = [k.split(".") for k in recipe.settings()]
     hits = [(s,f) for s,f in known if name in (f, f"{s}.{f}")]
     if len(hits)==1: return hits[0]
-    if hits: raise ValueError(f"setting {name!r} exists in several sections: say one of {', '.join('.'.join(h) for h in hits)}")
+    if hits:
+        raise ValueError(
+            f"setting {name!r} exists in several sections: say one of"
+            f" {', '.join('.'.join(h) for h in hits)}"
+        )
     near = difflib.get_close_matches(name.split(".")[-1], {f for _,f in known}, n=4, cutoff=.5)
-    raise ValueError(f"unknown setting {name!r}; near matches: {', '.join(near) or 'none'} (`pgolf plan {recipe.name} --settings` lists all)")
+    raise ValueError(
+        f"unknown setting {name!r}; near matches: {', '.join(near) or 'none'} (`pgolf plan"
+        f" {recipe.name} --settings` lists all)"
+    )
 
 def coerce(
     name:str, # setting, for the error
@@ -149,10 +176,13 @@ def coerce(
     value,    # new value, perhaps as text
 ):
     "Make `value` a value of the field's type; text is read as Python would write it."
-    fail = ValueError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}, such as {old!r}")
+    fail = ValueError(
+        f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}, such as {old!r}")
     plain = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
     if isinstance(value,str) and (plain is not str):
-        try: value = ast.literal_eval({"true":"True","false":"False","none":"None"}.get(value.lower(), value))
+        try:
+            value = ast.literal_eval({"true":"True","false":"False","none":"None"}
+                .get(value.lower(), value))
         except (ValueError,SyntaxError):
             if not isinstance(value,plain): raise fail from None
     if plain is float and type(value) is int: value = float(value)
@@ -184,7 +214,8 @@ def _group(item):
 def _number(least, kind=float, pair=False):
     "What makes a number, or a pattern and a number, from an item."
     def check(x):
-        if isinstance(x,bool) or not isinstance(x,(int,kind)) or not least<=x<math.inf: raise ValueError(f"{x!r} is no {kind.__name__} from {least} on")
+        if isinstance(x,bool) or not isinstance(x,(int,kind)) or not least<=x<math.inf:
+            raise ValueError(f"{x!r} is no {kind.__name__} from {least} on")
         return kind(x)
     def check_pair(item):
         pattern,x = _pair(item)
@@ -193,12 +224,19 @@ def _number(least, kind=float, pair=False):
 
 # %% ../../nbs/systems/50_recipes.ipynb #061a51aa
 RULES = r"[('\.mlp\.', {'lo': -15, 'hi': 15}), ('.*', None)]"
-FORMS = { # setting that is a list -> what an item must be, and how to write the whole
+FORMS = {  # setting that is a list -> what an item must be, and how to write the whole
     "ve_layers": (_number(0, int), "(9, 10)"),
-    "groups": (_group, "[{'name': 'matrices', 'pattern': 'mlp', 'kind': 'muon', 'lr': 'matrix_lr'}, {'name': 'rest', 'pattern': '', 'kind': 'adamw', 'lr': 'scalar_lr'}]"),
+    "groups": (
+        _group,
+        (
+            "[{'name': 'matrices', 'pattern': 'mlp', 'kind': 'muon', 'lr': 'matrix_lr'}, {'name':"
+            " 'rest', 'pattern': '', 'kind': 'adamw', 'lr': 'scalar_lr'}]"
+        ),
+    ),
     "ttt_lr_mult": (_number(0, pair=True), r"[('mlp\.proj', 3.0)]"),
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
-    **{n:(_rule, RULES) for n in ("rules","qat_rules","first_rules","eval_rules","ttt_rules")}}
+    **{n: (_rule, RULES) for n in ("rules", "qat_rules", "first_rules", "eval_rules", "ttt_rules")},
+}
 PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always")
 SEEDS = 2**63 # seeds are below: what a generator takes
 
@@ -208,8 +246,10 @@ def check_value(
 ):# the value, items of lists in their own types
     "Raise for a value that no run can use."
     leaf = name.split(".")[-1]
-    if isinstance(value,float) and not math.isfinite(value): raise ValueError(f"{name}={value}: expected a finite number")
-    if leaf=="seed" and not 0<=value<SEEDS: raise ValueError(f"{name}={value}: expected 0 to {SEEDS-1:,}")
+    if isinstance(value,float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}: expected a finite number")
+    if leaf=="seed" and not 0<=value<SEEDS:
+        raise ValueError(f"{name}={value}: expected 0 to {SEEDS-1:,}")
     try:
         if leaf in PATTERNS: re.compile(value)
         return tuple(map(FORMS[leaf][0], value)) if leaf in FORMS else value
@@ -233,22 +273,31 @@ def brief(
     "Say a setting in few words."
     if isinstance(value,Grid):
         base = Grid(value.lo, value.hi, rule=value.rule)
-        return " ".join([f"{value.lo}..{value.hi}", *(f"{f.name}={brief(getattr(value,f.name))}" for f in fields(Grid) if getattr(value,f.name)!=getattr(base,f.name))])
-    if isinstance(value,Group): return f"{value.name}: {value.kind}" + (f" {value.lr}" if value.lr else "") + (f" x{value.lr_mult:g}" if value.lr_mult!=1 else "")
+        return " ".join([f"{value.lo}..{value.hi}",
+            *(f"{f.name}={brief(getattr(value,f.name))}" for f in fields(Grid)
+                if getattr(value,f.name)!=getattr(base,f.name))])
+    if isinstance(value,Group):
+        return f"{value.name}: {value.kind}" + (f" {value.lr}" if value.lr
+            else "") + (f" x{value.lr_mult:g}" if value.lr_mult!=1 else "")
     if isinstance(value,float): return f"{value:.6g}"
-    if isinstance(value,tuple): return "; ".join(f"`{brief(v[0])}` {brief(v[1])}" if isinstance(v,tuple) and len(v)==2 else brief(v) for v in value) or "none"
+    if isinstance(value,tuple):
+        return "; ".join(f"`{brief(v[0])}` {brief(v[1])}" if isinstance(v,tuple) and len(v)==2
+            else brief(v) for v in value) or "none"
     return str(value).replace("|", "\\|")
 
 def diff_table(
     a:Recipe, # left
     b:Recipe, # right
 )->str: # a Markdown table
-    "The differences between two recipes, for readers; a setting of ours is none between description and run."
+    """The differences between two recipes, for readers; a setting of ours is none between
+    description and run."""
     ours = a.ours if b.name==f"{a.name}-as-run" else ()
     body = [[k.split(".")[1],brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
-    own = [f"`{k.split('.')[1]}` {brief(x)} (described and run: {brief(y)})" for k,x,y in diff(a, b) if k in ours]
+    own = [f"`{k.split('.')[1]}` {brief(x)} (described and run: {brief(y)})"
+        for k,x,y in diff(a, b) if k in ours]
     table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
-    return table + (f"\n\nSet by us, where description and run agree: {'; '.join(own)}." if own else "")
+    return table + (f"\n\nSet by us, where description and run agree: {'; '.join(own)}." if own
+        else "")
 
 # %% ../../nbs/systems/50_recipes.ipynb #a65dea86
 def expand(
@@ -259,51 +308,126 @@ def expand(
     if isinstance(value,tuple): return tuple(expand(v, num_layers) for v in value)
     if isinstance(value,Group): return replace(value, pattern=expand(value.pattern, num_layers))
     if not isinstance(value,str) or "<" not in value: return value
-    blocks = {"<encoder>":range(num_layers//2), "<decoder>":range(num_layers//2, num_layers), "<last 2>":range(num_layers-2, num_layers)}
+    blocks = {"<encoder>":range(num_layers//2), "<decoder>":range(num_layers//2, num_layers),
+        "<last 2>":range(num_layers-2, num_layers)}
     for name,ids in blocks.items(): value = value.replace(name, f"({'|'.join(map(str, ids))})")
     return value
 
 # %% ../../nbs/systems/50_recipes.ipynb #5cb90094
 CLIPS = (.999,.9995,.9999,.99999,1.) # clip candidates of PR #414, from which #610 derives
 PR610 = Recipe(
-    name="pr610", title="int6 GPTQ + SGD TTT", full_steps=6202,
-    model=ModelConfig(num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3., activation="leaky_relu2", rope_dims=16, rope_train_seq_len=1024,
-        xsa_last_n=4, ln_scale=True, skip_init=1., smear=True, bigram_vocab_size=2048, bigram_dim=128, ve_dim=128, ve_layers=(9,10),
-        qk_gain_init=1.5, logit_softcap=30., init_bf16=True),
-    optim=OptimConfig(matrix_lr=.025, tied_embed_lr=.035, scalar_lr=.025, muon_weight_decay=.04, adam_weight_decay=.04),
-    schedule=ScheduleConfig(iterations=20_000, max_wallclock_seconds=1200., warmdown_iters=3500, muon_momentum=.99, muon_momentum_warmup_start=.92, muon_momentum_warmup_steps=1500),
-    train=TrainConfig(train_batch_tokens=786_432, train_seq_len=2048, num_spans=8, warmup_steps=20, grad_clip_norm=.3, seed=1337),
-    stages=StageConfig(average="ema", ema_decay=.997, late_qat_threshold=.15),
-    quant=QuantConfig(rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS)), (".*", Grid(-127, 127)))),
+    name="pr610",
+    title="int6 GPTQ + SGD TTT",
+    full_steps=6202,
+    model=ModelConfig(
+        num_layers=11,
+        model_dim=512,
+        num_heads=8,
+        num_kv_heads=4,
+        mlp_mult=3.0,
+        activation="leaky_relu2",
+        rope_dims=16,
+        rope_train_seq_len=1024,
+        xsa_last_n=4,
+        ln_scale=True,
+        skip_init=1.0,
+        smear=True,
+        bigram_vocab_size=2048,
+        bigram_dim=128,
+        ve_dim=128,
+        ve_layers=(9, 10),
+        qk_gain_init=1.5,
+        logit_softcap=30.0,
+        init_bf16=True,
+    ),
+    optim=OptimConfig(
+        matrix_lr=0.025,
+        tied_embed_lr=0.035,
+        scalar_lr=0.025,
+        muon_weight_decay=0.04,
+        adam_weight_decay=0.04,
+    ),
+    schedule=ScheduleConfig(
+        iterations=20_000,
+        max_wallclock_seconds=1200.0,
+        warmdown_iters=3500,
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_momentum_warmup_steps=1500,
+    ),
+    train=TrainConfig(
+        train_batch_tokens=786_432,
+        train_seq_len=2048,
+        num_spans=8,
+        warmup_steps=20,
+        grad_clip_norm=0.3,
+        seed=1337,
+    ),
+    stages=StageConfig(average="ema", ema_decay=0.997, late_qat_threshold=0.15),
+    quant=QuantConfig(
+        rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS)), (".*", Grid(-127, 127)))
+    ),
     score=ScoreConfig(eval_seq_len=2048, eval_stride=64),
-    ttt=TTTConfig(ttt_lr=.002, ttt_momentum=.9, ttt_epochs=3, ttt_chunk_tokens=32_768, ttt_freeze_blocks=2, ttt_grad_clip=1.),
-    ours=("ttt.ttt_coverage","stages.codec","stages.zstd_level","stages.zstd_long"), # the whole text is scored; the smaller coder stores a layer
-    claims=(Claim("raw", None, 1.1409, "62.0 M FineWeb targets, blocks of 2048"),
+    ttt=TTTConfig(
+        ttt_lr=0.002,
+        ttt_momentum=0.9,
+        ttt_epochs=3,
+        ttt_chunk_tokens=32_768,
+        ttt_freeze_blocks=2,
+        ttt_grad_clip=1.0,
+    ),
+    # the whole text is scored; the smaller coder stores a layer
+    ours=("ttt.ttt_coverage", "stages.codec", "stages.zstd_level", "stages.zstd_long"),
+    claims=(
+        Claim("raw", None, 1.1409, "62.0 M FineWeb targets, blocks of 2048"),
         Claim("averaged", None, 1.1399, "the same"),
         Claim("artifact", None, 1.1480, "round to nearest int6, not GPTQ", bytes_logged=15_871_987),
-        Claim("sliding", 1.1214, 1.12141, "GPTQ; from a result file, no log; its file is 16,319,735 there, 15,683,170 in the description", "15,750,888 bytes", 16_387_453),
-        Claim("adapted", 1.1190, 1.11901, "first 900 of 1,893 chunks only: 47.55 % of the targets")))
+        Claim(
+            "sliding",
+            1.1214,
+            1.12141,
+            "GPTQ; from a result file, no log; its file is 16,319,735 there, 15,683,170 in the"
+            " description",
+            "15,750,888 bytes",
+            16_387_453,
+        ),
+        Claim("adapted", 1.1190, 1.11901, "first 900 of 1,893 chunks only: 47.55 % of the targets"),
+    ),
+)
 
 # %% ../../nbs/systems/50_recipes.ipynb #fff391df
 PR610_AS_RUN = replace(PR610, name="pr610-as-run", title="#610 as its code ran").but(
     late_qat_threshold=0., codec="zstd", zstd_level=21, zstd_long=True,
-    rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS, search="tensor", scale_floor=1/31)), (".*", Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False))),
+    rules=((r"\.(attn|mlp)\.", Grid(-31, 31, quantiles=CLIPS, search="tensor", scale_floor=1/31)),
+        (".*", Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False))),
     order="natural", rule="plain_inverse", refit="plain", ttt_coverage=900/1893)
 
 # %% ../../nbs/systems/50_recipes.ipynb #ce5747b0
 def per_row(top, low=0, **kw): return Grid(low or -top, top, quantiles=CLIPS, **kw)
-INT8_FLOOR = Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False) # tables, as three of the five ran: #610, #576, #601
-PR576 = replace(PR610, name="pr576", title="33.6 M parameters, int5 GPTQ, AdamW TTT", full_steps=6203,
-    claims=(Claim("raw", None, 1.1295, "seed 7, blocks of 2048"), Claim("averaged", None, 1.1284, "seed 7"),
-        Claim("sliding", 1.1271, 1.12823, "seed 7; logged at temperature 0.98; 15.6 MB is the mean of three seeds", "15.6MB", 15_576_393), Claim("adapted", 1.1204, 1.12042, "seed 7, legal"),
-        Claim("rescored", 1.1172, 1.11717, "seed 7; scored again after training on the same targets"))).but(
-    activation="leaky_relu2", num_kv_heads=8, mlp_mult=3.5, bigram_vocab_size=8192, xsa_last_n=11, max_wallclock_seconds=600.,
-    late_qat_threshold=.5, qat_rules=((r"\.(attn|mlp)\.", Grid(-15, 15)),), prune=.02, rules=((r"\.(attn|mlp)\.", per_row(15)), (".*", Grid(-127, 127))),
-    ttt_optimizer="adamw", ttt_lr=1e-4, ttt_weight_decay=0., ttt_chunk_tokens=131_072, ttt_batch_seqs=64, ttt_freeze_blocks=9, ttt_only=r"^blocks\.", ttt_always="scale",
+# tables, as three of the five ran: #610, #576, #601
+INT8_FLOOR = Grid(-127, 127, quantiles=(.9999984,), scale_floor=1/127, half_first=False)
+PR576 = replace(PR610, name="pr576", title="33.6 M parameters, int5 GPTQ, AdamW TTT",
+    full_steps=6203,
+    claims=(Claim("raw", None, 1.1295, "seed 7, blocks of 2048"),
+        Claim("averaged", None, 1.1284, "seed 7"),
+        Claim("sliding", 1.1271, 1.12823,
+            "seed 7; logged at temperature 0.98; 15.6 MB is the mean of three seeds", "15.6MB",
+            15_576_393), Claim("adapted", 1.1204, 1.12042, "seed 7, legal"),
+        Claim("rescored", 1.1172, 1.11717,
+            "seed 7; scored again after training on the same targets"))).but(
+    activation="leaky_relu2", num_kv_heads=8, mlp_mult=3.5, bigram_vocab_size=8192, xsa_last_n=11,
+    max_wallclock_seconds=600.,
+    late_qat_threshold=.5, qat_rules=((r"\.(attn|mlp)\.", Grid(-15, 15)),), prune=.02,
+    rules=((r"\.(attn|mlp)\.", per_row(15)), (".*", Grid(-127, 127))),
+    ttt_optimizer="adamw", ttt_lr=1e-4, ttt_weight_decay=0., ttt_chunk_tokens=131_072,
+    ttt_batch_seqs=64, ttt_freeze_blocks=9, ttt_only=r"^blocks\.", ttt_always="scale",
     ttt_temperatures=tuple(round(.9+i/100, 2) for i in range(21)))
 PR576_AS_RUN = replace(PR576, name="pr576-as-run", title="#576 as its code ran").but(
-    activation="relu2", late_qat_threshold=0., rules=((r"\.(attn|mlp)\.", per_row(15, scale_floor=1/15, half_first=False)), (".*", INT8_FLOOR)),
-    order="ascending", rule="plain_inverse", codec="zstd", zstd_level=22, ttt_temperatures=(), rescore_temperature=.98046875)
+    activation="relu2", late_qat_threshold=0.,
+    rules=((r"\.(attn|mlp)\.", per_row(15, scale_floor=1/15, half_first=False)),
+        (".*", INT8_FLOOR)),
+    order="ascending", rule="plain_inverse", codec="zstd", zstd_level=22, ttt_temperatures=(),
+    rescore_temperature=.98046875)
 
 # %% ../../nbs/systems/50_recipes.ipynb #2112b6d9
 _BLOCK = r"^blocks\.{}\.(attn\.(c_[qkv]|proj)|mlp\.(fc|proj))\.weight$"
@@ -315,51 +439,128 @@ GROUPS_598 = (
     Group("decoder scalars", r"^blocks\.<decoder>\.", "adamw", "scalar_lr", 2.),
     Group("other", "", "adamw", "scalar_lr"))
 PR598 = replace(PR610, name="pr598", title="mixed int6/int8, ten-epoch TTT", full_steps=7000,
-    claims=(Claim("raw", 1.1476, 1.1476, "described as averaged; logged for the last weights, blocks of 2048"),
-        Claim("adapted", 1.1334, 1.13343, "the only logged score of the artifact", "15.70 MB", 15_703_198))).but(
-    activation="star_relu", skip_gate=True, iterations=7000, max_wallclock_seconds=0., decay="cosine", groups=GROUPS_598, seed=42, use_gptq=False,
-    qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), rules=((r"\.(attn|mlp)\.", per_row(31, -32)), (".*", Grid(-127, 127, scale_per="tensor"))),
-    keep_float32=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_", ttt_epochs=10, ttt_freeze_embeddings=False)
+    claims=(Claim("raw", 1.1476, 1.1476,
+        "described as averaged; logged for the last weights, blocks of 2048"),
+        Claim("adapted", 1.1334, 1.13343, "the only logged score of the artifact", "15.70 MB",
+            15_703_198))).but(
+    activation="star_relu", skip_gate=True, iterations=7000, max_wallclock_seconds=0.,
+    decay="cosine", groups=GROUPS_598, seed=42, use_gptq=False,
+    qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),),
+    rules=((r"\.(attn|mlp)\.", per_row(31, -32)), (".*", Grid(-127, 127, scale_per="tensor"))),
+    keep_float32=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_",
+    ttt_epochs=10, ttt_freeze_embeddings=False)
 PR598_AS_RUN = replace(PR598, name="pr598-as-run", title="#598 as its code ran").but(
-    decay="linear", late_qat_threshold=0., codec="zstd", zstd_level=22, groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True, ttt_rules=((".", Grid(-32, 31, scale_floor=1/31, half_first=False)),),
-    rules=((r"\.(attn|mlp)\.", per_row(31, -32, search="tensor", scale_floor=1/31, half_first=False)), (".*", Grid(-127, 127, scale_per="tensor"))))
+    decay="linear", late_qat_threshold=0., codec="zstd", zstd_level=22,
+    groups=(Group("left out", r"^bigram\.scale$", "none"), *GROUPS_598), ttt_train_mode=True,
+    ttt_rules=((".", Grid(-32, 31, scale_floor=1/31, half_first=False)),),
+    rules=((r"\.(attn|mlp)\.",
+        per_row(31, -32, search="tensor", scale_floor=1/31, half_first=False)),
+        (".*", Grid(-127, 127, scale_per="tensor"))))
 
 # %% ../../nbs/systems/50_recipes.ipynb #6b431880
-GRIDS_1123 = ((r"attn\.c_[qk]\.", Grid(-32, 31, peak=32)), (r"attn\.(c_v|proj)\.", Grid(-16, 15, peak=16)),
+GRIDS_1123 = ((r"attn\.c_[qk]\.", Grid(-32, 31, peak=32)),
+    (r"attn\.(c_v|proj)\.", Grid(-16, 15, peak=16)),
     (r"mlp\.fc\.", Grid(-2, 2, rule="pentanary")), (r"mlp\.proj\.", Grid(-8, 7, peak=8)))
-def in_float32(rules): return tuple((p, g if g.rule=="pentanary" else replace(g, scale_floor=1e-5/g.peak, half_first=False)) for p,g in rules)
-PR1123 = replace(PR610, name="pr1123", title="int6/5/4/pentanary from step 0, rANS", full_steps=10_000,
-    claims=(Claim("averaged", 1.2420, 1.2420, "SWA weights, blocks of 1024, int6 to int4 not rounded"), Claim("sliding", 1.2100, 1.20996, "artifact, stride 64", "15,132,719 bytes", 15_132_719),
+def in_float32(rules):
+    return tuple(
+        (p, g if g.rule=="pentanary" else replace(g, scale_floor=1e-5/g.peak, half_first=False))
+        for p,g in rules)
+PR1123 = replace(PR610, name="pr1123", title="int6/5/4/pentanary from step 0, rANS",
+    full_steps=10_000,
+    claims=(Claim("averaged", 1.2420, 1.2420,
+        "SWA weights, blocks of 1024, int6 to int4 not rounded"),
+        Claim("sliding", 1.2100, 1.20996, "artifact, stride 64", "15,132,719 bytes", 15_132_719),
         Claim("adapted", 1.1986, 1.19856, "all chunks"))).but(
-    mlp_mult=4., xsa_last_n=11, value_residual=True, qk_gain_init=2., logit_softcap=15., skip_init=.1, norm_eps=1e-6, rope_train_seq_len=0, ve_zero_init=True, init_bf16=False,
+    mlp_mult=4., xsa_last_n=11, value_residual=True, qk_gain_init=2., logit_softcap=15.,
+    skip_init=.1, norm_eps=1e-6, rope_train_seq_len=0, ve_zero_init=True, init_bf16=False,
     matrix_lr=.01, tied_embed_lr=.0125, scalar_lr=.01, muon_weight_decay=0., adam_weight_decay=0.,
-    iterations=10_000, max_wallclock_seconds=0., warmdown_iters=1750, lr_warmup_iters=200, muon_momentum=.95, muon_momentum_warmup_start=.85, muon_momentum_warmup_steps=500,
-    train_batch_tokens=524_288, train_seq_len=1024, num_spans=32, warmup_steps=0, grad_clip_norm=1., eval_seq_len=1024,
-    average="swa", swa_every=50, late_qat_threshold=2., qat_rules=GRIDS_1123, use_gptq=False, rules=(*GRIDS_1123, (".*", None)), ttt_freeze_embeddings=False)
-PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run", title="#1123 as its code ran").but(bigram_zero_init=True, codec="rans", eval_rules=GRIDS_1123[2:3], ttt_train_mode=True,
+    iterations=10_000, max_wallclock_seconds=0., warmdown_iters=1750, lr_warmup_iters=200,
+    muon_momentum=.95, muon_momentum_warmup_start=.85, muon_momentum_warmup_steps=500,
+    train_batch_tokens=524_288, train_seq_len=1024, num_spans=32, warmup_steps=0,
+    grad_clip_norm=1., eval_seq_len=1024,
+    average="swa", swa_every=50, late_qat_threshold=2., qat_rules=GRIDS_1123, use_gptq=False,
+    rules=(*GRIDS_1123, (".*", None)), ttt_freeze_embeddings=False)
+PR1123_AS_RUN = replace(PR1123, name="pr1123-as-run",
+    title="#1123 as its code ran").but(bigram_zero_init=True, codec="rans",
+    eval_rules=GRIDS_1123[2:3], ttt_train_mode=True,
     qat_rules=in_float32(GRIDS_1123), rules=(*in_float32(GRIDS_1123), (".*", None)),
-    groups=(Group("token table", r"^tok_emb", "adamw", "tied_embed_lr"), Group("all other matrices", r"\.weight$|skip_weights|resid_mix", "muon", "matrix_lr"), Group("scalars", "", "adamw", "scalar_lr")))
+    groups=(Group("token table", r"^tok_emb", "adamw", "tied_embed_lr"),
+        Group("all other matrices", r"\.weight$|skip_weights|resid_mix", "muon", "matrix_lr"),
+        Group("scalars", "", "adamw", "scalar_lr")))
 
 # %% ../../nbs/systems/50_recipes.ipynb #57c77227
 _601_REST = ((r"^tok_emb", None), (r"blocks\.<last 2>\.attn\.c_k", None))
-GROUPS_601 = (Group("matrices", r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^bigram\.proj", "muon", "matrix_lr"),
-    Group("tables", r"^(tok_emb|bigram\.embed)\.weight$", "adamw", "tied_embed_lr"), Group("scalars", "", "adamw", "scalar_lr"))
-PR601 = replace(PR610, name="pr601", title="value residual, gated attention, int5 MLP", full_steps=9500,
-    claims=(Claim("artifact", 1.1696, None, "described at stride 128, very likely blocks of 1024; int6"), Claim("sliding", 1.1418, None, "stride 128; no log; 16,442,824 bytes in its submission.json, very likely weights alone: 15.7 MiB", "15.7 MB", 16_442_824),
-        Claim("adapted", 1.1721, None, "control tensors, very likely without overlap; no log"))).but(
-    activation="relu2", bigram_vocab_size=1024, ve_dim=0, ve_layers=(), value_residual=True, gated_attention=True, rope_train_seq_len=0, row_norm=True, groups=GROUPS_601,
-    iterations=9500, max_wallclock_seconds=0., train_batch_tokens=524_288, train_seq_len=1024, eval_seq_len=1024, eval_stride=128, samples=51_200,
+GROUPS_601 = (Group("matrices",
+    r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^bigram\.proj",
+    "muon", "matrix_lr"),
+    Group("tables", r"^(tok_emb|bigram\.embed)\.weight$", "adamw", "tied_embed_lr"),
+    Group("scalars", "", "adamw", "scalar_lr"))
+PR601 = replace(
+    PR610,
+    name="pr601",
+    title="value residual, gated attention, int5 MLP",
+    full_steps=9500,
+    claims=(
+        Claim(
+            "artifact", 1.1696, None, "described at stride 128, very likely blocks of 1024; int6"
+        ),
+        Claim(
+            "sliding",
+            1.1418,
+            None,
+            "stride 128; no log; 16,442,824 bytes in its submission.json, very likely weights"
+            " alone: 15.7 MiB",
+            "15.7 MB",
+            16_442_824,
+        ),
+        Claim("adapted", 1.1721, None, "control tensors, very likely without overlap; no log"),
+    ),
+).but(
+    activation="relu2",
+    bigram_vocab_size=1024,
+    ve_dim=0,
+    ve_layers=(),
+    value_residual=True,
+    gated_attention=True,
+    rope_train_seq_len=0,
+    row_norm=True,
+    groups=GROUPS_601,
+    iterations=9500,
+    max_wallclock_seconds=0.0,
+    train_batch_tokens=524_288,
+    train_seq_len=1024,
+    eval_seq_len=1024,
+    eval_stride=128,
+    samples=51_200,
     qat_rules=((r"\.mlp\.", Grid(-16, 15)), (r"\.attn\.", Grid(-32, 31))),
-    rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15)), (r"\.attn\.", Grid(-32, 31)), (".*", Grid(-127, 127))),
-    ttt_epochs=2, ttt_batch_seqs=1, ttt_decay="steps", ttt_freeze_blocks=0, ttt_lr_mult=((r"mlp\.proj", 3.), (r"mlp\.fc", .5)))
+    rules=(
+        *_601_REST,
+        (r"\.mlp\.", Grid(-16, 15)),
+        (r"\.attn\.", Grid(-32, 31)),
+        (".*", Grid(-127, 127)),
+    ),
+    ttt_epochs=2,
+    ttt_batch_seqs=1,
+    ttt_decay="steps",
+    ttt_freeze_blocks=0,
+    ttt_lr_mult=((r"mlp\.proj", 3.0), (r"mlp\.fc", 0.5)),
+)
 PR601_AS_RUN = replace(PR601, name="pr601-as-run", title="#601 as its code ran").but(
-    rope_bf16=True, codec="zstd", zstd_level=22, qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),), use_gptq=False, first_rules=(*_601_REST, (r"\.(mlp|attn)\.", Grid(-32, 31, scale_floor=2**-14)), (".*", INT8_FLOOR)),
-    rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15, scale_floor=2**-14)), (r"\.attn\.", Grid(-32, 31, scale_floor=2**-14)), (".*", INT8_FLOOR)),
-    ttt_local=True, ttt_freeze_embeddings=False, ttt_only=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|smear\.gate|bigram\.scale")
+    rope_bf16=True, codec="zstd", zstd_level=22, qat_rules=((r"\.(attn|mlp)\.", Grid(-32, 31)),),
+    use_gptq=False,
+    first_rules=(*_601_REST, (r"\.(mlp|attn)\.", Grid(-32, 31, scale_floor=2**-14)),
+        (".*", INT8_FLOOR)),
+    rules=(*_601_REST, (r"\.mlp\.", Grid(-16, 15, scale_floor=2**-14)),
+        (r"\.attn\.", Grid(-32, 31, scale_floor=2**-14)), (".*", INT8_FLOOR)),
+    ttt_local=True, ttt_freeze_embeddings=False,
+    ttt_only=r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|smear\.gate|bigram\.scale")
 VARIANTS = {r.name:r for r in (
-    replace(PR601, name="pr601-v0", title="#601, values of block 0 in float16").but(rules=((r"blocks\.0\.attn\.c_v\.", None), *PR601.quant.rules)),
-    replace(PR601, name="pr601-bh10240", title="#601, 10,240 bigram buckets").but(bigram_vocab_size=10_240))}
-RECIPES = {r.name:r for r in (PR610,PR610_AS_RUN,PR576,PR576_AS_RUN,PR598,PR598_AS_RUN,PR1123,PR1123_AS_RUN,PR601,PR601_AS_RUN)}
+    replace(PR601, name="pr601-v0", title="#601, values of block 0 in float16")
+    .but(rules=((r"blocks\.0\.attn\.c_v\.", None), *PR601.quant.rules)),
+    replace(PR601, name="pr601-bh10240", title="#601, 10,240 bigram buckets")
+    .but(bigram_vocab_size=10_240))}
+RECIPES = {r.name:r for r in (PR610,PR610_AS_RUN,PR576,PR576_AS_RUN,PR598,PR598_AS_RUN,PR1123,
+    PR1123_AS_RUN,PR601,PR601_AS_RUN)}
 
 # %% ../../nbs/systems/50_recipes.ipynb #50646baf
 def get_recipe(
@@ -369,7 +570,10 @@ def get_recipe(
     known = RECIPES | VARIANTS
     if name in known: return known[name]
     near = difflib.get_close_matches(name, known, n=3, cutoff=.4)
-    raise ValueError(f"unknown recipe {name!r}; near matches: {', '.join(near) or 'none'}; there are: {', '.join(known)}")
+    raise ValueError(
+        f"unknown recipe {name!r}; near matches: {', '.join(near) or 'none'}; there are:"
+        f" {', '.join(known)}"
+    )
 
 # %% ../../nbs/systems/50_recipes.ipynb #b0341cec
 @dataclass(frozen=True)
@@ -389,32 +593,43 @@ class Scale:
     keep_numel:int      # tensors up to this size stay float16
     eval_tokens:int     # targets scored
 SCALES = dict(
-    pocket=Scale(num_layers=6, model_dim=192, num_heads=4, small_dim=64, bigram_vocab_size=1024, seq_len=256, batch_tokens=4096, num_spans=2, iterations=250,
+    pocket=Scale(num_layers=6, model_dim=192, num_heads=4, small_dim=64, bigram_vocab_size=1024,
+        seq_len=256, batch_tokens=4096, num_spans=2, iterations=250,
         stride=64, samples=64, keep_numel=4096, eval_tokens=65_536),
-    mini=Scale(num_layers=4, model_dim=128, num_heads=4, small_dim=64, bigram_vocab_size=512, seq_len=128, batch_tokens=2048, num_spans=2, iterations=200,
+    mini=Scale(num_layers=4, model_dim=128, num_heads=4, small_dim=64, bigram_vocab_size=512,
+        seq_len=128, batch_tokens=2048, num_spans=2, iterations=200,
         stride=32, samples=64, keep_numel=2048, eval_tokens=16_384),
-    tiny=Scale(num_layers=3, model_dim=64, num_heads=4, small_dim=64, bigram_vocab_size=128, seq_len=64, batch_tokens=1024, num_spans=2, iterations=40,
+    tiny=Scale(num_layers=3, model_dim=64, num_heads=4, small_dim=64, bigram_vocab_size=128,
+        seq_len=64, batch_tokens=1024, num_spans=2, iterations=40,
         stride=32, samples=8, keep_numel=1024, eval_tokens=8192))
 
 # %% ../../nbs/systems/50_recipes.ipynb #7dc565a2
 def _shrink_model(s, m):
     "Model settings at scale `s`, in proportion to the full model `m`."
     layers = lambda n: round(n*s.num_layers/m.num_layers)
-    return dict(num_layers=s.num_layers, model_dim=s.model_dim, num_heads=s.num_heads, num_kv_heads=s.num_heads*m.num_kv_heads//m.num_heads,
-        rope_dims=s.model_dim//s.num_heads//4 if m.rope_dims else 0, xsa_last_n=layers(m.xsa_last_n),
-        bigram_vocab_size=m.bigram_vocab_size and s.bigram_vocab_size*m.bigram_vocab_size//2048, bigram_dim=s.small_dim,
-        ve_dim=m.ve_dim and s.small_dim, ve_layers=tuple(range(s.num_layers-len(m.ve_layers), s.num_layers)))
+    return dict(num_layers=s.num_layers, model_dim=s.model_dim, num_heads=s.num_heads,
+        num_kv_heads=s.num_heads*m.num_kv_heads//m.num_heads,
+        rope_dims=s.model_dim//s.num_heads//4 if m.rope_dims else 0,
+        xsa_last_n=layers(m.xsa_last_n),
+        bigram_vocab_size=m.bigram_vocab_size and s.bigram_vocab_size*m.bigram_vocab_size//2048,
+        bigram_dim=s.small_dim,
+        ve_dim=m.ve_dim and s.small_dim,
+        ve_layers=tuple(range(s.num_layers-len(m.ve_layers), s.num_layers)))
 
 def in_steps(
     recipe:Recipe,  # at any scale
     iterations:int, # steps that it shall take
 )->Recipe: # without a limit on time
-    "The same run in fewer or more steps: warmup, warmdown, momentum ramp and averaging keep their shares of it."
+    """The same run in fewer or more steps: warmup, warmdown, momentum ramp and averaging keep their
+    shares of it."""
     c,a = recipe.schedule,recipe.stages
     part = iterations/(recipe.full_steps if c.max_wallclock_seconds else c.iterations)
     steps = lambda n: max(1, round(n*part)) if n else 0
-    return recipe.but(iterations=iterations, max_wallclock_seconds=0., warmdown_iters=steps(c.warmdown_iters), lr_warmup_iters=steps(c.lr_warmup_iters),
-        muon_momentum_warmup_steps=steps(c.muon_momentum_warmup_steps), ema_decay=1-(1-a.ema_decay)/part if (1-a.ema_decay)<part else 0., swa_every=steps(a.swa_every))
+    return recipe.but(iterations=iterations, max_wallclock_seconds=0.,
+        warmdown_iters=steps(c.warmdown_iters), lr_warmup_iters=steps(c.lr_warmup_iters),
+        muon_momentum_warmup_steps=steps(c.muon_momentum_warmup_steps),
+        ema_decay=1-(1-a.ema_decay)/part if (1-a.ema_decay)<part else 0.,
+        swa_every=steps(a.swa_every))
 
 # %% ../../nbs/systems/50_recipes.ipynb #178fcb13
 def at_scale(
@@ -423,15 +638,21 @@ def at_scale(
 )->Recipe:
     "The same system at another size, in proportion."
     if scale=="full": return _expanded(recipe)
-    if scale not in SCALES: raise ValueError(f"scale={scale!r}: choose one of full, {', '.join(SCALES)}")
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r}: choose one of full, {', '.join(SCALES)}")
     s,r = SCALES[scale],in_steps(recipe, SCALES[scale].iterations)
     stretch = s.seq_len/r.train.train_seq_len
-    return _expanded(replace(r, scale=scale).but(**_shrink_model(s, r.model), rope_train_seq_len=round(r.model.rope_train_seq_len*stretch),
-        train_seq_len=s.seq_len, train_batch_tokens=s.batch_tokens, num_spans=s.num_spans, eval_seq_len=s.seq_len, eval_stride=s.stride,
-        ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch), ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
-        warmup_steps=min(2, r.train.warmup_steps), log_every=max(1, s.iterations//12), checkpoint_every=s.iterations//3, samples=s.samples, keep_numel=s.keep_numel))
+    return _expanded(replace(r, scale=scale).but(**_shrink_model(s, r.model),
+        rope_train_seq_len=round(r.model.rope_train_seq_len*stretch),
+        train_seq_len=s.seq_len, train_batch_tokens=s.batch_tokens, num_spans=s.num_spans,
+        eval_seq_len=s.seq_len, eval_stride=s.stride,
+        ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch),
+        ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
+        warmup_steps=min(2, r.train.warmup_steps), log_every=max(1, s.iterations//12),
+        checkpoint_every=s.iterations//3, samples=s.samples, keep_numel=s.keep_numel))
 
 def _expanded(recipe):
     "Fill in block numbers in every pattern."
-    names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules","stages.eval_rules","stages.ttt_rules")
+    names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules",
+        "stages.eval_rules","stages.ttt_rules")
     return recipe.but(**{n:expand(recipe.settings()[n], recipe.model.num_layers) for n in names})

@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np, torch
 
 from ..squeeze.artifact import ArtifactError, load_artifact, peek
-from ..score.audit import ABSENT, Finding, all_is_scored, audit, bytes_are_text, calibration_apart, documents_apart, model_evaluation, passes, reported_sum
+from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text,
+                               calibration_apart, documents_apart, model_evaluation, passes,
+                               reported_sum)
 from ..game.bpb import byte_tables
 from ..game.data import Dataset, check_bytes
-from .ownership import fingerprint, own_data, read_json, same_data, same_tokenizer, write_json
+from .ownership import (fingerprint, own_data, read_json, same_data, same_tokenizer,
+                                     write_json)
 from ..model.gpt import ModelConfig
 from .pipeline import Report, open_corpus, read_artifact
 from ..squeeze.quant import set_fake_quant
@@ -32,23 +35,38 @@ def open_subject(
     "Find the model that a path means, and what is known about it."
     path = Path(path)
     if not path.is_dir(): return _recipe_of(path, system),path,None
-    if not (path/"recipe.json").is_file(): raise ValueError(f"{path} has no recipe.json, so no run was made there: give the folder of a run, or an artifact")
+    if not (path/"recipe.json").is_file():
+        raise ValueError(
+            f"{path} has no recipe.json, so no run was made there: give the folder of a run, or an"
+            " artifact"
+        )
     report = Report.load(path/"report.json") if finished or (path/"report.json").is_file() else None
-    if finished and not report.complete: raise ValueError(f"{path} holds an unfinished run: finish it with the same command, then audit it")
-    if system and report and system != report.recipe: raise ValueError(f"{path} is a run of {report.recipe}, not of {system}: leave the system out")
+    if finished and not report.complete:
+        raise ValueError(
+            f"{path} holds an unfinished run: finish it with the same command, then audit it")
+    if system and report and system != report.recipe:
+        raise ValueError(
+            f"{path} is a run of {report.recipe}, not of {system}: leave the system out")
     return load_recipe(path/"recipe.json"),path/"model.pgolf",report
 
 def _recipe_of(path, system):
-    "Recipe of an artifact: the one in its folder if that is its model's, else the one that it names."
+    """Recipe of an artifact: the one in its folder if that is its model's, else the one that it
+    names."""
     meta = load_artifact(path)[1]
-    if not {"recipe","scale","model"} <= meta.keys(): raise ValueError(f"{path} does not say which recipe and scale it is of: give the folder of its run")
+    if not {"recipe","scale","model"} <= meta.keys():
+        raise ValueError(
+            f"{path} does not say which recipe and scale it is of: give the folder of its run")
     model = asdict(ModelConfig(**meta["model"]))
     if (beside := path.parent/"recipe.json").is_file() and system in ("", meta["recipe"]):
         recipe = load_recipe(beside)
         if (recipe.name,asdict(recipe.model)) == (meta["recipe"],model): return recipe
     recipe = at_scale(get_recipe(system or meta["recipe"]), meta["scale"])
-    if asdict(recipe.model) == model | dict(vocab_size=recipe.model.vocab_size): return recipe.but(vocab_size=model["vocab_size"])
-    raise ValueError(f"{path} holds another model than {recipe.name} at scale {meta['scale']}: give the folder of its run, or the system it is of")
+    if asdict(recipe.model) == model | dict(vocab_size=recipe.model.vocab_size):
+        return recipe.but(vocab_size=model["vocab_size"])
+    raise ValueError(
+        f"{path} holds another model than {recipe.name} at scale {meta['scale']}: give the folder"
+        " of its run, or the system it is of"
+    )
 
 # %% ../../nbs/systems/54_verdict.ipynb #e343b445
 def data_for(
@@ -113,21 +131,47 @@ def audit_numbers(
 )->list[Finding]: # T4b, D3
     "Add the report up again."
     n,split = row["targets"],len(dataset.val_tokens())-1
-    wanted = split if report.scale == "full" else max(r["targets"] for r in report.rows) # smaller scales score a prefix by design
+    # smaller scales score a prefix by design
+    wanted = split if report.scale == "full" else max(r["targets"] for r in report.rows)
     logp = -torch.from_numpy(np.load(out/"scores.npz")[row["stage"]]).double()
     tokens,tables,c = dataset.val_tokens(n+1),dataset.byte_tables(),recipe.score
-    summed = reported_sum(logp, int(tables.count(tokens[:-1], tokens[1:])[:len(logp)].sum()), row["val_bpb"], tol=1e-5)
-    if len(logp) != n: summed = replace(summed, status="failed", detail=f"{len(logp):,} scores kept, {n:,} reported")
-    with np.load(out/"scores.npz") as kept: first = torch.from_numpy(kept["sliding"]).double()[:2*c.eval_seq_len]
-    again = score(model, tokens[:len(first)+1], tables, c.eval_seq_len, c.eval_stride, c.eval_batch, c.eval_temperature).nll
+    summed = reported_sum(logp, int(tables.count(tokens[:-1], tokens[1:])[:len(logp)].sum()),
+        row["val_bpb"], tol=1e-5)
+    if len(logp) != n:
+        summed = replace(summed, status="failed",
+            detail=f"{len(logp):,} scores kept, {n:,} reported")
+    with np.load(out/"scores.npz") as kept:
+        first = torch.from_numpy(kept["sliding"]).double()[:2*c.eval_seq_len]
+    again = score(model, tokens[:len(first)+1], tables, c.eval_seq_len, c.eval_stride,
+        c.eval_batch, c.eval_temperature).nll
     off = float((again-first)[:c.eval_seq_len].abs().mean())
-    if off > .02: summed = replace(summed, status="failed", detail=f"the artifact scores the first window {off:.3f} nats per target away from the scores kept", size=off)
+    if off > .02:
+        summed = replace(
+            summed,
+            status="failed",
+            detail=(
+                f"the artifact scores the first window {off:.3f} nats per target away from the"
+                " scores kept"
+            ),
+            size=off,
+        )
     covers = all_is_scored(n, wanted, row["coverage"])
-    if covers.status == "passed" and wanted < split: covers = replace(covers, detail=f"{n:,} targets, the prefix that scale {report.scale} scores by design; the split has {split:,}")
-    return [replace(summed, detail=summed.detail+(f"; the artifact gives the same first window within {max(off, 1e-7):.1g} nats" if summed.status == "passed" else "")), covers]
+    if covers.status == "passed" and wanted < split:
+        covers = replace(
+            covers,
+            detail=(
+                f"{n:,} targets, the prefix that scale {report.scale} scores by design; the split"
+                f" has {split:,}"
+            ),
+        )
+    return [replace(summed,
+        detail=summed.detail
+        +(f"; the artifact gives the same first window within {max(off, 1e-7):.1g} nats"
+            if summed.status == "passed" else "")), covers]
 
 # %% ../../nbs/systems/54_verdict.ipynb #60b1a25c
-TRAIN_TOKENS = 20_000_000 # of the training stream are compared with the validation split, document by document
+# of the training stream are compared with the validation split, document by document
+TRAIN_TOKENS = 20_000_000
 
 def audit_data(
     recipe:Recipe,  # says what calibration read
@@ -136,9 +180,12 @@ def audit_data(
 )->list[Finding]: # T1e, D2, D7
     "Ask the data."
     val,sp = dataset.val_tokens(),dataset.tokenizer()
-    seen = dataset.train_tokens(recipe.gptq.samples*recipe.train.train_seq_len) if recipe.stages.use_gptq else None
+    seen = (dataset.train_tokens(recipe.gptq.samples*recipe.train.train_seq_len)
+        if recipe.stages.use_gptq else None)
     apart = documents_apart(dataset.train_tokens(TRAIN_TOKENS), val, sp.bos_id())
-    counted = sidecar_is_whole(dataset, targets) if dataset.val_bytes else bytes_are_text(val[:targets+1], dataset.byte_tables(), sp)
+    counted = sidecar_is_whole(dataset,
+        targets) if dataset.val_bytes else bytes_are_text(val[:targets+1],
+        dataset.byte_tables(), sp)
     return [calibration_apart(seen, val), apart, counted]
 
 def sidecar_is_whole(
@@ -147,14 +194,21 @@ def sidecar_is_whole(
 )->Finding: # D7
     "Whether a sidecar fits its shards; the original text is not here to be counted."
     charged = dataset.byte_tables().count(None, dataset.val_tokens(targets+1)[1:])
-    return Finding("D7", "bytes charged are the text's", "passed", f"{int(charged.sum()):,} bytes by the sidecar of the shards, which charges none to control tokens; the original text is not here")
+    return Finding(
+        "D7",
+        "bytes charged are the text's",
+        "passed",
+        f"{int(charged.sum()):,} bytes by the sidecar of the shards, which charges none to control"
+        " tokens; the original text is not here",
+    )
 
 # %% ../../nbs/systems/54_verdict.ipynb #ce16c97c
 def stretch(
     dataset:Dataset,# validation split
     n:int,          # targets wanted
 )->torch.Tensor: # (n+1,) or shorter
-    "Validation tokens around the start of the second document, so that one start is among the targets."
+    """Validation tokens around the start of the second document, so that one start is among the
+    targets."""
     val = dataset.val_tokens()
     starts = (val[1:] == dataset.tokenizer().bos_id()).nonzero().flatten()
     at = max(0, min(int(starts[0]) if len(starts) else 0, len(val)-1)-n//2)
@@ -169,39 +223,62 @@ def evaluation_of(
 ):# an `Evaluation`
     "The evaluation of a stage, on a stretch: chunks of one window, learnt from at most twice."
     r,sp = recipe,dataset.tokenizer()
-    tables,bos = byte_tables(sp, dataset.vocab_size),sp.bos_id() # an audit changes tokens, of which no sidecar knows
-    cfg = replace(r.score, eval_stride=r.score.eval_seq_len) if stage == "artifact" else replace(r.score, eval_compile=False)
-    if stage not in ("adapted","rescored"): return model_evaluation(model, tables, cfg, length, bos_id=bos)
-    ttt = replace(r.ttt, ttt_chunk_tokens=cfg.eval_seq_len, ttt_epochs=min(2, r.ttt.ttt_epochs), ttt_coverage=1., ttt_max_chunks=0)
+    # an audit changes tokens, of which no sidecar knows
+    tables,bos = byte_tables(sp, dataset.vocab_size),sp.bos_id()
+    cfg = replace(r.score, eval_stride=r.score.eval_seq_len) if stage == "artifact" else replace(
+        r.score, eval_compile=False)
+    if stage not in ("adapted","rescored"):
+        return model_evaluation(model, tables, cfg, length, bos_id=bos)
+    ttt = replace(r.ttt, ttt_chunk_tokens=cfg.eval_seq_len, ttt_epochs=min(2, r.ttt.ttt_epochs),
+        ttt_coverage=1., ttt_max_chunks=0)
     if r.stages.ttt_rules: set_fake_quant(model, r.stages.ttt_rules)
-    return model_evaluation(model, tables, cfg, length, ttt, bos, r.stages.rescore_temperature if stage == "rescored" else 0.)
+    return model_evaluation(model, tables, cfg, length, ttt, bos, r.stages.rescore_temperature
+        if stage == "rescored" else 0.)
 
 # %% ../../nbs/systems/54_verdict.ipynb #a5120dbf
 STAGES = ("artifact","sliding","adapted","rescored")
 
+
 def audit_run(
-    path,           # folder of a finished run, or an artifact
-    dataset:Dataset,# that it ran on
-    system:str="",  # recipe of an artifact; "": the one it names
-    stage:str="",   # score to audit; "": the result
-    device:str="cpu", # where the model goes
-    places:int=3,   # targets that are changed
-    seed:int=0,     # of the choice
-)->dict: # passed, system, scale, stage, val_bpb, about, findings; also written to audit.json and report.json in the run's folder
+    path,  # folder of a finished run, or an artifact
+    dataset: Dataset,  # that it ran on
+    system: str = "",  # recipe of an artifact; "": the one it names
+    stage: str = "",  # score to audit; "": the result
+    device: str = "cpu",  # where the model goes
+    places: int = 3,  # targets that are changed
+    seed: int = 0,  # of the choice
+) -> (
+    dict
+):  # passed, system, scale, stage, val_bpb, about, findings; also written to audit.json and report.json in the run's folder
     "Audit a run or an artifact."
     recipe,artifact,report = open_subject(path, system)
     if report: same_data(report.data, dataset, path)
     unknown = "" if report else check_tokenizer(path, dataset)
-    row = next((r for r in report.rows if r["stage"] == stage), None) if report and stage else report.result if report else None
+    row = next((r for r in report.rows if r["stage"] == stage),
+        None) if report and stage else report.result if report else None
     stage = stage or (row["stage"] if row else "adapted" if recipe.stages.use_ttt else "sliding")
-    if stage not in STAGES or (report and not row): raise ValueError(f"stage={stage!r}: choose one of {', '.join(s for s in STAGES if not report or report.bpb(s))}")
+    if stage not in STAGES or (report and not row):
+        raise ValueError(
+            f"stage={stage!r}: choose one of"
+            f" {', '.join(s for s in STAGES if not report or report.bpb(s))}"
+        )
     model = read_artifact(artifact, device, recipe.stages.eval_rules)
     tokens = stretch(dataset, 4*recipe.score.eval_seq_len)
-    found = audit_numbers(Path(path), report, row, recipe, dataset, model) if report else [Finding(n, w, ABSENT, "an artifact alone has no report") for n,w in (("T4b","the report is the sum of first scores"), ("D3","the full split is scored"))]
+    found = audit_numbers(Path(path), report, row, recipe, dataset,
+        model) if report else [Finding(n, w, ABSENT, "an artifact alone has no report")
+        for n,w in (("T4b","the report is the sum of first scores"),
+            ("D3","the full split is scored"))]
     found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
-    found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1), tokens, places, seed)
-    about = f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,} targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed"+(f"; {unknown}" if unknown else "")
-    out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage, val_bpb=row and row["val_bpb"], about=about, findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))])
+    found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
+        tokens, places, seed)
+    about = (
+        f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,} targets"
+        f" in chunks of {recipe.score.eval_seq_len}, {places} of them changed"
+        + (f"; {unknown}" if unknown else "")
+    )
+    out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage,
+        val_bpb=row and row["val_bpb"], about=about,
+        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))])
     if report:
         write_json(Path(path)/"audit.json", out)
         replace(report, audit=out).save(Path(path)/"report.json")
@@ -212,7 +289,8 @@ def verdict_rows(
     verdict:dict, # of `audit_run`, or read from audit.json
 )->list[tuple]: # property, in words, status, detail
     "A verdict as a table."
-    return [(f["name"], f["what"], f["status"].upper() if f["status"] == "failed" else f["status"], f["detail"]) for f in verdict["findings"]]
+    return [(f["name"], f["what"], f["status"].upper() if f["status"] == "failed" else f["status"],
+        f["detail"]) for f in verdict["findings"]]
 
 def verdict_line(
     verdict:dict, # of `audit_run`, or read from audit.json
@@ -221,4 +299,5 @@ def verdict_line(
     failed = [f["name"] for f in verdict["findings"] if f["status"] == "failed"]
     what = f"{verdict['system']} ({verdict['scale']}), {verdict['stage']}"
     if not verdict["passed"]: return f"{what}: audit FAILED: {', '.join(failed)}"
-    return f"{what}: audit passed"+(f"; fails {', '.join(failed)}, a later ruling that does not decide" if failed else "")
+    return f"{what}: audit passed"+(
+        f"; fails {', '.join(failed)}, a later ruling that does not decide" if failed else "")

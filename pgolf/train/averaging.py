@@ -16,7 +16,8 @@ def _floats(model):
     return {n: p.detach() for n,p in model.state_dict().items() if p.is_floating_point()}
 
 class _Average:
-    "What all averages share: float32 copies of the state by key, kept over checkpoints; a subclass says which and how."
+    """What all averages share: float32 copies of the state by key, kept over checkpoints; a
+    subclass says which and how."""
     def __init__(self): self._copies,self._dtypes = {},{}
     def on_start(self, run):
         "Start from the model's weights, or move what a checkpoint gave to the model's device."
@@ -46,7 +47,8 @@ class EMA(_Average):
     def after_step(self, run):
         "Move the mean towards the present weights."
         live = _floats(run.model)
-        torch._foreach_lerp_([self._copies[n] for n in live], [p.float() for p in live.values()], 1-self.decay)
+        torch._foreach_lerp_([self._copies[n] for n in live],
+            [p.float() for p in live.values()], 1-self.decay)
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
         "Averaged weights, ready for `load_state_dict`."
         return self._cast(self._copies)
@@ -60,22 +62,31 @@ class SWA(_Average):
     ):
         super().__init__()
         if every < 1: raise ValueError(f"every={every} must be at least 1")
-        if not 0 < start_scale <= 1: raise ValueError(f"start_scale={start_scale} must be in (0, 1]")
+        if not 0 < start_scale <= 1:
+            raise ValueError(f"start_scale={start_scale} must be in (0, 1]")
         self.every,self.start_scale = every,start_scale
-        self.count,self.risen = 0,False # snapshots so far; whether the rate has been above; plain numbers, so that no step waits for a device
-    def _fresh(self, live): return {n: torch.zeros_like(p, dtype=torch.float32) for n,p in live.items()}
+        # snapshots so far; whether the rate has been above; plain numbers, so that no step waits
+        # for a device
+        self.count,self.risen = 0,False
+    def _fresh(self, live):
+        return {n: torch.zeros_like(p, dtype=torch.float32) for n,p in live.items()}
     def after_step(self, run):
         "Take a snapshot if it is time."
         if run.lr_scale >= self.start_scale: self.risen = True
         elif run.step % self.every == 0 and self.risen:
             live,self.count = _floats(run.model),self.count+1
-            torch._foreach_lerp_([self._copies[k] for k in live], [p.float() for p in live.values()], 1/self.count)
-    def state_dict(self)->dict[str,Tensor]: return self._copies | {"swa/count": torch.tensor(self.count), "swa/risen": torch.tensor(self.risen)}
+            torch._foreach_lerp_([self._copies[k] for k in live],
+                [p.float() for p in live.values()], 1/self.count)
+    def state_dict(self)->dict[str,Tensor]:
+        return self._copies | {"swa/count": torch.tensor(self.count),
+            "swa/risen": torch.tensor(self.risen)}
     def load_state_dict(self, state:dict[str,Tensor]):
         super().load_state_dict(state)
-        self.count,self.risen = int(self._copies.pop("swa/count")),bool(self._copies.pop("swa/risen"))
+        self.count,self.risen = (int(self._copies.pop("swa/count")),
+            bool(self._copies.pop("swa/risen")))
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
-        "Averaged weights, ready for `load_state_dict`; without a snapshot the last weights, and a warning."
+        """Averaged weights, ready for `load_state_dict`; without a snapshot the last weights, and a
+        warning."""
         if self.count: return self._cast(self._copies)
         warnings.warn(
             f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier "
@@ -91,11 +102,14 @@ class HMA(_Average):
         super().__init__()
         if not .5 <= decay < 1: raise ValueError(f"decay={decay} must be in [0.5, 1)")
         self.fast,self.slow,self.smooth = 1 - 2*(1-decay), decay, 1 - math.sqrt(1-decay)
-    def _fresh(self, live): return {f"{k}/{n}": p.float().clone() for k in ("fast", "slow", "smooth") for n,p in live.items()}
+    def _fresh(self, live):
+        return {f"{k}/{n}": p.float().clone() for k in ("fast", "slow", "smooth")
+            for n,p in live.items()}
     def after_step(self, run):
         "Move the three means on by one step."
         live = _floats(run.model)
-        fast,slow,smooth = ([self._copies[f"{k}/{n}"] for n in live] for k in ("fast", "slow", "smooth"))
+        fast,slow,smooth = ([self._copies[f"{k}/{n}"] for n in live]
+            for k in ("fast", "slow", "smooth"))
         now = [p.float() for p in live.values()]
         torch._foreach_lerp_(fast, now, 1-self.fast)
         torch._foreach_lerp_(slow, now, 1-self.slow)

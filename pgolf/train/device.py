@@ -35,8 +35,11 @@ def keep_memory(
     kept:int=2**31-1, # bytes that may lie idle
 )->bool: # whether this C library can
     "Let freed memory wait for the next tensor instead of going back to the system."
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None # glibc's; other libraries do without
-    return bool(tune and tune(-4, 0) and tune(-1, kept)) # M_MMAP_MAX: large tensors, too, come from the heap; M_TRIM_THRESHOLD: which gives back only above this
+    # glibc's; other libraries do without
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # M_MMAP_MAX: large tensors, too, come from the heap; M_TRIM_THRESHOLD: which gives back only
+    # above this
+    return bool(tune and tune(-4, 0) and tune(-1, kept))
 
 # %% ../../nbs/train/23_device.ipynb #be0c4afe
 def setup_ranks(
@@ -45,8 +48,11 @@ def setup_ranks(
     "Join the process group, once; later calls return the same answer."
     kind = torch.device(device).type
     if kind == "cpu": keep_memory()
-    if not dist.is_available() or not (dist.is_initialized() or dist.is_torchelastic_launched()): return Ranks(device=device)
-    if not dist.is_initialized(): dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", init_method="env://")
+    if not dist.is_available() or not (dist.is_initialized() or dist.is_torchelastic_launched()):
+        return Ranks(device=device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            init_method="env://")
     if kind == "cuda":
         device = f"cuda:{dist.get_node_local_rank(fallback_rank=0)}"
         torch.cuda.set_device(device)
@@ -61,7 +67,8 @@ def best_dtype(
     device:str, # e.g. "cpu", "cuda:1"
 )->torch.dtype: # bfloat16 or float32
     "Dtype to compute in on `device`."
-    bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(
+        including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32
 
 # %% ../../nbs/train/23_device.ipynb #ce66432e
@@ -71,11 +78,15 @@ def can_compile(
     "Whether `torch.compile` can work for `device` in this installation."
     cuda = torch.device(device).type == "cuda"
     compilers = ("gcc", "clang") if cuda else ("g++", "clang++")
-    dynamo = importlib.import_module("torch._dynamo") # takes seconds, so only where compilation is considered
+    # takes seconds, so only where compilation is considered
+    dynamo = importlib.import_module("torch._dynamo")
     if not dynamo.is_dynamo_supported(): return False, "torch has no dynamo for this Python"
-    if not any(map(shutil.which, compilers)): return False, f"no compiler on the PATH ({' or '.join(compilers)})"
-    if not (Path(sysconfig.get_path("include"))/"Python.h").exists(): return False, "Python.h is missing (Python development files)"
-    if cuda and not importlib.util.find_spec("triton"): return False, "the package triton is missing"
+    if not any(map(shutil.which, compilers)):
+        return False, f"no compiler on the PATH ({' or '.join(compilers)})"
+    if not (Path(sysconfig.get_path("include"))/"Python.h").exists():
+        return False, "Python.h is missing (Python development files)"
+    if cuda and not importlib.util.find_spec("triton"):
+        return False, "the package triton is missing"
     return True, "compiler found"
 
 # %% ../../nbs/train/23_device.ipynb #757a6662

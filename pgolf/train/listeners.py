@@ -21,17 +21,25 @@ class MetricsLog:
         path:Path|None=None, # file, default `out/metrics.jsonl`
     ): self.path = path
     def on_start(self, run):
-        self.file = Path(self.path or run.out/"metrics.jsonl") if run.is_main and (self.path or run.out) else None
+        self.file = Path(self.path or run.out/"metrics.jsonl") if run.is_main and (self.path
+            or run.out) else None
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            kept = [l for l in self.file.read_text().splitlines() if _step_of(l) <= run.step] if run.step and self.file.exists() else []
+            kept = [l for l in self.file.read_text().splitlines()
+                if _step_of(l) <= run.step] if run.step and self.file.exists() else []
             self._write("w", "".join(l + "\n" for l in kept))
     def on_record(self, run, values):
-        if self.file: self._write("a", json.dumps({"step": run.step, "elapsed": round(run.elapsed, 4), **values}) + "\n")
+        if self.file:
+            self._write("a",
+                json.dumps({"step": run.step, "elapsed": round(run.elapsed, 4), **values}) + "\n")
     def _write(self, mode, text):
         try:
             with self.file.open(mode) as f: f.write(text)
-        except OSError as e: raise OSError(e.errno, f"{e.strerror} while writing {self.file}: free some space or choose another folder") from e
+        except OSError as e:
+            raise OSError(
+                e.errno,
+                f"{e.strerror} while writing {self.file}: free some space or choose another folder",
+            ) from e
 
 def _step_of(line):
     "Step of a record; a line that a power cut left half written belongs to no step."
@@ -45,12 +53,15 @@ class Validate:
         every:int, # steps; 0: at the end alone
         fn,        # model -> dict of numbers; called in eval mode without gradients, on every rank
     ):
-        if every < 0: raise ValueError(f"every={every} must be at least 0, which is at the end alone")
+        if every < 0:
+            raise ValueError(f"every={every} must be at least 0, which is at the end alone")
         self.every,self.fn,self.history = every, fn, [] # history: (step, elapsed, values)
     def after_step(self, run):
         if self.every and run.step % self.every == 0: self.measure(run)
     def on_end(self, run):
-        if run.stopped_by != "interrupted" and (not self.history or self.history[-1][0] != run.step): self.measure(run)
+        if run.stopped_by != "interrupted" and (not self.history
+            or self.history[-1][0] != run.step):
+            self.measure(run)
     def measure(self, run):
         with run.paused(), torch.no_grad():
             try: values = self.fn(run.model.eval())
@@ -64,7 +75,8 @@ def expected_steps(
 )->int: # steps that the nearer of the two limits allows
     "Foresee the length of a run."
     most,cap = run.schedule.iterations, run.schedule.max_wallclock_seconds
-    return most if not cap or not run.step or not run.elapsed else max(run.step, min(most, round(run.step*cap/run.elapsed)))
+    return most if not cap or not run.step or not run.elapsed else max(run.step,
+        min(most, round(run.step*cap/run.elapsed)))
 
 def seconds_left(
     run:Run,       # between two steps
@@ -75,7 +87,8 @@ def seconds_left(
     return (expected_steps(run)-run.step)*seconds/max(steps, 1)
 
 # %% ../../nbs/train/25_listeners.ipynb #2fd7c733
-FORMATS = dict(loss=".4f", lr_scale=".3f", grad_norm=".3f", tokens=",", tokens_per_second=",.0f") # others: .4f, or as they are if whole
+# others: .4f, or as they are if whole
+FORMATS = dict(loss=".4f", lr_scale=".3f", grad_norm=".3f", tokens=",", tokens_per_second=",.0f")
 
 def as_line(
     values:dict, # of a record
@@ -87,13 +100,17 @@ def as_line(
 
 # %% ../../nbs/train/25_listeners.ipynb #ddb981ef
 class Progress:
-    "A bar with the time left, or lines; what is not a record of a training step is always written out."
+    """A bar with the time left, or lines; what is not a record of a training step is always written
+    out."""
     def __init__(self,
         file=None,        # where to write, default standard error
-        lines:bool=False, # for notebooks and log files: a line for the first step, every `log_every`-th and the last, no bar
+        # for notebooks and log files: a line for the first step, every `log_every`-th and the last,
+        # no bar
+        lines:bool=False,
     ): self.file,self.lines = file or sys.stderr, lines
     def on_start(self, run):
-        self.begun,self.held = None, "" # (seconds, step) at the first step; the line to write if none follows
+        # (seconds, step) at the first step; the line to write if none follows
+        self.begun,self.held = None, ""
         self.bar = bar(total=run.schedule.iterations, initial=run.step, unit="step", file=self.file,
             disable=not run.is_main or self.lines)
     def before_step(self, run):
@@ -106,8 +123,8 @@ class Progress:
     def on_record(self, run, values):
         if not run.is_main: return
         of_step = "tokens_per_second" in values
-        if self.lines: self._line(run, values, of_step)
-        elif of_step: self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if self.lines:self._line(run, values, of_step)
+        elif of_step:self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         else: self.bar.write(f"step {run.step}: {as_line(values)}", file=self.file)
     def on_end(self, run):
         if self.held: print(self.held, file=self.file, flush=True)
@@ -120,8 +137,10 @@ class Progress:
         if self.begun:
             seconds, steps = run.now()-self.begun[0], run.step-self.begun[1]
             left = tqdm.format_interval(seconds_left(run, seconds, steps))
-            text = f"step {run.step}/{expected_steps(run)}, {run.elapsed:.1f} s, {left} left: {text}"
-        wait = of_step and run.first_step+1 < run.step < run.schedule.iterations and run.step % run.cfg.log_every
+            text = (
+                f"step {run.step}/{expected_steps(run)}, {run.elapsed:.1f} s, {left} left: {text}")
+        wait = (of_step and run.first_step+1 < run.step < run.schedule.iterations
+            and run.step % run.cfg.log_every)
         if not wait: print(text, file=self.file, flush=True)
         if of_step: self.held = text if wait else ""
 
@@ -130,9 +149,12 @@ class Checkpointer:
     "Write a checkpoint every so many steps, off the clock."
     def __init__(self,
         every:int,           # steps
-        path:Path|None=None, # file, default `out/checkpoint.safetensors`; each replaces the one before
+        # file, default `out/checkpoint.safetensors`; each replaces the one before
+        path:Path|None=None,
     ):
-        if every < 1: raise ValueError(f"every={every} must be at least 1; leave the listener out for no checkpoints")
+        if every < 1:
+            raise ValueError(
+                f"every={every} must be at least 1; leave the listener out for no checkpoints")
         self.every,self.path = every, path
     def after_step(self, run):
         if run.step % self.every: return
@@ -148,7 +170,9 @@ class TensorBoard:
     def on_start(self, run):
         if not run.is_main: return
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise ImportError(f"the listener TensorBoard needs the package tensorboard ({e}): pip install tensorboard, or leave the listener out") from e
+        except ImportError as e:
+            raise ImportError(
+                f"the listener TensorBoard needs the package tensorboard ({e}): pip install tensorboard, or leave the listener out") from e
         self.writer = SummaryWriter(str(self.path or run.out/"tensorboard"))
     def on_record(self, run, values):
         if not run.is_main: return

@@ -30,21 +30,35 @@ class TrainConfig:
     "What a training run does besides model, optimizer and schedule."
     train_batch_tokens:int=786_432 # targets per step, over all ranks
     train_seq_len:int=2048         # length of a row, tokens
-    num_spans:int=8                # micro-batches per step, over all ranks; the ranks must divide it
-    pass_tokens:int=0              # most tokens in one forward pass, at least a row; 0: a whole micro-batch on a GPU, 8,192 on a CPU
-    warmup_steps:int=20            # steps run first and undone, so that compilation is over when the clock starts
+    # micro-batches per step, over all ranks; the ranks must divide it
+    num_spans:int=8
+    # most tokens in one forward pass, at least a row; 0: a whole micro-batch on a GPU, 8,192 on a
+    # CPU
+    pass_tokens:int=0
+    # steps run first and undone, so that compilation is over when the clock starts
+    warmup_steps:int=20
     grad_clip_norm:float=.3        # largest global norm of the gradient; 0: no clipping
     seed:int=1337                  # initial weights; the order of the data is fixed
-    compile:bool|str="auto"        # torch.compile: "auto" is on for CUDA and off for CPU; never where it cannot work
-    log_every:int=500              # steps between records, beside the first ten and the last; the device is waited for only there
-    val_every:int=4000             # steps between validations, for who builds the listeners; 0: at the end alone
+    # torch.compile: "auto" is on for CUDA and off for CPU; never where it cannot work
+    compile:bool|str="auto"
+    # steps between records, beside the first ten and the last; the device is waited for only there
+    log_every:int=500
+    # steps between validations, for who builds the listeners; 0: at the end alone
+    val_every:int=4000
     checkpoint_every:int=0         # steps between checkpoints, likewise; 0: none
     def __post_init__(self):
-        for name,least in dict(train_batch_tokens=1, train_seq_len=1, num_spans=1, log_every=1, pass_tokens=0, warmup_steps=0, grad_clip_norm=0, val_every=0, checkpoint_every=0).items():
-            if not getattr(self, name) >= least: raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.compile not in ("auto", True, False): raise ValueError(f"compile={self.compile!r} is none of 'auto', True, False")
+        for name,least in dict(train_batch_tokens=1, train_seq_len=1, num_spans=1, log_every=1,
+            pass_tokens=0, warmup_steps=0, grad_clip_norm=0, val_every=0,
+            checkpoint_every=0).items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.compile not in ("auto", True, False):
+            raise ValueError(f"compile={self.compile!r} is none of 'auto', True, False")
         if self.train_batch_tokens % (rows := self.num_spans*self.train_seq_len):
-            raise ValueError(f"train_batch_tokens={self.train_batch_tokens} must be a multiple of num_spans*train_seq_len={rows}")
+            raise ValueError(
+                f"train_batch_tokens={self.train_batch_tokens} must be a multiple of"
+                f" num_spans*train_seq_len={rows}"
+            )
 
 # %% ../../nbs/train/24_loop.ipynb #4afced2d
 def make_loader(
@@ -55,7 +69,8 @@ def make_loader(
     vocab_size:int|None=None, # checks the ids
 )->BatchLoader: # of this rank
     "Build the loader that a configuration asks for."
-    return BatchLoader(shards, cfg.train_batch_tokens, cfg.train_seq_len, cfg.num_spans, ranks.rank, ranks.world, position, vocab_size)
+    return BatchLoader(shards, cfg.train_batch_tokens, cfg.train_seq_len, cfg.num_spans,
+        ranks.rank, ranks.world, position, vocab_size)
 
 # %% ../../nbs/train/24_loop.ipynb #9f848d80
 def average_gradients(
@@ -79,7 +94,8 @@ def choose_loss(
 )->tuple: # (loss function, whether it is compiled, one line that says why)
     "The model's loss, compiled if that is wanted and can work."
     out = maybe_compile(model.loss, wish, device)
-    if out[1]: importlib.import_module("torch._dynamo").reset() # its limit of 8 compilations counts all models of a process; past it they run eagerly
+    # its limit of 8 compilations counts all models of a process; past it they run eagerly
+    if out[1]: importlib.import_module("torch._dynamo").reset()
     return out
 
 # %% ../../nbs/train/24_loop.ipynb #808eb46e
@@ -89,7 +105,8 @@ class _Tools:
     rank = property(lambda self: self.ranks.rank)
     world = property(lambda self: self.ranks.world)
     is_main = property(lambda self: self.ranks.is_main)
-    elapsed = property(lambda self: self.clock.read(), doc="Seconds of training by this rank's clock.")
+    elapsed = property(lambda self: self.clock.read(),
+        doc="Seconds of training by this rank's clock.")
     def call(self, name, *args):
         "Call method `name` of every listener that has it."
         for listener in self.listeners:
@@ -108,14 +125,16 @@ class Run(_Tools):
     "State of a training run."
     model:nn.Module    # the raw module, never the compiled one
     optims:list        # optimizers; every group carries "base_lr"
-    loader:object      # `next_step()` gives the micro-batches of this rank, `position` can be read and set
+    # `next_step()` gives the micro-batches of this rank, `position` can be read and set
+    loader:object
     schedule:ScheduleConfig # rates, momentum, limits
     cfg:TrainConfig    # batch, clipping, intervals
     ranks:Ranks=Ranks()# this process
     out:Path|None=None # folder for files, None: no files
     listeners:tuple=() # called in this order
     config:dict=field(default_factory=dict) # everything that a resumed run must share
-    step:int=0         # before_step: index of the step about to run; after_step: number of finished steps
+    # before_step: index of the step about to run; after_step: number of finished steps
+    step:int=0
     tokens:int=0       # targets seen, over all ranks
     lr_scale:float=0.  # multiplier of the base learning rates
     agreed:float=0.    # seconds of training at the end of the last step, the same on all ranks
@@ -141,25 +160,32 @@ class TrainingDiverged(RuntimeError):
         self.step,self.last_loss,self.path = step, last, path
         seen = "no finite loss before" if last is None else f"last finite loss {last:.4f}"
         where = f"state written to {path}" if path else "no state written, as `out` was not given"
-        super().__init__(f"step {step}: loss {loss}, gradient norm {norm} ({seen}); {where}. Start anew with lower learning rates or a lower grad_clip_norm.")
+        super().__init__(
+            f"step {step}: loss {loss}, gradient norm {norm} ({seen}); {where}. Start anew with"
+            " lower learning rates or a lower grad_clip_norm."
+        )
 
 # %% ../../nbs/train/24_loop.ipynb #fa64c17d
 def settle(
     run:Run, # the run, possibly with losses that are still on the device
 ):
-    "Fetch waiting losses and gradient norms; raise `TrainingDiverged` at the first that is not finite."
+    """Fetch waiting losses and gradient norms; raise `TrainingDiverged` at the first that is not
+    finite."""
     values = torch.stack(run.pending).tolist() if run.pending else []
     run.pending.clear()
     for loss,norm in values:
         if not math.isfinite(loss) or not math.isfinite(norm):
             path = run.out/"diverged.safetensors" if run.out else None
             if path: save_checkpoint(run, path)
-            raise TrainingDiverged(run.first_step+len(run.losses), loss, norm, run.losses[-1] if run.losses else None, path)
+            raise TrainingDiverged(run.first_step+len(run.losses), loss, norm,
+                run.losses[-1] if run.losses else None, path)
         run.losses.append(loss)
         run.grad_norm = norm
 
 # %% ../../nbs/train/24_loop.ipynb #12dc0fe6
-def _to(t, device): return t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else t.to(device)
+def _to(t, device):
+    return (t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda"
+        else t.to(device))
 
 def pieces(
     micros:list,     # (ids, targets) of a rank's step, (rows, tokens) each
@@ -178,13 +204,18 @@ def forward_backward(
     "Accumulate the gradient of one global batch."
     parts = pieces(run.loader.next_step(), run.cfg, run.device)
     mine,want = sum(y.numel() for _,y in parts),run.cfg.train_batch_tokens
-    if mine*run.world != want: raise ValueError(f"train_batch_tokens={want}, but {run.world} rank(s) load {mine*run.world} per step: build the loader with this rank, world and batch")
+    if mine*run.world != want:
+        raise ValueError(
+            f"train_batch_tokens={want}, but {run.world} rank(s) load {mine*run.world} per step:"
+            " build the loader with this rank, world and batch"
+        )
     total = torch.zeros((), device=run.device)
     for x,y in parts:
         loss = loss_fn(_to(x, run.device), _to(y, run.device))*(y.numel()/mine)
         loss.backward()
         total += loss.detach()
-    return total if run.world == 1 else average_gradients(list(run.model.parameters()), total, run.world)
+    return total if run.world == 1 else average_gradients(list(run.model.parameters()),
+        total, run.world)
 
 # %% ../../nbs/train/24_loop.ipynb #539a26e8
 def set_rates(
@@ -217,7 +248,8 @@ def train_step(
     set_rates(run.optims, run.lr_scale, run.schedule.momentum(run.step))
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip_norm or math.inf)
     run.pending.append(torch.stack([run.loss, norm.to(run.loss)]))
-    due = run.step < 10 or (run.step+1) % run.cfg.log_every == 0 or run.step+1 == run.schedule.iterations
+    due = (run.step < 10 or (run.step+1) % run.cfg.log_every == 0
+        or run.step+1 == run.schedule.iterations)
     if due or torch.device(run.device).type == "cpu": settle(run)
     update(run.optims)
     run.step,run.tokens = run.step+1, run.tokens+run.cfg.train_batch_tokens
@@ -229,7 +261,8 @@ def _record_step(run):
     "Hand the numbers of this step to the listeners."
     (tokens,seconds),run.mark = run.mark, (run.tokens, run.elapsed)
     rate = (run.tokens-tokens)/max(run.elapsed-seconds, 1e-9)
-    run.record(loss=run.losses[-1], lr_scale=run.lr_scale, grad_norm=run.grad_norm, tokens=run.tokens, tokens_per_second=round(rate, 1))
+    run.record(loss=run.losses[-1], lr_scale=run.lr_scale, grad_norm=run.grad_norm,
+        tokens=run.tokens, tokens_per_second=round(rate, 1))
 
 # %% ../../nbs/train/24_loop.ipynb #f245b4dd
 def warm_up(
@@ -257,20 +290,30 @@ def write_checkpoint(
     meta:dict,    # anything JSON can hold
 ):
     "Write tensors and metadata under `path`, whole or not at all."
-    data = save({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, {"pgolf": json.dumps(meta)})
+    data = save({k: v.detach().cpu().contiguous() for k,v in tensors.items()},
+        {"pgolf": json.dumps(meta)})
     with atomic_write(path) as f: f.write(data)
 
 def read_checkpoint(
     path:Path, # as written by `write_checkpoint`
 )->tuple[dict,dict]: # (name -> tensor on the CPU, metadata)
     "Read a checkpoint; a file that is none is named in the error."
-    if not Path(path).is_file(): raise CheckpointError(f"{path}: no such checkpoint; start without `resume`, or name an existing file")
+    if not Path(path).is_file():
+        raise CheckpointError(
+            f"{path}: no such checkpoint; start without `resume`, or name an existing file")
     try:
         with safe_open(path, "pt") as f:
             meta = (f.metadata() or {}).get("pgolf")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError) as e: raise CheckpointError(f"{path}: truncated or not a checkpoint ({e}); resume an earlier one or start anew") from e
-    if meta is None: raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of pgolf; its header lacks the entry 'pgolf'")
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(
+            f"{path}: truncated or not a checkpoint ({e}); resume an earlier one or start anew"
+        ) from e
+    if meta is None:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not a checkpoint of pgolf; its header lacks the entry"
+            " 'pgolf'"
+        )
     return tensors, json.loads(meta)
 
 # %% ../../nbs/train/24_loop.ipynb #7c2a69c9
@@ -284,7 +327,8 @@ def optimizer_tensors(
     opt:torch.optim.Optimizer, # whose state is wanted
 )->dict[str,Tensor]: # "parameter/key" -> tensor
     "State of an optimizer as a flat dict."
-    return {f"{n}/{k}": v for n,p in _named_params(model, opt) for k,v in opt.state.get(p, {}).items() if torch.is_tensor(v)}
+    return {f"{n}/{k}": v for n,p in _named_params(model, opt)
+        for k,v in opt.state.get(p, {}).items() if torch.is_tensor(v)}
 
 def load_optimizer(
     model:nn.Module, # gives the names
@@ -294,7 +338,9 @@ def load_optimizer(
     "Put a flat state back into an optimizer."
     state = {}
     for i,(name,_) in enumerate(_named_params(model, opt)):
-        if mine := {k.rpartition("/")[2]: v for k,v in tensors.items() if k.rpartition("/")[0] == name}: state[i] = mine
+        if mine := {k.rpartition("/")[2]: v for k,v in tensors.items()
+            if k.rpartition("/")[0] == name}:
+            state[i] = mine
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 # %% ../../nbs/train/24_loop.ipynb #63e5e37d
@@ -317,15 +363,21 @@ def save_checkpoint(
     parts = {"model": run.model.state_dict()}
     parts |= {f"optim.{i}": optimizer_tensors(run.model, o) for i,o in enumerate(run.optims)}
     parts |= {name: l.state_dict() for name,l in _stateful(run.listeners).items()}
-    meta = dict(step=run.step, tokens=run.tokens, elapsed=run.elapsed, position=run.loader.position, config=run.config, torch=torch.__version__)
-    write_checkpoint(path, {f"{part}/{k}": v for part,state in parts.items() for k,v in state.items()}, meta)
+    meta = dict(step=run.step, tokens=run.tokens, elapsed=run.elapsed,
+        position=run.loader.position, config=run.config, torch=torch.__version__)
+    write_checkpoint(path,
+        {f"{part}/{k}": v for part,state in parts.items() for k,v in state.items()}, meta)
 
 # %% ../../nbs/train/24_loop.ipynb #5f42ea77
-FREE = {"train.compile", "train.log_every", "train.val_every", "train.checkpoint_every", "train.warmup_steps"} # may differ on resume
+# may differ on resume
+FREE = {"train.compile", "train.log_every", "train.val_every", "train.checkpoint_every",
+    "train.warmup_steps"}
 
 def _flatten(value, name=""):
     "Nested configuration as {dotted name: value}."
-    if isinstance(value, dict): return {k: v for key,sub in value.items() for k,v in _flatten(sub, f"{name}.{key}" if name else key).items()}
+    if isinstance(value, dict):
+        return {k: v for key,sub in value.items()
+            for k,v in _flatten(sub, f"{name}.{key}" if name else key).items()}
     return {name: value}
 
 def check_config(
@@ -335,8 +387,13 @@ def check_config(
 ):
     "Raise unless both agree on everything that decides the weights."
     a,b = _flatten(saved), _flatten(ours)
-    bad = [f"{k} is {a.get(k)!r} there and {b.get(k)!r} here" for k in sorted(a.keys()|b.keys()) if a.get(k) != b.get(k) and k not in FREE]
-    if bad: raise CheckpointError(f"{path}: made by another run: {'; '.join(bad)}. Resume with the same configuration, or start anew without `resume`.")
+    bad = [f"{k} is {a.get(k)!r} there and {b.get(k)!r} here" for k in sorted(a.keys()|b.keys())
+        if a.get(k) != b.get(k) and k not in FREE]
+    if bad:
+        raise CheckpointError(
+            f"{path}: made by another run: {'; '.join(bad)}. Resume with the same configuration, or"
+            " start anew without `resume`."
+        )
 
 # %% ../../nbs/train/24_loop.ipynb #bb06b8ac
 def load_checkpoint(
@@ -366,8 +423,11 @@ def _ctrl_c(run):
         presses += 1
         if presses > 2: raise KeyboardInterrupt
         run.interrupted = True
-        if run.is_main: print("stopping after this step (press Ctrl-C three times to stop at once)", file=sys.stderr)
-    if threading.current_thread() is not threading.main_thread(): # signals reach the main thread alone
+        if run.is_main:
+            print("stopping after this step (press Ctrl-C three times to stop at once)",
+                file=sys.stderr)
+    # signals reach the main thread alone
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGINT, on_press)
@@ -380,8 +440,10 @@ def why_stop(
 )->str: # "", "iterations", "wallclock" or "interrupted", the same on every rank
     "Agree over ranks whether the run is over."
     if run.schedule.max_wallclock_seconds: wait_for(run.device)
-    run.agreed,stop = run.ranks.max(run.elapsed, float(run.interrupted)) # a signal that comes after this waits for the next step
-    if run.schedule.done(run.step, run.agreed): return "iterations" if run.step >= run.schedule.iterations else "wallclock"
+    # a signal that comes after this waits for the next step
+    run.agreed,stop = run.ranks.max(run.elapsed, float(run.interrupted))
+    if run.schedule.done(run.step, run.agreed):
+        return "iterations" if run.step >= run.schedule.iterations else "wallclock"
     return "interrupted" if stop else ""
 
 # %% ../../nbs/train/24_loop.ipynb #0f914358
@@ -403,10 +465,14 @@ def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=tim
     "Move the model, build optimizers and the run."
     model.to(ranks.device).train()
     if hasattr(model, "compute_dtype"): model.compute_dtype = best_dtype(ranks.device)
-    if torch.device(ranks.device).type == "cuda": torch.set_float32_matmul_precision("high") # TF32 for what stays float32
-    optims = optim if isinstance(optim, list) else make_optimizers(model, optim, ranks.rank, ranks.world)
-    config = dict(model=getattr(model, "cfg", None), optim=None if isinstance(optim, list) else optim, schedule=schedule, train=cfg)
-    config = {k: asdict(v) if is_dataclass(v) else v for k,v in config.items()} | {"listeners": sorted(_stateful(listeners))}
+    # TF32 for what stays float32
+    if torch.device(ranks.device).type == "cuda": torch.set_float32_matmul_precision("high")
+    optims = optim if isinstance(optim, list) else make_optimizers(model, optim,
+        ranks.rank, ranks.world)
+    config = dict(model=getattr(model, "cfg", None), optim=None if isinstance(optim, list)
+        else optim, schedule=schedule, train=cfg)
+    config = {k: asdict(v) if is_dataclass(v) else v
+        for k,v in config.items()} | {"listeners": sorted(_stateful(listeners))}
     out, config = Path(out) if out else None, json.loads(json.dumps(config))
     return Run(model, optims, loader, schedule, cfg, ranks, out, tuple(listeners), config, now=now)
 
@@ -414,7 +480,8 @@ def _close(run):
     "Stop the clock, look at the last losses, and secure an interrupted run."
     run.clock.stop()
     settle(run)
-    if run.mark[0] != run.tokens: _record_step(run) # the clock or the user ended the run at a step that was not due
+    # the clock or the user ended the run at a step that was not due
+    if run.mark[0] != run.tokens: _record_step(run)
     path = run.out/"checkpoint.safetensors" if run.out and run.stopped_by == "interrupted" else None
     if path: save_checkpoint(run, path)
     run.call("on_end")
@@ -447,10 +514,16 @@ def train(
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
     with _ctrl_c(run), _telling_failure(run):
         run.call("on_start")
-        run.record(note=f"{why}; {getattr(model, 'compute_dtype', torch.float32)}; {run.world} rank(s) on {run.device}")
+        run.record(
+            note=(
+                f"{why}; {getattr(model, 'compute_dtype', torch.float32)}; {run.world} rank(s) on"
+                f" {run.device}"
+            )
+        )
         warm_up(run, loss_fn)
         run.clock.start()
         while not (reason := why_stop(run)): train_step(run, loss_fn)
         run.stopped_by = reason
         path = _close(run)
-    return TrainResult(run.step, run.tokens, run.clock.total, reason, compiled, run.losses, run.seconds, run.lr_scales, path)
+    return TrainResult(run.step, run.tokens, run.clock.total, reason, compiled, run.losses,
+        run.seconds, run.lr_scales, path)

@@ -24,7 +24,8 @@ def product(
     A:Tensor, # (..., n, k), any float dtype
     B:Tensor, # (..., k, m), likewise
 )->Tensor: # (..., n, m), likewise
-    "A @ B; on a CPU that has no instructions for bfloat16 through float32, which holds the factors as they are, and rounded once at the end, as those instructions do."
+    """A @ B; on a CPU that has no instructions for bfloat16 through float32, which holds the
+    factors as they are, and rounded once at the end, as those instructions do."""
     if A.dtype != torch.bfloat16 or A.device.type != "cpu" or _multiplies_bf16(): return A @ B
     return (A.float() @ B.float()).to(A.dtype)
 
@@ -70,11 +71,13 @@ def share_out(
 
 # %% ../../nbs/train/20_muon.ipynb #5b30c840
 def _exchange(mine, shapes, owner, rank, world, like):
-    "All updates in order, from the rank's own ones (index -> tensor), which have the dtype and device of `like`."
+    """All updates in order, from the rank's own ones (index -> tensor), which have the dtype and
+    device of `like`."""
     sizes = [r*c for r,c in shapes]
     width = max(sum(n for n,o in zip(sizes, owner) if o == k) for k in range(world))
     row = like.new_zeros(width)
-    if mine: row[:sum(sizes[i] for i in mine)] = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
+    if mine:
+        row[:sum(sizes[i] for i in mine)] = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
     rows = row.new_empty(world*width)
     dist.all_gather(list(rows.view(world, width)), row)
     at,out = [k*width for k in range(world)], []
@@ -109,29 +112,37 @@ class Muon(torch.optim.Optimizer):
         world:int=1, # processes that share the work, through torch.distributed
     ):
         if not 0 <= rank < world: raise ValueError(f"rank={rank} must be in 0..{world-1}")
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps, row_norm=row_norm))
+        super().__init__(params,
+            dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps,
+                row_norm=row_norm))
         self.ns_dtype,self.rank,self.world = ns_dtype,rank,world
         for p in (p for g in self.param_groups for p in g["params"]):
-            if p.ndim != 2: raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to AdamW")
+            if p.ndim != 2:
+                raise ValueError(
+                    f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to"
+                    " AdamW"
+                )
 
     @torch.no_grad()
     def step(self, closure=None):
         "Take one step; parameters without a gradient stay."
         loss = None if closure is None else torch.enable_grad()(closure)()
         for g in self.param_groups:
-            if params := [p for p in g["params"] if p.grad is not None]: _step_group(self, g, params)
+            if params := [p for p in g["params"] if p.grad is not None]:
+                _step_group(self, g, params)
         return loss
 
 # %% ../../nbs/train/20_muon.ipynb #cc88afd2
 def _step_group(opt, g, params):
-    "One step for `params` of the group `g`: own matrices by shape, the others' received, then decay and update."
+    """One step for `params` of the group `g`: own matrices by shape, the others' received, then
+    decay and update."""
     U,shapes = _direction(params, opt.state, g["momentum"]), [tuple(p.shape) for p in params]
     owner,mine = share_out(shapes, opt.world), {}
     for shape in dict.fromkeys(shapes):
         if at := [i for i,o in enumerate(owner) if o == opt.rank and shapes[i] == shape]:
             batch = torch.stack([U[i].to(opt.ns_dtype) for i in at])
             mine |= zip(at, orthogonal_update(batch, g["ns_steps"], g["row_norm"], opt.ns_dtype))
-    if opt.world == 1: out = [mine[i] for i in range(len(U))]
+    if opt.world == 1:out = [mine[i] for i in range(len(U))]
     else: out = _exchange(mine, shapes, owner, opt.rank, opt.world, U[0].to(opt.ns_dtype))
     torch._foreach_mul_(params, 1 - g["lr"]*g["weight_decay"])
     torch._foreach_add_(params, [u.to(p.dtype) for u,p in zip(out, params)], alpha=-g["lr"])
@@ -155,12 +166,15 @@ class OptimConfig:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
-            if isinstance(v, (int, float)) and not 0 <= v < math.inf: raise ValueError(f"{f.name}={v} must be finite and not negative")
+            if isinstance(v, (int, float)) and not 0 <= v < math.inf:
+                raise ValueError(f"{f.name}={v} must be finite and not negative")
         for name in ("beta1", "beta2"):
             if (v := getattr(self, name)) >= 1: raise ValueError(f"{name}={v} must be below 1")
-        if self.ns_dtype not in ("bfloat16", "float32"): raise ValueError(f"ns_dtype={self.ns_dtype!r} must be bfloat16 or float32")
+        if self.ns_dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"ns_dtype={self.ns_dtype!r} must be bfloat16 or float32")
         for g in self.groups:
-            if g.kind != "none" and g.lr not in (f.name for f in fields(self)): raise ValueError(f"lr={g.lr!r} of group {g.name!r} is no field of OptimConfig")
+            if g.kind != "none" and g.lr not in (f.name for f in fields(self)):
+                raise ValueError(f"lr={g.lr!r} of group {g.name!r} is no field of OptimConfig")
 
 # %% ../../nbs/train/20_muon.ipynb #1a8ce943
 def make_optimizers(
@@ -177,9 +191,11 @@ def make_optimizers(
         if params: by_kind[g.kind].append(dict(params=params, name=g.name, lr=lr, base_lr=lr))
     out = []
     if by_kind["muon"]:
-        out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay, ns_steps=cfg.ns_steps, row_norm=cfg.row_norm,
+        out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay,
+            ns_steps=cfg.ns_steps, row_norm=cfg.row_norm,
                         ns_dtype=getattr(torch, cfg.ns_dtype), rank=rank, world=world))
     if by_kind["adamw"]:
         fused = all(p.is_cuda for g in by_kind["adamw"] for p in g["params"])
-        out.append(torch.optim.AdamW(by_kind["adamw"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, weight_decay=cfg.adam_weight_decay, fused=fused))
+        out.append(torch.optim.AdamW(by_kind["adamw"], betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps, weight_decay=cfg.adam_weight_decay, fused=fused))
     return out

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 # %% ../../nbs/train/21_schedule.ipynb #da481eb9
-DECAYS = dict(linear=lambda left: left, cosine=lambda left: .5 - .5*math.cos(math.pi*left)) # name -> multiplier over what is left, 0..1
+# name -> multiplier over what is left, 0..1
+DECAYS = dict(linear=lambda left: left, cosine=lambda left: .5 - .5*math.cos(math.pi*left))
 
 # %% ../../nbs/train/21_schedule.ipynb #1ac8a3c2
 def by_steps(
@@ -47,11 +48,14 @@ def ramp(
 def _check(c):
     "Raise for a value no run could use."
     if c.iterations < 1: raise ValueError(f"iterations={c.iterations} must be at least 1")
-    for name in ("max_wallclock_seconds", "warmdown_iters", "lr_warmup_iters", "muon_momentum_warmup_steps"):
-        if not 0 <= (v := getattr(c, name)) < math.inf: raise ValueError(f"{name}={v} must be finite and not negative")
+    for name in ("max_wallclock_seconds", "warmdown_iters", "lr_warmup_iters",
+        "muon_momentum_warmup_steps"):
+        if not 0 <= (v := getattr(c, name)) < math.inf:
+            raise ValueError(f"{name}={v} must be finite and not negative")
     for name in ("muon_momentum", "muon_momentum_warmup_start"):
         if not 0 <= (v := getattr(c, name)) < 1: raise ValueError(f"{name}={v} must be in [0, 1)")
-    if not 0 <= c.warmdown_ratio <= 1: raise ValueError(f"warmdown_ratio={c.warmdown_ratio} must be in 0..1")
+    if not 0 <= c.warmdown_ratio <= 1:
+        raise ValueError(f"warmdown_ratio={c.warmdown_ratio} must be in 0..1")
     if c.decay not in DECAYS: raise ValueError(f"decay={c.decay!r} is none of {', '.join(DECAYS)}")
 
 # %% ../../nbs/train/21_schedule.ipynb #e332ea56
@@ -59,9 +63,11 @@ def _check(c):
 class ScheduleConfig:
     "Learning rate, Muon momentum and end of a run, over steps and seconds."
     iterations:int=20_000         # steps at most
-    max_wallclock_seconds:float=0. # seconds of training at most, validation not counted; 0: no limit
+    # seconds of training at most, validation not counted; 0: no limit
+    max_wallclock_seconds:float=0.
     warmdown_iters:int=3500       # last steps, over which the rate falls to 0
-    warmdown_ratio:float=0.       # the same as a fraction of `iterations`; if not 0 it replaces warmdown_iters
+    # the same as a fraction of `iterations`; if not 0 it replaces warmdown_iters
+    warmdown_ratio:float=0.
     lr_warmup_iters:int=0         # first steps, over which the rate rises
     decay:str="linear"            # shape of the warmdown: linear or cosine
     muon_momentum:float=.99       # at the end of its ramp
@@ -75,11 +81,13 @@ class ScheduleConfig:
         "Multiplier of every base learning rate."
         warmdown = self.warmdown_ratio*self.iterations or self.warmdown_iters
         left = by_steps(step, self.iterations, warmdown)
-        if cap := self.max_wallclock_seconds: left = min(left, by_clock(step, elapsed, cap, warmdown))
+        if cap := self.max_wallclock_seconds:
+            left = min(left, by_clock(step, elapsed, cap, warmdown))
         return min(ramp(step+1, 0., 1., self.lr_warmup_iters), DECAYS[self.decay](left))
     def momentum(self, step:int)->float: # of the step about to run
         "Muon momentum."
-        return ramp(step, self.muon_momentum_warmup_start, self.muon_momentum, self.muon_momentum_warmup_steps)
+        return ramp(step, self.muon_momentum_warmup_start, self.muon_momentum,
+            self.muon_momentum_warmup_steps)
     def done(self, step:int, elapsed:float=0.)->bool:
         "Whether `step` finished steps in `elapsed` seconds reach a limit."
         return step >= self.iterations or 0 < self.max_wallclock_seconds <= elapsed
