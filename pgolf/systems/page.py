@@ -96,10 +96,11 @@ def about(page:Page)->Table:
     job, r = page.job, page.job.recipe
     plan = plan_run(r, job.device)
     other = f"; beside it **{page.twin.recipe.name}**" if page.twin else ""
-    return Table(f"""**{r.name}** at scale **{r.scale}** on **{job.dataset.name}**, {job.device}, \
-{job.nproc} process(es), seed {r.train.seed}{other}: {sum(plan['parameters'].values()):,} parameters, \
-{plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens, \
-{plan['flops_per_token']:,} FLOPs per training token.""")
+    size = sum(plan["parameters"].values())
+    return Table(f"**{r.name}** at scale **{r.scale}** on **{job.dataset.name}**, {job.device}, "
+        f"{job.nproc} process(es), seed {r.train.seed}{other}: {size:,} parameters, "
+        f"{plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens, "
+        f"{plan['flops_per_token']:,} FLOPs per training token.")
 
 def groups_table(page:Page)->Table:
     "Which optimizer moves which parameters, and at what rate."
