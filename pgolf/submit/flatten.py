@@ -473,7 +473,8 @@ def _neighbours(rows, code, widest):
 
 
 # %% ../../nbs/submit/60_flatten.ipynb #131696b2
-LEFT_OUT = "def left_out(*_, **__): raise NotImplementedError('this part was left out of the script')"
+LEFT_OUT = ("def left_out(*_, **__):"
+    " raise NotImplementedError('this part was left out of the script')")
 
 def flatten(
     entry:str,              # source of a script that imports from the package

@@ -21,13 +21,14 @@ from ..systems.recipe import Recipe, load_recipe
 from .script import Code,make_code
 
 # %% ../../nbs/submit/62_submission.ipynb #b2729480
-# of training, and of evaluation, on 8 x H100; how far the last step ran over in merged logs
-SECONDS,OVERSHOOT = 600,.5
+SECONDS = 600           # of training, and of evaluation, on 8 x H100
+OVERSHOOT = .5          # how far the last step ran over in merged logs
 SEEDS = 3               # of a record claim
 VAL_BYTES = 151_080_000 # of the validation split, about
 
 def _is_h100(hardware): return bool(re.search(r"\b8\s*[xX×]?\s*(NVIDIA\s*)?H100", str(hardware)))
 def _is_full(n): return isinstance(n, (int,float)) and abs(n/VAL_BYTES-1)<.002
+
 
 # %% ../../nbs/submit/62_submission.ipynb #c6adfc27
 def log_line(
@@ -51,15 +52,15 @@ def log_text(
         seconds=t["elapsed"], stopped_by=t["stopped_by"])
     mid += log_line("squeezed", bytes_artifact=r.bytes_artifact, bytes_code=bytes_code,
         bytes_total=r.bytes_artifact+bytes_code, seconds=t["squeeze_seconds"])
-    return head+steps+mid+"".join(log_line("score", **{k:v for k,v in row.items() if k!="what"})
-        for row in r.rows)
+    rows = [{k:v for k,v in row.items() if k!="what"} for row in r.rows]
+    return head+steps+mid+"".join(log_line("score", **row) for row in rows)
 
 # %% ../../nbs/submit/62_submission.ipynb #1f93d3e9
 def read_log(
     text:str, # a log; other lines are skipped
 )->dict[str,list[dict]]: # kind -> values of its lines, in order
     "Read the numbers off a log."
-    out = {}
+    out:dict[str,list[dict]] = {}
     for kind,values in re.findall(r"^(run|step|trained|squeezed|score) (\{.*\})$", text, re.M):
         try: out.setdefault(kind, []).append(json.loads(values))
         except ValueError: continue # cut off in the middle
@@ -78,6 +79,7 @@ class Finished(NamedTuple):
     report:Report
     recipe:Recipe
     def log(self, bytes_code):
+        "Its log, beside a script of so many bytes."
         return log_text(self.report, (self.path/"metrics.jsonl").read_text(), bytes_code)
 
 def read_runs(
@@ -86,35 +88,32 @@ def read_runs(
     "Open finished runs and see that they belong together."
     runs = [_finished(Path(f)) for f in folders]
     if not runs: raise ValueError("no run to pack: name the folder of at least one")
-    first = runs[0].recipe.but(seed=0)
+    first = runs[0]
     for r in runs[1:]:
-        if r.recipe.but(seed=0)!=first:
-            raise ValueError(
-                f"{r.path} is a run of {r.recipe.name} with other settings than {runs[0].path}:"
-                " only the seed may differ"
-            )
-        if r.report.data!=runs[0].report.data:
-            raise ValueError(f"{r.path} was made on other data than {runs[0].path}")
+        if r.recipe.but(seed=0)!=first.recipe.but(seed=0):
+            raise ValueError(f"{r.path} is a run of {r.recipe.name} with other settings than"
+                f" {first.path}: only the seed may differ")
+        if r.report.data!=first.report.data:
+            raise ValueError(f"{r.path} was made on other data than {first.path}")
     seeds = [r.report.seed for r in runs]
     if len({*seeds})<len(seeds):
         raise ValueError(f"two runs have one seed, there are {seeds}: each counts once")
     return sorted(runs, key=lambda r: r.report.seed)
 
+
+# %% ../../nbs/submit/62_submission.ipynb #c6200001
 def _finished(path):
+    "Open a run; one that cannot be packed is an error."
     if path.is_file():
         raise ValueError(
             f"{path} is a file: packing takes the folder of a finished run, for its logs")
-    report,artifact = Report.load(path/"report.json"),path/"model.pgolf"
+    report,artifact = Report.load(path/"report.json"), path/"model.pgolf"
     if not report.complete or not report.result:
-        raise ValueError(
-            f"{path} is an incomplete run: start the same command again, it goes on where it"
-            " stopped"
-        )
+        raise ValueError(f"{path} is an incomplete run: start the same command again, it goes on"
+            " where it stopped")
     if not artifact.is_file() or artifact.stat().st_size!=report.bytes_artifact:
-        raise ValueError(
-            f"{artifact} is not the file of {report.bytes_artifact:,} bytes that the report tells"
-            " of: run again"
-        )
+        raise ValueError(f"{artifact} is not the file of {report.bytes_artifact:,} bytes that the"
+            " report tells of: run again")
     return Finished(path, report, load_recipe(path/"recipe.json"))
 
 # %% ../../nbs/submit/62_submission.ipynb #0bb0bef2
@@ -123,47 +122,72 @@ def _spread(values): return float(np.std(values, ddof=1)) if len(values)>1 else 
 def describe(
     runs:list,       # of `Finished`
     code:Code,       # their script
-    author:str, github_id:str, name:str, blurb:str, # who and what
+    author:str,      # as it shall be credited
+    github_id:str,   # account
+    name:str,        # of the submission
+    blurb:str,       # one paragraph
     date:str,        # YYYY-MM-DD
 )->dict: # content of submission.json
     "Fill in the fields of a submission."
-    rows,reports,size = ([r.report.result for r in runs],[r.report for r in runs],
-        len(code.packed.encode()))
-    loss,bpb,model = [x["val_loss"] for x in rows],[x["val_bpb"] for x in rows],[r.bytes_artifact
-        for r in reports]
-    seeds = {str(r.seed):dict(val_loss=x["val_loss"], val_bpb=x["val_bpb"],
-        artifact_bytes=r.bytes_artifact, steps=r.training["steps"],
-        step_avg_ms=1000*r.training["elapsed"]/max(1, r.training["steps"]),
-        train_seconds=r.training["elapsed"], eval_seconds=x["seconds"], stage=x["stage"])
-        for r,x in zip(reports, rows)}
-    r,record = reports[0],len(runs)>=SEEDS and reports[0].scale=="full"
+    reports = [r.report for r in runs]
+    r,seeds = reports[0], {str(r.seed):_of_seed(r) for r in reports}
+    record = len(runs)>=SEEDS and r.scale=="full"
     facts = dict(author=author, github_id=github_id, name=name, date=date, blurb=blurb,
         track="10min_16mb" if record else "non_record_16mb",
-        val_loss=float(np.mean(loss)), val_bpb=float(np.mean(bpb)), val_loss_std=_spread(loss),
-        val_bpb_std=_spread(bpb),
-        pre_quant_val_bpb=float(np.mean([x.bpb("averaged") for x in reports])),
-        seeds=[x.seed for x in reports], seed_results=seeds, bytes_code=size,
-        bytes_code_readable=len(code.readable.encode()), artifact_bytes_mean=float(np.mean(model)),
-        artifact_bytes_max=max(model), bytes_total=max(model)+size,
+        **_scores(reports), seeds=[x.seed for x in reports], seed_results=seeds,
+        **_sizes([r.bytes_artifact for r in reports], code),
         hardware=f"{r.nproc} x {r.environment['device']}", pytorch_version=r.environment["torch"],
         technique_summary=r.title)
     return facts | dict(compliance=_compliance(facts, runs[0].recipe.stages.use_ttt))
 
+def _of_seed(report):
+    "What one run reached, and in what time."
+    row,t = report.result, report.training
+    return dict(val_loss=row["val_loss"], val_bpb=row["val_bpb"],
+        artifact_bytes=report.bytes_artifact, steps=t["steps"],
+        step_avg_ms=1000*t["elapsed"]/max(1, t["steps"]), train_seconds=t["elapsed"],
+        eval_seconds=row["seconds"], stage=row["stage"])
+
+
+# %% ../../nbs/submit/62_submission.ipynb #c6200002
+def _scores(reports):
+    "Means and standard deviations over seeds."
+    loss = [r.result["val_loss"] for r in reports]
+    bpb = [r.result["val_bpb"] for r in reports]
+    averaged = [r.bpb("averaged") for r in reports]
+    return dict(val_loss=float(np.mean(loss)), val_bpb=float(np.mean(bpb)),
+        val_loss_std=_spread(loss), val_bpb_std=_spread(bpb),
+        pre_quant_val_bpb=float(np.mean(averaged)))
+
+def _sizes(models, code):
+    "Bytes of the script, of the artifacts, and of both."
+    size = len(code.packed.encode())
+    return dict(bytes_code=size, bytes_code_readable=len(code.readable.encode()),
+        artifact_bytes_mean=float(np.mean(models)), artifact_bytes_max=max(models),
+        bytes_total=max(models)+size)
+
 def _compliance(facts, ttt):
-    """What the numbers say about the rules; the techniques of the last four are no part of the
-    package."""
+    "What the numbers say about the rules; the last four techniques are no part of the package."
     each = facts["seed_results"].values()
-    return dict(train_under_600s=all(s["train_seconds"]<=SECONDS+OVERSHOOT for s in each),
+    return dict(
+        train_under_600s=all(s["train_seconds"]<=SECONDS+OVERSHOOT for s in each),
         eval_under_600s=all(s["eval_seconds"]<=SECONDS for s in each),
-        artifact_under_16mb=facts["bytes_total"]<=BYTE_LIMIT, three_seeds=len(each)>=SEEDS,
-        score_first_ttt=ttt, no_slot=True, no_pre_quant_ttt=True, no_etlb=True, no_ngram_cache=True)
+        artifact_under_16mb=facts["bytes_total"]<=BYTE_LIMIT,
+        three_seeds=len(each)>=SEEDS,
+        score_first_ttt=ttt,
+        no_slot=True,
+        no_pre_quant_ttt=True,
+        no_etlb=True,
+        no_ngram_cache=True,
+    )
 
 # %% ../../nbs/submit/62_submission.ipynb #772d0687
 README = """# {name}
 
 {blurb}
 
-**val_bpb {val_bpb:.4f}**, val_loss {val_loss:.4f} nats per token, {over}; {bytes_total:,} of {limit:,} bytes.
+**val_bpb {val_bpb:.4f}**, val_loss {val_loss:.4f} nats per token, {over}; {bytes_total:,} of \
+{limit:,} bytes.
 
 {seeds}
 
@@ -175,19 +199,24 @@ Stages of seed {seed}. What counts is scored on weights read back from the artif
 
 {bytes}
 
-`train_gpt.py` is the code that counts. {packed} `train_gpt_readable.py` is the same program with its comments; nothing needs it to run.
+`train_gpt.py` is the code that counts. {packed} `train_gpt_readable.py` is the same program with \
+its comments; nothing needs it to run.
 
 ## Run
 
     pip install -r requirements.txt
-    torchrun --standalone --nproc-per-node=8 train_gpt.py DATA   # trains, writes model.pgolf, reads it back, scores
-    python train_gpt.py DATA --eval {artifact}   # only scores
+    # trains, writes model.pgolf, reads it back, scores
+    torchrun --standalone --nproc-per-node=8 train_gpt.py DATA
+    # only scores
+    python train_gpt.py DATA --eval {artifact}
 
-DATA is a folder with `*_train_*.bin`, `*_val_*.bin` and the tokenizer's `*.model` somewhere below it. Seeds: `--seed`.
+DATA is a folder with `*_train_*.bin`, `*_val_*.bin` and the tokenizer's `*.model` somewhere below \
+it. Seeds: `--seed`.
 
 ## Recipe
 
-`{recipe}` ({title}), scale {scale}, trained on {corpus}. Published numbers of the system it follows:
+`{recipe}` ({title}), scale {scale}, trained on {corpus}. Published numbers of the system it \
+follows:
 
 {claims}
 
@@ -202,26 +231,20 @@ def open_questions(
     row:dict,    # result of a run
 )->list[str]: # sentences
     "What a folder does not show."
-    n,hardware = len(facts["seeds"]),facts["hardware"]
-    out = ([] if _is_h100(hardware)
-        else [f"The time limits of {SECONDS} s hold on 8 x H100; this ran on {hardware}."])
+    n,hardware = len(facts["seeds"]), facts["hardware"]
+    out = []
+    if not _is_h100(hardware):
+        out.append(f"The time limits of {SECONDS} s hold on 8 x H100; this ran on {hardware}.")
     if n<SEEDS:
-        out.append(
-            f"{n} seed{'s' if n>1 else ''}: a record claim needs {SEEDS}, and a test against the"
-            " record before it."
-        )
+        out.append(f"{n} seed{'s' if n>1 else ''}: a record claim needs {SEEDS}, and a test against"
+            " the record before it.")
     if not _is_full(row["text_bytes"]):
-        out.append(
-            f"{row['text_bytes']:,} bytes were scored, not the challenge's validation split of"
-            f" about {VAL_BYTES:,}."
-        )
-    return [
-        *out,
-        (
-            "Whether training and validation documents are disjoint is decided by the shards. The"
-            " tokenizer's file is not counted, as in the merged records."
-        ),
-    ]
+        out.append(f"{row['text_bytes']:,} bytes were scored, not the challenge's validation split"
+            f" of about {VAL_BYTES:,}.")
+    out.append("Whether training and validation documents are disjoint is decided by the shards. "
+        "The tokenizer's file is not counted, as in the merged records.")
+    return out
+
 
 # %% ../../nbs/submit/62_submission.ipynb #6dc7256e
 def readme_text(
@@ -230,30 +253,41 @@ def readme_text(
     code:Code,  # their script
 )->str: # Markdown
     "Fill in the README from what was measured."
-    table = lambda rows,head,**kw: tabulate(rows, head, tablefmt="github", intfmt=",",
-        floatfmt=".4f", missingval="-", **kw)
-    r,n,sizes = runs[0].report,len(runs),code.sizes()
-    seeds = [[k,s["val_loss"],s["val_bpb"],s["steps"],s["train_seconds"],s["eval_seconds"],
-        s["artifact_bytes"]] for k,s in facts["seed_results"].items()]
-    ledger = [[f"{f} ({kind})",raw,b]
-        for f,kind,raw,b in by_family(read_ledger(runs[0].path/"model.pgolf"))]
-    ledger += [["train_gpt.py",sizes["readable"],sizes["packed"]],
-        ["total","",r.bytes_artifact+sizes["packed"]]]
-    packed = ("It unpacks itself: Python source under LZMA and base-85, nothing else."
-        if code.packed!=code.minified else "It is minified.")
-    over = (f"mean of {n} seeds (standard deviation {facts['val_bpb_std']:.4f} bpb)" if n>1
-        else "one seed")
-    return README.format(**facts | dict(over=over, limit=BYTE_LIMIT, seed=r.seed, packed=packed,
-        artifact=artifact_name(r.seed), recipe=r.recipe, title=r.title, scale=r.scale,
-        corpus=r.corpus,
-        seeds=table(seeds,
-            ["seed","val_loss","val_bpb","steps","training s","evaluation s","artifact bytes"]),
-        stages=table([[x["stage"],x["what"],x["val_loss"],x["val_bpb"],x["targets"],x["seconds"]]
-            for x in r.rows], ["stage","what","val_loss","val_bpb","targets","seconds"]),
-        bytes=table(ledger, ["part","plain bytes","bytes"]),
-        claims=table([[c["stage"],c["claimed"],c["logged"],c["note"]] for c in r.claims],
-            ["stage","claimed","logged","note"]),
-        open="\n".join(f"- {q}" for q in open_questions(facts, r.result))))
+    r,n = runs[0].report, len(runs)
+    packed = "It is minified."
+    if code.packed!=code.minified:
+        packed = "It unpacks itself: Python source under LZMA and base-85, nothing else."
+    over = "one seed"
+    if n>1: over = f"mean of {n} seeds (standard deviation {facts['val_bpb_std']:.4f} bpb)"
+    questions = "\n".join(f"- {q}" for q in open_questions(facts, r.result))
+    return README.format(**facts | _tables(facts, runs[0], code) | dict(over=over, packed=packed,
+        limit=BYTE_LIMIT, seed=r.seed, artifact=artifact_name(r.seed), recipe=r.recipe,
+        title=r.title, scale=r.scale, corpus=r.corpus, open=questions))
+
+def _table(rows, head):
+    "A Markdown table of a README."
+    return tabulate(rows, head, tablefmt="github", intfmt=",", floatfmt=".4f", missingval="-")
+
+def _columns(rows, keys, heads=None):
+    "Dictionaries as a table of some of their keys."
+    return _table([[x[k] for k in keys] for x in rows], heads or keys)
+
+
+# %% ../../nbs/submit/62_submission.ipynb #c6200003
+def _tables(facts, run, code):
+    "The tables of a README: seeds, stages, bytes, claims."
+    r,sizes = run.report, code.sizes()
+    results = [dict(seed=k, **s) for k,s in facts["seed_results"].items()]
+    ledger = [[f"{f} ({kind})", raw, b]
+        for f,kind,raw,b in by_family(read_ledger(run.path/"model.pgolf"))]
+    ledger += [["train_gpt.py", sizes["readable"], sizes["packed"]],
+        ["total", "", r.bytes_artifact+sizes["packed"]]]
+    timed = ["seed","val_loss","val_bpb","steps","train_seconds","eval_seconds","artifact_bytes"]
+    heads = ["seed","val_loss","val_bpb","steps","training s","evaluation s","artifact bytes"]
+    return dict(seeds=_columns(results, timed, heads),
+        stages=_columns(r.rows, ["stage","what","val_loss","val_bpb","targets","seconds"]),
+        bytes=_table(ledger, ["part","plain bytes","bytes"]),
+        claims=_columns(r.claims, ["stage","claimed","logged","note"]))
 
 # %% ../../nbs/submit/62_submission.ipynb #09a35fc5
 def artifact_name(seed:int)->str: return f"model_seed{seed}.pgolf"
@@ -279,26 +313,32 @@ def pack_submission(
     date:str="",    # YYYY-MM-DD; default: today
 )->Path: # the folder, ready for a pull request
     "Write everything the challenge asks for, whole or not at all."
-    runs,out = read_runs([runs] if isinstance(runs, (str,Path)) else runs),Path(out)
+    finished,out = read_runs([runs] if isinstance(runs, (str,Path)) else runs), Path(out)
     for field,value in dict(author=author, github_id=github_id).items():
         if not value.strip(): raise ValueError(f"{field} is empty: say who submits")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists: remove it or choose another folder")
-    first,env = runs[0],runs[0].report.environment
+    first = finished[0]
     code = make_code(first.recipe)
-    facts = describe(runs, code, author, github_id, name or first.report.title,
+    facts = describe(finished, code, author, github_id, name or first.report.title,
         blurb or first.report.title, date or datetime.date.today().isoformat())
-    files = {"train_gpt.py":code.packed, "train_gpt_readable.py":code.readable,
-        "submission.json":json.dumps(facts, indent=1), "README.md":readme_text(facts, runs, code),
-        "requirements.txt":"".join(f"{p}=={env[p].partition('+')[0]}\n" if p in env else f"{p}\n"
-            for p in outside_imports(code.readable))}
-    files |= {f"train_seed{r.report.seed}.log":r.log(facts["bytes_code"]) for r in runs}
-    _write_folder(out,
-        {n:t.encode()
-            for n,t in files.items()} | {artifact_name(r.report.seed):(r.path/"model.pgolf")
-            .read_bytes() for r in runs})
+    _write_folder(out, _files(finished, code, facts))
     return out
 
+def _files(runs, code, facts):
+    "Name -> bytes of everything in the folder."
+    env = runs[0].report.environment
+    pinned = [f"{p}=={env[p].partition('+')[0]}" if p in env else p
+        for p in outside_imports(code.readable)]
+    texts = {"train_gpt.py":code.packed, "train_gpt_readable.py":code.readable,
+        "submission.json":json.dumps(facts, indent=1), "README.md":readme_text(facts, runs, code),
+        "requirements.txt":"".join(f"{p}\n" for p in pinned)}
+    texts |= {f"train_seed{r.report.seed}.log":r.log(facts["bytes_code"]) for r in runs}
+    artifacts = {artifact_name(r.report.seed):(r.path/"model.pgolf").read_bytes() for r in runs}
+    return {n:t.encode() for n,t in texts.items()} | artifacts
+
+
+# %% ../../nbs/submit/62_submission.ipynb #c6200004
 def _write_folder(out, files):
     "Make a folder of files under another name first."
     tmp = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
@@ -307,10 +347,6 @@ def _write_folder(out, files):
         for name,data in files.items(): (tmp/name).write_bytes(data)
         tmp.rename(out)
     except OSError as e:
-        raise OSError(
-            e.errno,
-            f"{e.strerror or e} while writing {out}: nothing was left there; free some space or"
-            " choose another folder",
-        ) from e
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(e.errno, f"{e.strerror or e} while writing {out}: nothing was left there; free"
+            " some space or choose another folder") from e
+    finally: shutil.rmtree(tmp, ignore_errors=True)
