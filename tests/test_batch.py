@@ -45,7 +45,8 @@ while seed == 9 and not Path(out, "again").exists():
 """
 LAST = """
 job.report.complete = True
-job.report.rows = [dict(stage="sliding", val_loss=4.+seed, val_bpb=2.+seed, legal=True, coverage=1.)]
+job.report.rows = [dict(stage="sliding", val_loss=4.+seed, val_bpb=2.+seed, legal=True,
+    coverage=1.)]
 job.report.save(job.out/"report.json")
 """
 

@@ -183,8 +183,8 @@ Only = Annotated[list[str], typer.Option(help="measure this alone; repeat for mo
     f"{', '.join(BENCHES|SECTIONS)}, peer, peer_profile")]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, growth, ranks "
     "and profile only if named: under a minute")]
-Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, timed "
-    "beside ours; it is executed; repeat for files beside it")]
+Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, "
+    "timed beside ours; it is executed; repeat for files beside it")]
 Compiled = Annotated[bool,
     typer.Option("--compile", help="compile models, ours and the peer's")]
 Measurements = Annotated[Path|None, typer.Option(help="file for the measurements")]

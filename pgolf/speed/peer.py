@@ -377,6 +377,7 @@ def bench_peer(
         *peer_quantizers(case, peer, model),
     ]
 
+# %% ../../nbs/speed/82_peer.ipynb #c8200004
 def profile_peer(
     case:Case, # as of `bench_peer`
     peer:Peer,
@@ -392,7 +393,6 @@ def profile_peer(
         "Muon: ours": ours_muon.step,
     }
     with _quiet(), torch.compiler.set_stance("force_eager"): return profile_phases(case, phases)
-
 
 # %% ../../nbs/speed/82_peer.ipynb #f79e5795
 def peer_bench(

@@ -129,7 +129,7 @@ class Module:
         self.inside:dict[str,tuple] = {}       # name -> (module, name there) in the package
         self.outside:dict[str,list[str]] = {}  # name -> statements that import it
         for s in ast.parse(text).body:
-            if isinstance(s, (ast.Import,ast.ImportFrom)): self._import(s)
+            if isinstance(s, (ast.Import,ast.ImportFrom)): _import(self, s)
             elif not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)):
                 self._define(s) # a docstring is no definition
     def _define(self, s):
@@ -140,26 +140,30 @@ class Module:
             last.body = [*last.body, s]
         else: self.units.append(Unit(first, s.end_lineno, [s]))
         for n in bound_names([s]): self.defs.setdefault(n, []).append(len(self.units)-1)
-    def _import(self, s):
-        source,from_ = self._source(s), isinstance(s, ast.ImportFrom)
-        for a in s.names:
-            alias = a.asname or a.name.partition(".")[0]
-            whole = source if from_ else a.name
-            if whole.split(".")[0]==self.package:
-                self.inside[alias] = (source.removeprefix(self.package).lstrip("."), a.name)
-            elif source!="__future__":
-                plain = ast.ImportFrom(source, [a], 0) if from_ else ast.Import([a])
-                self.outside.setdefault(alias, []).append(ast.unparse(plain))
-    def _source(self, s):
-        "Full name of the module of an import: dots count from the module's own folder."
-        source = getattr(s, "module", "") or ""
-        if not getattr(s, "level", 0): return source
-        folder = [self.package, *self.name.split(".")][:-s.level]
-        return ".".join([*folder, source]).rstrip(".")
+
+
+# %% ../../nbs/submit/60_flatten.ipynb #c6000005
+def _import(m, s):
+    "Note what a statement imports, from the package or from outside."
+    source,from_ = _source(m, s), isinstance(s, ast.ImportFrom)
+    for a in s.names:
+        alias = a.asname or a.name.partition(".")[0]
+        whole = source if from_ else a.name
+        if whole.split(".")[0]==m.package:
+            m.inside[alias] = (source.removeprefix(m.package).lstrip("."), a.name)
+        elif source!="__future__":
+            plain = ast.ImportFrom(source, [a], 0) if from_ else ast.Import([a])
+            m.outside.setdefault(alias, []).append(ast.unparse(plain))
+
+def _source(m, s):
+    "Full name of the module of an import: dots count from the module's own folder."
+    source = getattr(s, "module", "") or ""
+    if not getattr(s, "level", 0): return source
+    folder = [m.package, *m.name.split(".")][:-s.level]
+    return ".".join([*folder, source]).rstrip(".")
 
 # a module is read once, however many scripts are made of it
 _module = lru_cache(maxsize=256)(Module)
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #81fe52a3
 def read_package(
@@ -267,11 +271,11 @@ class _Reached:
                 found = True
         return found
 
+# %% ../../nbs/submit/60_flatten.ipynb #c6000004
 def _imports(modules, module, name):
     "Statements that import a name from outside, wherever it comes from."
     while name not in modules[module].outside: module,name = modules[module].inside[name]
     return modules[module].outside[name]
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #c6000002
 def reach(

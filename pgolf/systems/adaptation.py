@@ -85,6 +85,15 @@ def per_chunk(
     "Sum losses over chunks."
     return [float(x.sum()) for x in scores.nll.split(size)]
 
+def _tried(key, learner, row):
+    "Losses at temperature 1, at each candidate, and at those that were chosen on the way."
+    return {key:[float(c.trials[GRID.index(1.)]) for c in learner.graded],
+        f"{key}_chosen":row[key],
+        f"{key}_trials":[c.trials.tolist() for c in learner.graded],
+        f"{key}_temperatures":[c.temperature for c in learner.graded]}
+
+
+# %% ../../nbs/systems/56_adaptation.ipynb #c5600001
 def measure_case(
     name:str,        # key of `CASES`
     scale:str,       # of `SCALES`
@@ -112,15 +121,8 @@ def measure_case(
     if not r.ttt.ttt_temperatures: return row
     again = {str(t):per_chunk(illegal_rescore(learner, *text, replace(r.score, eval_temperature=t)),
         size) for t in GRID[2:9:2]}
-    return row | _tried("plain", plain, row) | _tried("adapted", learner, row) | dict(rescored=again)
-
-def _tried(key, learner, row):
-    "Losses at temperature 1, at each candidate, and at those that were chosen on the way."
-    return {key:[float(c.trials[GRID.index(1.)]) for c in learner.graded],
-        f"{key}_chosen":row[key],
-        f"{key}_trials":[c.trials.tolist() for c in learner.graded],
-        f"{key}_temperatures":[c.temperature for c in learner.graded]}
-
+    tried = _tried("plain", plain, row) | _tried("adapted", learner, row)
+    return row | tried | dict(rescored=again)
 
 # %% ../../nbs/systems/56_adaptation.ipynb #a515a445
 def measure_lora(

@@ -278,12 +278,13 @@ def launch(
 def _stream(command, lines):
     "Show what a command prints; its exit code, and whether Ctrl-C was pressed."
     heard = False
+    to = sys.stdout if lines else sys.stderr
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         bufsize=1) as p:
         while True:
             try:
                 for line in p.stdout: # after Ctrl-C only torchrun speaks, of its own end
-                    if not heard: print(line, end="", file=None if lines else sys.stderr, flush=True)
+                    if not heard: print(line, end="", file=to, flush=True)
                 break
             except KeyboardInterrupt:
                 heard = True # the processes have heard it too; they write a checkpoint and end

@@ -68,8 +68,8 @@ class Report:
         "Read a report; a file that is none is named."
         try: return cls(**json.loads(Path(path).read_text()))
         except (OSError,ValueError,TypeError) as e:
-            raise ValueError(
-                f"{path} is not a report of pgolf ({e}); a run writes one as OUT/report.json") from None
+            raise ValueError(f"{path} is not a report of pgolf ({e}); a run writes one as"
+                " OUT/report.json") from None
 
 # %% ../../nbs/systems/47_report.ipynb #d76c1c33
 def code_bytes()->tuple[int,int]: # bytes of all modules: as they are, and packed with LZMA
@@ -102,7 +102,8 @@ def scoreboard(
             coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact,
             bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"),
             complete=r.complete, audit=r.mark)
-    def best(line): return min((line[k] for k in ("adapted","sliding") if line[k]), default=math.inf)
+    def best(line):
+        return min((line[k] for k in ("adapted","sliding") if line[k]), default=math.inf)
     return sorted(map(row, reports), key=best)
 
 # %% ../../nbs/systems/47_report.ipynb #f7807e8c
