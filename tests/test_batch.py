@@ -253,7 +253,7 @@ def test_what_does_not_hear_an_interrupt_is_ended(tmp_path):
     pool = Local(2, patience=.2)
     def press():
         while not all((tmp_path/n).exists() for n in "01"): time.sleep(.02)
-        pool.press()
+        pool.children.press()
     threading.Thread(target=press).start()
     assert dict(pool.run(todo)) == {0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: None}
 

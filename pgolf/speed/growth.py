@@ -82,7 +82,7 @@ def rank_step(
 # %% ../../nbs/speed/81_growth.ipynb #c8100001
 def bench_ranks(case:Case)->list[dict]: # points as of `bench_growth`, of rank 0
     "Time a training step of the case over the number of processes that share it."
-    there = torch.cuda.device_count() if case.cuda else os.cpu_count()
+    there = torch.cuda.device_count() if case.cuda else os.cpu_count() or 1
     t = case.recipe.train
     flops = 3*flops_per_token(case.recipe.model, case.seq_len)*t.train_batch_tokens
     out = []
@@ -174,9 +174,10 @@ def bench_profile(case:Case)->dict: # as `profile_phases`
     x,y = batch(case)
     with tempfile.TemporaryDirectory() as folder:
         run = small_run(one_pass(case), Path(folder))
+        loss = choose_loss(run.model, False, case.device)[0]
         out = profile_phases(case, {
-            "forward": lambda: run.model.loss(x, y),
-            "forward and backward": lambda: run.model.loss(x, y).backward(),
+            "forward": lambda: loss(x, y),
+            "forward and backward": lambda: loss(x, y).backward(),
             "update": lambda: [o.step() for o in run.optims],
             "listeners": lambda: [listener_call(run, l)() for l in run.listeners],
         })

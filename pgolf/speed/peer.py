@@ -97,6 +97,8 @@ def load_peer(
             raise FileNotFoundError(
                 f"no script at {path}: give the path of a published train_gpt.py")
         spec = importlib.util.spec_from_file_location(f"pgolf_peer_{path.stem}", path)
+        if not spec or not spec.loader:
+            raise ValueError(f"{path} is no Python file: give the path of a published train_gpt.py")
         modules.append(importlib.util.module_from_spec(spec))
         with _importing(path.parent) as missing:
             try: spec.loader.exec_module(modules[-1])

@@ -9,10 +9,11 @@ __all__ = ['LEFT_OUT', 'FILTERS', 'UNPACK', 'bound_names', 'global_names', 'span
 
 # %% ../../nbs/submit/60_flatten.ipynb #0a7e1dbc
 import ast,base64,builtins,io,lzma,math,re,tokenize
-from collections.abc import Iterable,Iterator
+from collections.abc import Collection,Iterable,Iterator,Set
 from dataclasses import dataclass
 from functools import cached_property,lru_cache
 from pathlib import Path
+from typing import Any
 import pgolf
 
 # %% ../../nbs/submit/60_flatten.ipynb #152ff169
@@ -42,9 +43,9 @@ def bound_names(
 # %% ../../nbs/submit/60_flatten.ipynb #5a151486
 def global_names(
     node:ast.AST,              # a top-level statement
-    local:set=frozenset(),     # names that functions around it bind
+    local:Set=frozenset(),     # names that functions around it bind
     # names that the class body around it has bound so far; functions in it do not see them
-    of_class:set=frozenset(),
+    of_class:Set=frozenset(),
 )->Iterator[ast.Name]: # in the order of the text; annotations, never evaluated, are left out
     "Names that are looked up at the top of the module."
     inner = _inside(node, local) if isinstance(node, (*_FUNCTIONS, ast.Lambda, *_LOOPS)) else local
@@ -87,7 +88,7 @@ def span(
 )->tuple[int,int]: # first line, decorators included, and last, from 1
     "Lines of a statement."
     lines = [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]
-    return min(lines), node.end_lineno
+    return min(lines), node.end_lineno or node.lineno
 
 
 # %% ../../nbs/submit/60_flatten.ipynb #09605b83
@@ -102,7 +103,7 @@ class Unit:
         "What it looks up at the top of its module."
         return [(n.id, n.lineno) for s in self.body for n in global_names(s)]
     @cached_property
-    def mentions(self)->list[tuple[str,int]]: # name and line
+    def mentions(self)->list[tuple[Any,int]]: # name and line
         "Attributes and strings that may name a method."
         return [(getattr(n, "attr", None) or n.value, n.lineno) for s in self.body
             for n in ast.walk(s)
@@ -208,7 +209,7 @@ def optional_methods(
     modules:dict[str,Module], # to look up base classes in
     module:str,               # where the unit is
     unit:Unit,
-    unchecked:set=frozenset(),# dataclasses that need no checks
+    unchecked:Set=frozenset(),# dataclasses that need no checks
 )->dict[tuple,str]: # lines -> name; "" for what nothing will ask for
     "Methods that may be left out: of classes without a base outside, which might call them."
     out = {}
@@ -280,8 +281,8 @@ def _imports(modules, module, name):
 # %% ../../nbs/submit/60_flatten.ipynb #c6000002
 def reach(
     modules:dict[str,Module], # the last one is the entry; all of it is needed
-    absent:set=frozenset(),   # definitions that are not followed
-    unchecked:set=frozenset(),# dataclasses whose `__post_init__` is left out
+    absent:Set=frozenset(),   # definitions that are not followed
+    unchecked:Set=frozenset(),# dataclasses whose `__post_init__` is left out
 )->tuple[dict,dict,set]: # (module, unit) -> lines left out; name -> imports; `absent` ones named
     "Collect what an entry needs."
     r = _Reached(modules, absent, unchecked)
@@ -292,7 +293,7 @@ def reach(
 # %% ../../nbs/submit/60_flatten.ipynb #afaa3797
 def flat_names(
     modules:dict[str,Module], # in import order
-    units:set,                # that are needed
+    units:Collection,         # that are needed
     taken:Iterable[str],      # names that mean something else: those imported from outside
 )->dict[tuple,str]: # (module, name) -> name in the single file
     "Give every definition a name of its own."
@@ -316,15 +317,16 @@ def rename(
     lines = text.encode().splitlines()
     edits = set() # (line, first byte, last byte, name)
     for s in tree.body:
-        found = [(n, n.lineno-1, n.col_offset, "id") for n in global_names(s) if n.id in new]
-        if getattr(s, "name", None) in new:
-            found.append((s, s.lineno-1, lines[s.lineno-1].index(s.name.encode(), 4), "name"))
+        found:list[tuple[Any,int,int,str]] = [(n, n.lineno-1, n.col_offset, "id")
+            for n in global_names(s) if n.id in new]
+        if (name := getattr(s, "name", None)) in new:
+            found.append((s, s.lineno-1, lines[s.lineno-1].index(name.encode(), 4), "name"))
         for n,line,column,field in found:
             old = getattr(n, field)
             setattr(n, field, new[old])
             edits.add((line, column, column+len(old.encode()), new[old].encode()))
-    for line,a,b,name in sorted(edits, reverse=True):
-        lines[line] = lines[line][:a]+name+lines[line][b:]
+    for line,a,b,said in sorted(edits, reverse=True):
+        lines[line] = lines[line][:a]+said+lines[line][b:]
     return _same(b"\n".join(lines).decode(), tree)
 
 def _same(text, tree, other=""):

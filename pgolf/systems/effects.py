@@ -205,7 +205,7 @@ def effects(
     found:dict, # name -> one difference per seed, bpb; all of them are read together
 )->dict: # name -> its Effect
     "Means with intervals that hold together; rows that are 0 throughout are not counted."
-    counted = max(1, sum(np.any(d) for d in found.values()))
+    counted = max(1, sum(bool(np.any(d)) for d in found.values()))
     return {k:paired(d, counted) for k,d in found.items()}
 
 # %% ../../nbs/systems/55_effects.ipynb #b7c1e0a7

@@ -7,25 +7,24 @@ __all__ = ['claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 'remembe
            'same_tokenizer']
 
 # %% ../../nbs/systems/51_ownership.ipynb #762ffbed
-import atexit, hashlib, os, platform
+import atexit, hashlib, os, platform, sys
 from pathlib import Path
 
 from ..game.data import Dataset, austen, open_dataset
 from ..files import read_json, write_json
 from ..game.tokenizer import tokenizer_id
 
-try: import fcntl
-except ImportError: fcntl = None # Windows
+if sys.platform == "win32": import msvcrt
+else: import fcntl
 
 # %% ../../nbs/systems/51_ownership.ipynb #7419ee5c
-_HELD = {} # folder -> its open lock file, of this process
+_HELD:dict = {} # folder -> its open lock file, of this process
 
 def _lock(f)->bool: # whether the lock is ours now
     "Take the lock of an open file, without waiting."
     try:
-        if fcntl: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        if sys.platform != "win32": fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         else:
-            import msvcrt
             f.seek(4096) # behind the text, which stays readable
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         return True

@@ -10,7 +10,7 @@ __all__ = ['MADE', 'pick_device', 'open_corpus', 'Job', 'start', 'check_start', 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b764e3b6
 import json, subprocess, sys, time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def open_corpus(
     data:str="data",    # where the embedded corpus is unpacked
 )->Dataset:
     "Data by name or folder."
-    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(corpus)
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -63,7 +63,7 @@ class Job:
     nproc:int=1         # processes that train
     lines:bool=False    # training reports in lines instead of a bar, for notebooks
     progress:bool=True  # show any
-    report:Report=None  # filled stage by stage
+    report:Report=field(default_factory=Report.blank) # filled stage by stage
     @property
     def weights(self)->Path: return self.out/"weights.safetensors"
     @property

@@ -41,7 +41,7 @@ def open_subject(
         raise ValueError(f"{path} has no recipe.json, so no run was made there: give the folder of"
             " a run, or an artifact")
     report = Report.load(path/"report.json") if finished or (path/"report.json").is_file() else None
-    if finished and not report.complete:
+    if finished and report and not report.complete:
         raise ValueError(
             f"{path} holds an unfinished run: finish it with the same command, then audit it")
     if system and report and system != report.recipe:
@@ -193,7 +193,8 @@ def sidecar_is_whole(
     targets:int,    # scored, from the start of the split
 )->Finding: # D7
     "Whether a sidecar fits its shards; the original text is not here to be counted."
-    charged = dataset.byte_tables().count(None, dataset.val_tokens(targets+1)[1:])
+    tokens = dataset.val_tokens(targets+1)
+    charged = dataset.byte_tables().count(tokens[:-1], tokens[1:])
     return Finding("D7", "bytes charged are the text's", "passed",
         f"{int(charged.sum()):,} bytes by the sidecar of the shards, which charges none to control"
         " tokens; the original text is not here")
@@ -265,9 +266,9 @@ def audit_run(
     stage,row = _row_of(report, stage, recipe)
     model = read_artifact(artifact, device, recipe.stages.eval_rules)
     tokens = stretch(dataset, 4*recipe.score.eval_seq_len)
-    found = audit_numbers(Path(path), report, row, recipe, dataset, model) if row else NO_REPORT
-    found = [*found, *audit_data(recipe, dataset, row["targets"] if row
-        else len(dataset.val_tokens())-1)]
+    found = [*NO_REPORT]
+    if report: found = audit_numbers(Path(path), report, row, recipe, dataset, model)
+    found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
     found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
         tokens, places, seed)
     about = (f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,}"
