@@ -59,9 +59,8 @@ def byte_tables(
         base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
     if space.any() and not (space & (base == 0)).any():
         raise ValueError(
-            "the tokenizer has no piece for a lone space, so spaces would be counted as the three"
-            " bytes of its mark"
-        )
+            "the tokenizer has no piece for a lone space,"
+            " so spaces would be counted as the three bytes of its mark")
     return ByteTables(base, space, edge)
 
 # %% ../../nbs/game/02_bpb.ipynb #0515673e
@@ -80,8 +79,7 @@ class SidecarBytes(ByteTables):
         if not torch.equal(target.cpu(), self.stream[1:n+1].to(target.dtype)):
             raise ValueError(
                 "these targets are not the start of the stream that the byte sidecar belongs to:"
-                " score the held-out text from its start"
-            )
+                " score the held-out text from its start")
         return self.counts[1:n+1].to(target.device)
 
 # %% ../../nbs/game/02_bpb.ipynb #402b6cfe

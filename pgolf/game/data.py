@@ -53,10 +53,9 @@ def _check_ids(path, tokens, vocab_size, start=0):
     if vocab_size is None or (top := int(tokens.max())) < vocab_size: return
     at = start + int(np.argmax(tokens >= vocab_size))
     raise ShardError(
-        f"{path}: token id {int(tokens[at-start])} at position {at}, expected ids below"
-        f" vocab_size={vocab_size} (largest found: {top}): take the tokenizer and the shards of one"
-        " dataset"
-    )
+        f"{path}: token id {int(tokens[at-start])} at position {at},"
+        f" expected ids below vocab_size={vocab_size} (largest found:"
+        f" {top}): take the tokenizer and the shards of one dataset")
 
 # %% ../../nbs/game/04_data.ipynb #5eeaf128
 def read_shard(
@@ -69,9 +68,8 @@ def read_shard(
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise ShardError(
-            f"{path}: {size} bytes, expected a header of {HEADER_BYTES}: cut off; fetch or build it"
-            " again"
-        )
+            f"{path}: {size} bytes, expected a header of {HEADER_BYTES}:"
+            " cut off; fetch or build it again")
     magic,version,n = (int(i) for i in np.fromfile(path, "<i4", 3))
     if magic != MAGIC:
         raise ShardError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard")
@@ -79,8 +77,7 @@ def read_shard(
     if n < 1 or size != HEADER_BYTES+2*n:
         raise ShardError(
             f"{path}: {size} bytes, expected {HEADER_BYTES+2*n} for the {n} tokens of its header:"
-            " cut off or overwritten; fetch or build it again"
-        )
+            " cut off or overwritten; fetch or build it again")
     tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
     _check_ids(path, tokens, vocab_size)
     return tokens
@@ -133,8 +130,7 @@ class BatchLoader:
         if batch_tokens < 1 or seq_len < 1 or batch_tokens % (num_spans*seq_len):
             raise ValueError(
                 f"batch_tokens={batch_tokens} must be a multiple of num_spans*seq_len ="
-                f" {num_spans}*{seq_len} = {num_spans*seq_len}"
-            )
+                f" {num_spans}*{seq_len} = {num_spans*seq_len}")
         if position < 0: raise ValueError(f"position={position} must not be negative")
         self.stream = TokenStream(shards, vocab_size)
         self.seq_len,self.num_spans,self.rank,self.world,self.position = (seq_len,num_spans,
@@ -229,15 +225,13 @@ def check_charge(
         if "\ue000" <= (p := sp.id_to_piece(i))[:1] <= "\uf8ff" and len(p) == 1]
     if marks:
         raise ValueError(
-            f"{where}: its tokenizer has pieces for marks ({ascii(marks[0])}), so the text was"
-            " rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add"
-            " them"
-        )
+            f"{where}: its tokenizer has pieces for marks ({ascii(marks[0])}),"
+            " so the text was rewritten before encoding,"
+            " and there are no *_val_bytes_*.bin beside the shards: add them")
     if (unknown := int((tokens == sp.unk_id()).sum())):
         raise ValueError(
-            f"{where}: {unknown:,} validation tokens are unknown pieces, whose text is lost: take a"
-            " tokenizer with byte fallback"
-        )
+            f"{where}: {unknown:,} validation tokens are unknown pieces, whose text is lost:"
+            " take a tokenizer with byte fallback")
     start = torch.cat([(tokens[:PROBE] == sp.bos_id()).nonzero()[:,0],
         torch.tensor([min(PROBE, len(tokens))])]).tolist()
     whole = [tokens[a:b] for a,b in zip(start, start[1:]) if b < PROBE or b == len(tokens)]
@@ -249,14 +243,12 @@ def check_charge(
         if text != charged:
             raise ValueError(
                 f"{where}: validation document {i} spells {text:,} bytes, the byte tables charge"
-                f" {charged:,}: pgolf cannot count with this tokenizer"
-            )
+                f" {charged:,}: pgolf cannot count with this tokenizer")
     if marked > .005*seen:
         raise ValueError(
-            f"{where}: {marked:,} of {seen:,} characters are private-use marks, so the text was"
-            " rewritten before encoding, and there are no *_val_bytes_*.bin beside the shards: add"
-            " them"
-        )
+            f"{where}: {marked:,} of {seen:,} characters are private-use marks,"
+            " so the text was rewritten before encoding,"
+            " and there are no *_val_bytes_*.bin beside the shards: add them")
 
 # %% ../../nbs/game/04_data.ipynb #7e4ca5ff
 def _with_sidecar(tables, sp, dataset):
@@ -267,13 +259,11 @@ def _with_sidecar(tables, sp, dataset):
     if len(counts) != len(tokens):
         raise ShardError(
             f"{path}: bytes of {len(counts):,} tokens, the validation split has {len(tokens):,}:"
-            " take the sidecar of these shards"
-        )
+            " take the sidecar of these shards")
     if counts[~torch.isin(tokens, torch.tensor(text))].any():
         raise ShardError(
-            f"{path}: charges bytes to control tokens, which stand for no text: not a sidecar of"
-            " these shards"
-        )
+            f"{path}: charges bytes to control tokens, which stand for no text:"
+            " not a sidecar of these shards")
     if not counts.any():
         raise ShardError(f"{path}: charges no bytes at all: not a sidecar of these shards")
     return SidecarBytes(tables.base_bytes, tables.has_leading_space,
@@ -287,7 +277,6 @@ def check_bytes(
     if not dataset.val_bytes:
         check_charge(dataset.tokenizer(), tables, dataset.val_tokens(), dataset.path)
 
-
 # %% ../../nbs/game/04_data.ipynb #bbcedc54
 def _head(shards, n, vocab_size):
     stream = TokenStream(shards, vocab_size)
@@ -297,9 +286,8 @@ def _head(shards, n, vocab_size):
 def _remedy(name):
     if name.startswith("fineweb10B_"):
         return (
-            f"fetch it with `pgolf data fineweb --variant {name.removeprefix('fineweb10B_')}"
-            " --train-shards 1`"
-        )
+            "fetch it with `pgolf data fineweb --variant"
+            f" {name.removeprefix('fineweb10B_')} --train-shards 1`")
     return ("make it with `pgolf data austen`" if name.startswith("austen")
         else "make it with `pgolf data build`")
 
@@ -316,9 +304,8 @@ def _entries(manifest, path, name): # the dataset's entry and its tokenizer's
     entry = manifest["datasets"][names.index(name)]
     if not {"files_train", "files_val"} <= entry.get("stats", {}).keys():
         raise ValueError(
-            f"{path}: dataset {name!r} does not say how many shards it has (stats.files_train,"
-            " stats.files_val)"
-        )
+            f"{path}: dataset {name!r} does not say how many"
+            " shards it has (stats.files_train, stats.files_val)")
     tokenizer = next((t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"]),
         None)
     if tokenizer is None or "model_path" not in tokenizer:
@@ -351,7 +338,8 @@ def _find_dataset(path): # the root with its manifest, and the name of the datas
         and (root/"datasets"/d["name"]).is_dir()]
     if len(here) > 1:
         raise ValueError(
-            f"{path} holds several datasets: open one of {', '.join(str(root/'datasets'/n) for n in here)}")
+            f"{path} holds several datasets:"
+            f" open one of {', '.join(str(root/'datasets'/n) for n in here)}")
     return root,manifest,here[0] if here else name or manifest["datasets"][0]["name"]
 
 # %% ../../nbs/game/04_data.ipynb #f3b48d0a
@@ -364,9 +352,8 @@ def _check_shard(path, want, vocab_size=None):
     tokens = read_shard(path, vocab_size)
     if want is not None and len(tokens) != want:
         raise ShardError(
-            f"{path}: {len(tokens)} tokens, expected {want} by the manifest: cut off or exchanged;"
-            " fetch or build it again"
-        )
+            f"{path}: {len(tokens)} tokens, expected {want} by the manifest:"
+            " cut off or exchanged; fetch or build it again")
 
 # %% ../../nbs/game/04_data.ipynb #8a13e3c9
 def open_dataset(
@@ -398,8 +385,7 @@ def _open_split(manifest, entry, folder, name, split):
     if len(have) == want and promised not in (None, total):
         raise ShardError(
             f"{folder}: {total:,} {split} tokens, the manifest promises {promised:,};"
-            f" {_remedy(name)} again"
-        )
+            f" {_remedy(name)} again")
     return tuple(folder/n for n in have)
 
 def _sidecar(shards):
@@ -410,9 +396,8 @@ def _sidecar(shards):
     for p,shard in zip(files, shards):
         if len(read_shard(p)) != (n := len(read_shard(shard))):
             raise ShardError(
-                f"{p}: bytes of {len(read_shard(p)):,} tokens, {shard.name} has {n:,}: take the"
-                " sidecar of these shards"
-            )
+                f"{p}: bytes of {len(read_shard(p)):,} tokens, {shard.name} has {n:,}:"
+                " take the sidecar of these shards")
     return tuple(files)
 
 # %% ../../nbs/game/04_data.ipynb #84e88eb5
@@ -453,8 +438,7 @@ def check_sums(root, files):
         if read <= HASHED and not is_as_kept(root, p, sums):
             raise ShardError(
                 f"{p}: not the file that was built or fetched (its SHA-256 differs from"
-                " checksums.json): build or fetch it again"
-            )
+                " checksums.json): build or fetch it again")
 
 # %% ../../nbs/game/04_data.ipynb #4f54b185
 class _Lines(plain_tqdm):
@@ -534,26 +518,22 @@ def data_notes(
             out.append(
                 f"{kept:,} of {text:,} bytes of the {what} text are in its tokens"
                 f" ({kept/text:.1%}): the tokenizer collapses whitespace and rewrites some"
-                " characters; bits per byte count what is kept"
-            )
+                " characters; bits per byte count what is kept")
         if s.get(f"docs_blank_{split}"):
             out.append(f"{s[f'docs_blank_{split}']:,} {what} documents encode to nothing")
     if s.get("marks_val") and not dataset.val_bytes:
         out.append(
-            f"the held-out text has {s['marks_val']:,} private-use characters, charged 3 bytes"
-            " each; if they are marks of a rewritten text, put the bytes of the original beside"
-            " the shards, as *_val_bytes_*.bin"
-        )
+            f"the held-out text has {s['marks_val']:,} private-use characters,"
+            " charged 3 bytes each; if they are marks of a rewritten text,"
+            " put the bytes of the original beside the shards, as *_val_bytes_*.bin")
     if s.get("docs_shared"):
         out.append(
-            f"{s['docs_shared']:,} held-out documents are training documents too: a score on them"
-            " says nothing, and an audit fails"
-        )
+            f"{s['docs_shared']:,} held-out documents are training documents too:"
+            " a score on them says nothing, and an audit fails")
     elif s.get("lines_shared"):
         out.append(
-            f"{s['lines_shared']:,} of {s['lines_long']:,} long held-out lines stand in the"
-            " training text too"
-        )
+            f"{s['lines_shared']:,} of {s['lines_long']:,} long"
+            " held-out lines stand in the training text too")
     return out
 
 # %% ../../nbs/game/04_data.ipynb #cf85ddcd
@@ -618,9 +598,7 @@ def _check_documents(docs):
             if half := re.search("[\ud800-\udfff]", t):
                 raise ValueError(
                     f"{split} document {i} holds {half[0]!r} at character {half.start()}, half a"
-                    " character, which no UTF-8 text can hold: mend or drop the document"
-                )
-
+                    " character, which no UTF-8 text can hold: mend or drop the document")
 
 # %% ../../nbs/game/04_data.ipynb #f31afebd
 def _fill(root, name, sp, model, docs, shard_size):
@@ -631,8 +609,7 @@ def _fill(root, name, sp, model, docs, shard_size):
         if tokens == len(docs[split]):
             raise ValueError(
                 f"{split}_docs: all {tokens} documents encode to nothing, for example"
-                f" {docs[split][0][:20]!r}: the tokenizer drops every character of them"
-            )
+                f" {docs[split][0][:20]!r}: the tokenizer drops every character of them")
     with atomic_write(root/"manifest.json") as f:
         f.write(json.dumps(_manifest(name, sp, model, docs, wrote, shard_size), indent=1).encode())
     write_sums(root, [model, *sorted((root/"datasets"/name).glob("*.bin"))])
@@ -643,7 +620,6 @@ def _claim(tmp, path): # give a finished folder its name, unless another process
         if not path.exists(): raise
         raise FileExistsError(
             f"{path} was made by another process meanwhile: open it instead") from e
-
 
 # %% ../../nbs/game/04_data.ipynb #f19ba88e
 def austen(
@@ -661,7 +637,6 @@ def austen(
     data = open_dataset(path)
     if data.vocab_size != vocab_size:
         raise ValueError(
-            f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}: choose another"
-            " path"
-        )
+            f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}:"
+            " choose another path")
     return data

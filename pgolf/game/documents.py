@@ -30,9 +30,8 @@ NOT_TEXT = {b"PAR1": "a Parquet table", b"ARROW1": "an Arrow table", b"PK\3\4": 
     b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF", b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text"}
 READS = (
-    "text (one document a file) or JSONL (an object with a \"text\" a line), plain or under gzip,"
-    " zstd, bzip2 or xz"
-)
+    "text (one document a file) or JSONL (an object with a \"text\" a line),"
+    " plain or under gzip, zstd, bzip2 or xz")
 
 def unpacked(
     path:Path, # file, compressed or not
@@ -69,7 +68,8 @@ def _objects(path, text):
         try: yield from ((f"item {i}", v) for i,v in enumerate(json.loads(text), 1))
         except (ValueError, RecursionError) as e:
             raise ValueError(
-                f"{path}: starts as a JSON list and is none ({e}): write one object a line") from None
+                f"{path}: starts as a JSON list and is none ({e}):"
+                " write one object a line") from None
         return
     for i,line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
@@ -89,7 +89,8 @@ def read_documents(
         try: text = unpacked(path).decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise ValueError(
-                f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): pgolf reads {READS}") from None
+                f"{path} is not UTF-8 text ({e.reason} at byte {e.start}):"
+                f" pgolf reads {READS}") from None
         if not text.strip(): raise ValueError(f"{path} is empty: expected text")
         if "\0" in text[:4096]:
             raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
@@ -107,5 +108,6 @@ def _text_of(path, where, value):
         raise ValueError(f'{path} {where}: "text" is {doc!r:.40}, expected a string')
     if half := re.search("[\ud800-\udfff]", doc):
         raise ValueError(
-            f"{path} {where}: {half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can hold: mend or drop the document")
+            f"{path} {where}: {half[0]!r} at character {half.start()} is half a character,"
+            " which no UTF-8 text can hold: mend or drop the document")
     return doc

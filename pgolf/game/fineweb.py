@@ -25,7 +25,8 @@ def _fetch(remote, folder, repo_id, endpoint):
         return Path(shutil.copyfile(Path(repo_id)/remote, folder/remote))
     if Path(repo_id).is_absolute():
         raise FileNotFoundError(
-            f"no folder {repo_id}: name a folder that mirrors the hub, or a dataset of the hub as owner/name")
+            f"no folder {repo_id}: name a folder that mirrors the hub,"
+            " or a dataset of the hub as owner/name")
     try: from huggingface_hub import hf_hub_download
     except ImportError as e:
         raise ImportError(
@@ -36,7 +37,8 @@ def _fetch(remote, folder, repo_id, endpoint):
     except Exception as e: # the client raises a dozen kinds
         why = (str(e) or repr(e)).splitlines()[0]
         raise ConnectionError(
-            f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}: {why}; run the same command again to go on") from e
+            f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}:"
+            f" {why}; run the same command again to go on") from e
     return _as_the_hub_says(got, folder/".cache"/"huggingface"/"download"/f"{remote}.metadata")
 
 def _as_the_hub_says(got, about):
@@ -46,7 +48,8 @@ def _as_the_hub_says(got, about):
     if says and re.fullmatch("[0-9a-f]{64}", says[0]) and file_sum(got) != says[0]:
         got.unlink()
         raise ConnectionError(
-            f"{got.name} arrived damaged (its SHA-256 is not the hub's): run the same command again")
+            f"{got.name} arrived damaged (its SHA-256 is not the hub's):"
+            " run the same command again")
     return got
 
 # %% ../../nbs/game/06_fineweb.ipynb #cbec0eda
@@ -75,9 +78,8 @@ def download_fineweb(
     manifest = _read_manifest(get("manifest.json"))
     if (root/"manifest.json").is_file() and _read_manifest(root/"manifest.json") != manifest:
         raise ValueError(
-            f"{root} holds another export than {repo_id}: choose another path, shards of two"
-            " exports must not mix"
-        )
+            f"{root} holds another export than {repo_id}:"
+            " choose another path, shards of two exports must not mix")
     entry,tokenizer = _entries(manifest, "the hub's manifest", name)
     if not 1 <= train_shards <= (most := entry["stats"]["files_train"]):
         raise ValueError(f"train_shards={train_shards} not in 1..{most}")

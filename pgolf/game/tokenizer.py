@@ -56,11 +56,13 @@ def train_tokenizer(
     try: SentencePieceTrainer.train(sentence_iterator=iter(clean), model_writer=model, **options)
     except RuntimeError as e:
         raise ValueError(
-            f"no tokenizer of vocab_size={vocab_size} from {sum(map(len, clean)):,} characters: {_reason(e)}") from None
+            f"no tokenizer of vocab_size={vocab_size} from {sum(map(len, clean)):,} characters:"
+            f" {_reason(e)}") from None
     sp = SentencePieceProcessor(model_proto=model.getvalue())
     if sp.vocab_size() != options["vocab_size"]:
         raise ValueError(
-            f"the text yields {sp.vocab_size()} pieces, not vocab_size={options['vocab_size']}: take a smaller vocabulary or more text")
+            f"the text yields {sp.vocab_size()} pieces, not vocab_size={options['vocab_size']}:"
+            " take a smaller vocabulary or more text")
     with atomic_write(path.with_suffix(".vocab")) as f:
         f.writelines(f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n".encode()
             for i in range(sp.vocab_size()))
@@ -75,7 +77,6 @@ def _reason(e):
         return f"its characters and the special pieces alone are {m[2]}: take a larger vocabulary"
     return "the trainer of SentencePiece gave up: take more text, or another vocabulary size"
 
-
 # %% ../../nbs/game/03_tokenizer.ipynb #0f00a776
 def load_tokenizer(
     path:Path,           # a SentencePiece *.model file
@@ -89,8 +90,7 @@ def load_tokenizer(
     if vocab_size is not None and sp.vocab_size() != vocab_size:
         raise ValueError(
             f"{path} has {sp.vocab_size()} pieces, expected vocab_size={vocab_size}: take the"
-            " tokenizer that the shards were made with"
-        )
+            " tokenizer that the shards were made with")
     return sp
 
 # %% ../../nbs/game/03_tokenizer.ipynb #f9e0a5be
@@ -107,9 +107,8 @@ def encode_document(
             "the tokenizer has no BOS piece, which starts every document: take one that has")
     if half := re.search("[\ud800-\udfff]", text):
         raise ValueError(
-            f"{half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can"
-            " hold: mend or drop the document"
-        )
+            f"{half[0]!r} at character {half.start()} is half a character,"
+            " which no UTF-8 text can hold: mend or drop the document")
     return np.array([sp.bos_id(), *sp.encode(text)], dtype=np.uint16)
 
 def tokenizer_id(
@@ -117,4 +116,3 @@ def tokenizer_id(
 )->str: # equal for equal files
     "Short name of a tokenizer, by its content."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-

@@ -187,9 +187,8 @@ def calibration_apart(
     seen = torch.isin(torch.cat([_runs(r, run) for r in rows]), _runs(val, run))
     share = float(seen.double().mean()) if len(seen) else 0.
     good = (
-        f"{rows.numel():,} calibration tokens share no run of {run} with {len(val):,} validation"
-        " tokens"
-    )
+        f"{rows.numel():,} calibration tokens share no run"
+        f" of {run} with {len(val):,} validation tokens")
     return _finding("T1e", what, [(share, None, "")], 0., good,
         f"share of calibration runs of {run} tokens that are validation text:", "")
 
@@ -223,8 +222,7 @@ def sums_to_one(
         for s,t in zip(total, places)]
     good = (
         f"{ev.vocab_size} candidates at each of {len(places)} places: sums within"
-        f" {float((total-1).abs().max()):.1g} of 1"
-    )
+        f" {float((total-1).abs().max()):.1g} of 1")
     return _finding("T2a", "every candidate has a probability, sum 1", leaks, TOL, good,
         "target {place} is off by", "")
 

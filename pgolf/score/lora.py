@@ -58,9 +58,8 @@ def document_plan(
     document."""
     if chunk > seq_len:
         raise ValueError(
-            f"ttt_lora_chunk_tokens={chunk} does not fit in a window, eval_seq_len={seq_len};"
-            " lower it"
-        )
+            f"ttt_lora_chunk_tokens={chunk} does not fit in a window,"
+            f" eval_seq_len={seq_len}; lower it")
     ends = [(first, min(stop, first+chunk)) for first in range(start, stop, chunk)]
     return [(max(start, end-seq_len), end, first) for first, end in ends]
 
@@ -78,7 +77,8 @@ class Adapters:
             and re.search(cfg.ttt_lora_targets, n)}
         if not self.layers:
             raise ValueError(
-                f"ttt_lora_targets={cfg.ttt_lora_targets!r} matches no linear layer of the model; attn.c_q is one")
+                f"ttt_lora_targets={cfg.ttt_lora_targets!r} matches no linear layer of the model;"
+                " attn.c_q is one")
         r, device = cfg.ttt_lora_rank, next(model.parameters()).device
         draw = {n: (2*torch.rand(r, m.in_features, generator=gen)-1)*m.in_features**-.5
             for n, m in self.layers.items()}
@@ -159,8 +159,7 @@ def learn_rows(
     if graded.updates != own.updates:
         raise ValueError(
             f"graded before update {graded.updates}, but {own.updates} updates have been taken"
-            " since: learn from a chunk once, before the next is graded"
-        )
+            " since: learn from a chunk once, before the next is graded")
     per = torch.zeros(len(more), device=graded.nll.device)
     mean = per.index_add(0, graded.row, graded.nll)/per.index_add(0, graded.row,
         torch.ones_like(graded.nll))

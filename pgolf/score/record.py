@@ -35,9 +35,8 @@ def record_test(
     (a,va,na),(b,vb,nb) = _spread(new, "new"),_spread(old, "old")
     if va+vb == 0:
         raise ValueError(
-            f"all seeds of a system agree to the last digit ({a}, {b}): give every digit, or runs"
-            " that differ"
-        )
+            f"all seeds of a system agree to the last digit ({a}, {b}):"
+            " give every digit, or runs that differ")
     from scipy.stats import t # half a second, so only where it is needed
     return float(t.sf((b-a-margin)/math.sqrt(va+vb), (va+vb)**2/(va**2/(na-1)+vb**2/(nb-1))))
 
@@ -102,10 +101,8 @@ class Record:
                 "record",
                 (
                     f"{'yes' if self.is_record else 'no'}: p = {self.p:.3g} that the lead is"
-                    f" {self.margin} nats or less; the rule wants p < {self.alpha}"
-                ),
-            )
-        )
+                    f" {self.margin} nats or less; the rule wants p < {self.alpha}"),
+            ))
         return out+[("seeds for 80 % power",str(self.seeds) if self.seeds
             else "no number: the lead is within the margin")]
 
@@ -141,10 +138,12 @@ float|None]: # nats per token of each; bytes per token of their text, None for p
                 and r["stage"] == (stage or r["stage"])]
         except (OSError,ValueError,TypeError,KeyError) as e:
             raise ValueError(
-                f"{item}: expected a loss in nats, a report.json or the folder of a run ({e})") from None
+                f"{item}: expected a loss in nats,"
+                f" a report.json or the folder of a run ({e})") from None
         if not rows:
             raise ValueError(
-                f"{path} has no legal row{f' of stage {stage!r}' if stage else ''}: let the run finish, or name another stage")
+                f"{path} has no legal row{f' of stage {stage!r}' if stage else ''}:"
+                " let the run finish, or name another stage")
         losses.append(rows[-1]["val_loss"])
         texts.add((rows[-1]["targets"], rows[-1]["text_bytes"], rows[-1]["coverage"]))
     if len(texts) > 1:

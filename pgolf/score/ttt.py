@@ -121,8 +121,7 @@ class ScoredChunk:
         if missing:
             raise ValueError(
                 f"chunk {self.index}: {missing} of {n} targets have no grade: score a chunk before"
-                " learning from it, or lower ttt_lr if the model diverged"
-            )
+                " learning from it, or lower ttt_lr if the model diverged")
 
 class Step(NamedTuple):
     "One update of the weights and the targets in its loss."
@@ -141,9 +140,8 @@ def chunk_plan(
     L, s = cfg.eval_seq_len, cfg.eval_stride
     if chunk_tokens < L:
         raise ValueError(
-            f"ttt_chunk_tokens={chunk_tokens} is shorter than a window, eval_seq_len={L}; take a"
-            " multiple of it"
-        )
+            f"ttt_chunk_tokens={chunk_tokens} is shorter than a window,"
+            f" eval_seq_len={L}; take a multiple of it")
     if local:
         return [[(a+c, b+c, f+c) for a, b, f in plan_windows(min(chunk_tokens, n-c), L, s)]
             for c in range(0, n, chunk_tokens)]
@@ -184,9 +182,8 @@ class Learner:
                 groups.setdefault(first_match(name, cfg.ttt_lr_mult, 1.), []).append(p)
         if not groups:
             raise ValueError(
-                f"ttt_freeze_blocks={cfg.ttt_freeze_blocks}, ttt_only={cfg.ttt_only!r} leave"
-                " nothing to train; loosen them"
-            )
+                f"ttt_freeze_blocks={cfg.ttt_freeze_blocks},"
+                f" ttt_only={cfg.ttt_only!r} leave nothing to train; loosen them")
         self.params, groups = sum(groups.values(), []), [dict(params=ps, lr_mult=m)
             for m, ps in groups.items()]
         if cfg.ttt_optimizer == "sgd":
@@ -209,8 +206,7 @@ def scored_chunks(
     if learner.graded or learner.steps:
         raise ValueError(
             f"this learner has graded {len(learner.graded)} chunks and may have learnt from them;"
-            " take a new Learner"
-        )
+            " take a new Learner")
     tokens, n_bytes = check_stream(tokens, tables)
     t, n, device = learner.cfg, len(n_bytes), learner.params[0].device
     plan, stream, nll = (chunk_plan(n, cfg, t.ttt_chunk_tokens, t.ttt_local), tokens.to(device),
@@ -271,19 +267,16 @@ def _check_turn(learner, chunk):
             f"{type(chunk).__name__}: only a ScoredChunk can be learnt from; see scored_chunks")
     if not any(chunk is c for c in learner.graded):
         raise ValueError(
-            f"chunk {chunk.index} was not graded by this learner; it learns only from what its own"
-            " scored_chunks yields"
-        )
+            f"chunk {chunk.index} was not graded by this learner;"
+            " it learns only from what its own scored_chunks yields")
     if chunk is not learner.graded[-1]:
         raise ValueError(
             f"chunk {chunk.index} comes too late: chunk {learner.graded[-1].index} has been graded"
-            " since; learn from a chunk before asking for the next"
-        )
+            " since; learn from a chunk before asking for the next")
     if learner.steps and learner.steps[-1].start >= chunk.start:
         raise ValueError(
-            f"chunk {chunk.index} has been learnt from; ttt_epochs={learner.cfg.ttt_epochs} says"
-            " how often"
-        )
+            f"chunk {chunk.index} has been learnt from;"
+            f" ttt_epochs={learner.cfg.ttt_epochs} says how often")
 
 # %% ../../nbs/score/41_ttt.ipynb #699b1ba5
 def adapt(
@@ -368,14 +361,12 @@ def ttt_gain(
     "Compare an adapted score with the plain score of the same targets."
     if not (adapted.legal and plain.legal):
         raise ValueError(
-            "an illegal score has no gain: its weights had learnt from the targets; take the scores"
-            " of the first pass"
-        )
+            "an illegal score has no gain: its weights had learnt from the targets;"
+            " take the scores of the first pass")
     if adapted.n_targets > plain.n_targets:
         raise ValueError(
             f"{adapted.n_targets} adapted targets, {plain.n_targets} plain ones: score all of them"
-            f" without adaptation, or take adapted.first({plain.n_targets})"
-        )
+            f" without adaptation, or take adapted.first({plain.n_targets})")
     diff = paired_difference(plain.first(adapted.n_targets), adapted,
         min(block, max(1, adapted.n_targets//2)), starts)
     return Gain(**vars(diff), coverage=adapted.coverage)

@@ -81,9 +81,8 @@ def window_table(
     size = torch.diff(begin, append=torch.tensor([n]))
     if begin[0] != 0 or size.min() < 1:
         raise ValueError(
-            f"documents={begin.tolist()[:4]}... must ascend from 0 and stay below n={n}; see"
-            " document_starts"
-        )
+            f"documents={begin.tolist()[:4]}... must ascend from 0 and stay below n={n};"
+            " see document_starts")
     # windows of each document
     count = 1+(size-seq_len).clamp(min=0).add(stride-1)//stride
     doc = torch.arange(len(begin)).repeat_interleave(count)
@@ -160,15 +159,13 @@ def check_stream(
     tokens = torch.as_tensor(tokens).to("cpu", torch.int64)
     if tokens.ndim != 1 or len(tokens) < 2:
         raise ValueError(
-            f"tokens of shape {tuple(tokens.shape)}: the text is empty; give a vector of at least 2"
-            " tokens (one target)"
-        )
+            f"tokens of shape {tuple(tokens.shape)}: the text is empty;"
+            " give a vector of at least 2 tokens (one target)")
     lo, hi, vocab_size = int(tokens.min()), int(tokens.max()), len(tables.base_bytes)
     if lo < 0 or hi >= vocab_size:
         raise ValueError(
-            f"token id {lo if lo < 0 else hi} outside the vocabulary 0..{vocab_size-1}; use the"
-            " tokenizer the data was made with"
-        )
+            f"token id {lo if lo < 0 else hi} outside the vocabulary 0..{vocab_size-1};"
+            " use the tokenizer the data was made with")
     n_bytes = tables.count(tokens[:-1], tokens[1:])
     if not int(n_bytes.sum()):
         raise ValueError(
@@ -263,9 +260,8 @@ class Scores:
     def __post_init__(self):
         if self.nll.ndim != 1 or self.nll.shape != self.bytes.shape:
             raise ValueError(
-                f"nll {tuple(self.nll.shape)} and bytes {tuple(self.bytes.shape)} must be vectors"
-                " of one length"
-            )
+                f"nll {tuple(self.nll.shape)} and bytes"
+                f" {tuple(self.bytes.shape)} must be vectors of one length")
         if not len(self.nll): raise ValueError("no targets: an empty text has no score")
         if (bad := self.nll.isnan().nonzero()).numel():
             raise ValueError(
@@ -286,8 +282,7 @@ class Scores:
         fault = "" if self.legal else " ILLEGAL: the weights had learnt from these targets"
         return (
             f"val_bpb {self.val_bpb:.4f} val_loss {self.val_loss:.4f} over {self.n_targets:,}"
-            f" targets, {self.n_bytes:,} bytes{part}{fault}"
-        )
+            f" targets, {self.n_bytes:,} bytes{part}{fault}")
 
 # %% ../../nbs/score/40_windows.ipynb #8f8af6ad
 def join(
@@ -380,9 +375,8 @@ def paired_difference(
     "Compare two scores target by target."
     if a.n_targets != b.n_targets or not torch.equal(a.bytes, b.bytes):
         raise ValueError(
-            f"{a.n_targets} and {b.n_targets} targets are not of the same text; compare equal"
-            " prefixes with first(n)"
-        )
+            f"{a.n_targets} and {b.n_targets} targets are not of the same text;"
+            " compare equal prefixes with first(n)")
     starts = torch.arange(0, a.n_targets, block) if starts is None else torch.as_tensor(starts)
     if len(starts) < 2:
         raise ValueError(
@@ -490,7 +484,8 @@ def load_scores(
     except FileNotFoundError: raise
     except Exception as e:
         raise ValueError(
-            f"{path} is not a file of scores ({e}); `pgolf score RUN --save FILE` writes one") from None
+            f"{path} is not a file of scores ({e});"
+            " `pgolf score RUN --save FILE` writes one") from None
 
 # %% ../../nbs/score/40_windows.ipynb #f56f8d2e
 def score_into(
@@ -513,9 +508,8 @@ def score_into(
         tables)[0], load_scores(path) if path and Path(path).exists() else None
     if begun and (begun.text, begun.about) != (text_fingerprint(tokens), about):
         raise ValueError(
-            f"{path} holds scores of another text, model or setting ({begun.about}); choose another"
-            " file, or remove this one"
-        )
+            f"{path} holds scores of another text, model or setting ({begun.about});"
+            " choose another file, or remove this one")
     if begun and begun.scores.coverage == 1: return begun
     def put(s):
         if path: save_scores(path, describe(s, tokens, kinds, documents, about))
@@ -533,14 +527,12 @@ def compare(
     "Say how two scores differ and where."
     if a.text != b.text:
         raise ValueError(
-            f"fingerprints {a.text} and {b.text}: the scores are of different texts; score both on"
-            " one corpus with equal --tokens"
-        )
+            f"fingerprints {a.text} and {b.text}: the scores are of different texts;"
+            " score both on one corpus with equal --tokens")
     if len(a.target) != len(b.target):
         raise ValueError(
-            f"{len(a.target)} and {len(b.target)} targets: one of the two was interrupted; let it"
-            " finish"
-        )
+            f"{len(a.target)} and {len(b.target)} targets:"
+            " one of the two was interrupted; let it finish")
     # few documents say little of their scatter
     starts = a.documents if len(a.documents) >= 10 else torch.arange(0, len(a.target), 512)
     place = (a.position+1).double().log2().long()                              # 0, 1-2, 3-6, ...

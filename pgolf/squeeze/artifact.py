@@ -174,33 +174,28 @@ def _prefix(data, limit):
     "Sizes of header and payload: unpacked, stored; checked against the limits."
     if len(data) < _PREFIX.size:
         raise ArtifactError(
-            f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}: truncated; copy"
-            " it again"
-        )
+            f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}:"
+            " truncated; copy it again")
     magic, version, head_size, head, size, body = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise ArtifactError(f"starts with {bytes(magic)!r}, not {MAGIC!r}: not a pgolf artifact")
     if version > VERSION:
         raise ArtifactError(
             f"format version {version}, this package reads up to {VERSION}: written by a newer"
-            " pgolf; update the package, or use the release that wrote it"
-        )
+            " pgolf; update the package, or use the release that wrote it")
     if version < 1: raise ArtifactError("format version 0: there is none; the file is damaged")
     if max(head_size, head) > HEADER_LIMIT:
         raise ArtifactError(
-            f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}: damaged or"
-            " hostile"
-        )
+            f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}:"
+            " damaged or hostile")
     if head_size+size > limit:
         raise ArtifactError(
-            f"unpacks to {head_size+size} bytes, more than limit={limit}; raise the limit if you"
-            " trust the file"
-        )
+            f"unpacks to {head_size+size} bytes, more than limit={limit};"
+            " raise the limit if you trust the file")
     if head+body > limit+HEADER_LIMIT:
         raise ArtifactError(
-            f"holds {head+body} bytes, more than limit={limit}; raise the limit if you trust the"
-            " file"
-        )
+            f"holds {head+body} bytes, more than limit={limit};"
+            " raise the limit if you trust the file")
     return head_size, head, size, body
 
 def _take(f, data, n):
@@ -222,9 +217,8 @@ def _open(data, limit):
     head_size, head, size, body = _prefix(data, limit)
     if len(data) != _PREFIX.size+head+body+_DIGEST:
         raise ArtifactError(
-            f"{len(data)} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated"
-            " or extended; copy it again"
-        )
+            f"{len(data)} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}:"
+            " truncated or extended; copy it again")
     view = memoryview(data)
     if hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
         raise ArtifactError("checksum differs: the file is damaged; copy it again")
@@ -273,10 +267,12 @@ def _header(data):
     for i, f in enumerate(frames):
         if isinstance(f, dict) and "codec" in f:
             raise ArtifactError(
-                f"frame {i}: a rANS stream of format version 1, which nothing reads any more: write the file again from its checkpoint")
+                f"frame {i}: a rANS stream of format version 1, which nothing reads any more:"
+                " write the file again from its checkpoint")
         if not _is(f, dict(streams=list, tensors=list)) or not f["tensors"]:
             raise ArtifactError(
-                f"frame {i}: {str(f)[:80]!r} must have the fields streams and tensors, lists that are not empty")
+                f"frame {i}: {str(f)[:80]!r} must have the fields streams and tensors,"
+                " lists that are not empty")
     return header["meta"], frames
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #8e658091
@@ -286,9 +282,8 @@ def _check_record(r, at, size):
     "Check a tensor record that must start at byte `at` of a payload of `size` bytes."
     if not _is(r, _FIELDS):
         raise ArtifactError(
-            f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)}, each of its"
-            " type"
-        )
+            f"tensor record {str(r)[:80]!r} must have the"
+            f" fields {', '.join(_FIELDS)}, each of its type")
     who = f"tensor {r['name'][:80]!r}"
     if r["kind"] not in ("codes", "scale", "tensor"):
         raise ArtifactError(f"{who}: unknown kind {r['kind'][:40]!r}")
@@ -301,9 +296,8 @@ def _check_record(r, at, size):
     length = math.prod(r["shape"])*DTYPES[r["dtype"]].itemsize
     if r["offset"] != at or r["length"] != length or at+length > size:
         raise ArtifactError(
-            f"{who}: offset {r['offset']} and length {r['length']} where {at} and {length} of"
-            f" {size} bytes are expected"
-        )
+            f"{who}: offset {r['offset']} and length {r['length']}"
+            f" where {at} and {length} of {size} bytes are expected")
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #063195af
 def _check_streams(f, i):
@@ -330,9 +324,8 @@ def _layout(head, size, stored):
         total += sum(n for _, n in f["streams"])
     if (at, total) != (size, stored):
         raise ArtifactError(
-            f"frames hold {at} of {size} bytes, {total} of {stored} stored: some belong to no"
-            " tensor"
-        )
+            f"frames hold {at} of {size} bytes, {total} of {stored} stored:"
+            " some belong to no tensor")
     return meta, frames
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #3f0a81e2
@@ -372,8 +365,7 @@ def _join(name, parts):
     ):
         raise ArtifactError(
             f"tensor {name[:80]!r}: codes {codes.dtype} {tuple(codes.shape)} and scale"
-            f" {scale.dtype} {tuple(scale.shape)} do not fit"
-        )
+            f" {scale.dtype} {tuple(scale.shape)} do not fit")
     return Quantized(codes, scale)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #e9e7a84d
@@ -464,9 +456,8 @@ list[LedgerRow]]:
         if f is not source and (n := os.fstat(f.fileno())
             .st_size) != _PREFIX.size+head+body+_DIGEST:
             raise ArtifactError(
-                f"{n} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated or"
-                " extended; copy it again"
-            )
+                f"{n} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}:"
+                " truncated or extended; copy it again")
         (meta, frames), rows = _layout(_expand(bytes(_take(f, data, head)[_PREFIX.size:]),
             head_size, "header"), size, body), []
         for f in frames:

@@ -354,7 +354,8 @@ def read_weights(
         with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise ValueError(
-            f"{path}: cannot be read as safetensors ({e}); give the folder of a run, or a safetensors file") from None
+            f"{path}: cannot be read as safetensors ({e});"
+            " give the folder of a run, or a safetensors file") from None
     kept = {k.removeprefix("averaged/"): t for k,t in state.items() if k.startswith("averaged/")}
     if not (state := kept or state): raise ValueError(f"{path}: holds no tensors")
     return state
@@ -368,12 +369,14 @@ def open_checkpoint(
     if path.is_dir():
         if not (path/"recipe.json").is_file():
             raise ValueError(
-                f"{path}: no recipe.json, so no folder of a run; give a safetensors file, and name the model with --recipe and --scale")
+                f"{path}: no recipe.json, so no folder of a run;"
+                " give a safetensors file, and name the model with --recipe and --scale")
         cfg,path = (ModelConfig(**json.loads((path/"recipe.json").read_text())["model"]),
             path/"weights.safetensors")
     if cfg is None:
         raise ValueError(
-            f"{path}: a file of weights does not say which model they belong to; name it with --recipe and --scale")
+            f"{path}: a file of weights does not say which model they belong to;"
+            " name it with --recipe and --scale")
     state = read_weights(path)
     try: return load_published(GPT(cfg), state).eval()
     except (ValueError, RuntimeError) as e:
@@ -394,9 +397,8 @@ def squeeze_model(
     "Calibrate a model and fit it to a budget."
     if budget <= 0:
         raise ValueError(
-            f"budget={budget}: nothing is left for the model; the limit is {BYTE_LIMIT} bytes, code"
-            " included"
-        )
+            f"budget={budget}: nothing is left for the model;"
+            f" the limit is {BYTE_LIMIT} bytes, code included")
     state,meta = model.state_dict(),dict(meta or {}, model=asdict(model.cfg), budget=budget)
     if ids is None: return squeeze_state(state, budget, None, cfg, meta, progress)
     hessians = collect_hessians(model, ids.split(8))

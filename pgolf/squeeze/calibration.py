@@ -36,9 +36,8 @@ class _Moments:
         for n,H in mean.items():
             if not H.sum().isfinite():
                 raise ValueError(
-                    f"{n}: its inputs hold NaN or Inf on the calibration text; check the weights"
-                    " before it"
-                )
+                    f"{n}: its inputs hold NaN or Inf on the calibration text;"
+                    " check the weights before it")
         return {n: mean[o] for n,o in self.owner.items()}
 
     def shares(self): return {n: (c+1.)/(c.sum()+len(c)) for n,c in self.reads.items()}
@@ -58,9 +57,8 @@ Tensor]:
     "Mean of x x^T over all positions, for the input x of every linear layer."
     if split not in ("train","self"):
         raise ValueError(
-            f"split={split!r}: calibration must not see validation tokens; pass training batches or"
-            " the model's own samples"
-        )
+            f"split={split!r}: calibration must not see validation tokens;"
+            " pass training batches or the model's own samples")
     moments,device,training = _Moments(),next(model.parameters()).device,model.training
     handles = _hook(model, moments, tables)
     try:
@@ -142,14 +140,12 @@ def calibration_windows(
     if dataset.vocab_size != vocab_size:
         raise ValueError(
             f"{dataset.path}: its tokenizer has {dataset.vocab_size} ids, the model {vocab_size};"
-            " name the model's own data with --corpus, or --corpus none to do without"
-        )
+            " name the model's own data with --corpus, or --corpus none to do without")
     tokens = dataset.train_tokens(samples*seq_len)
     if len(tokens) < seq_len:
         raise ValueError(
-            f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len}; give more"
-            " data, or --corpus none to do without"
-        )
+            f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len};"
+            " give more data, or --corpus none to do without")
     return tokens[:len(tokens)//seq_len*seq_len].view(-1, seq_len)
 
 def calibrate(

@@ -34,9 +34,8 @@ def normalise(
     spare = 2**bits - int(present.sum())
     if counts.min(initial=0) < 0 or not total or spare < 0:
         raise EntropyError(
-            f"counts: {int(present.sum())} symbols cannot share 2^{bits} slots; give 1..2^{bits}"
-            " positive counts"
-        )
+            f"counts: {int(present.sum())} symbols cannot share 2^{bits} slots;"
+            f" give 1..2^{bits} positive counts")
     share, rest = np.divmod(counts*spare, total)
     freq = present + share
     freq[np.argsort(-rest, kind="stable")[:2**bits-int(freq.sum())]] += 1
@@ -62,9 +61,8 @@ def _published_table(counts):
     freq = [b-a for a, b in zip(cdf, cdf[1:])]
     if bad := [s for s, f in enumerate(freq) if f < 1]:
         raise EntropyError(
-            f"counts: the published table gives symbol {bad[0]} the frequency {freq[bad[0]]}; such"
-            " a stream was never decodable"
-        )
+            f"counts: the published table gives symbol {bad[0]} the frequency {freq[bad[0]]};"
+            " such a stream was never decodable")
     return [s for s, f in enumerate(freq) for _ in range(f)], freq, cdf
 
 def decode_published(
@@ -84,15 +82,13 @@ def decode_published(
         while x < 2**23:
             if at == end:
                 raise EntropyError(
-                    f"stream: {end} bytes, they end at symbol {i} of {n}: truncated, or wrong"
-                    " counts"
-                )
+                    f"stream: {end} bytes, they end at symbol {i} of {n}:"
+                    " truncated, or wrong counts")
             x, at = x << 8 | stream[at], at+1
     if at != end or x != 2**23:
         raise EntropyError(
             f"stream: after {n} symbols the state is {x}, not {2**23}, and {end-at} of {end} bytes"
-            " are left: damaged, or wrong counts or length"
-        )
+            " are left: damaged, or wrong counts or length")
     return out
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #494a6189

@@ -42,8 +42,7 @@ def sniff(
         if re.match(magic, data): return name
     raise FormatError(
         f"{len(data)} bytes that begin with {data[:4].hex(' ') or 'nothing'}: neither a torch-saved"
-        " file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote"
-    )
+        " file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote")
 
 # %% ../../nbs/squeeze/35_formats.ipynb #4565ae64
 def _zlib(data, limit):
@@ -94,7 +93,8 @@ def _check_zip(data, limit):
         raise FormatError(f"a damaged or truncated torch-saved file ({e})") from None
     if not plain:
         raise FormatError(
-            f"its zip has compressed members, or more than limit={limit} bytes: not as torch saves it")
+            f"its zip has compressed members, or more than limit={limit} bytes:"
+            " not as torch saves it")
     if bad: raise FormatError(f"damaged: the checksum of member {bad[:80]} differs")
 
 def load_saved(
@@ -110,7 +110,8 @@ def load_saved(
         why = (f"it asks for {wants[1][:80]}" if wants else str(e).strip().split("\n")[0][:200]
             or type(e).__name__)
         raise FormatError(
-            f"holds more than tensors and plain values, or is damaged: {why}; nothing in it was executed") from None
+            "holds more than tensors and plain values, or is damaged:"
+            f" {why}; nothing in it was executed") from None
     if not isinstance(obj, dict):
         raise FormatError(f"holds a {type(obj).__name__} where a dictionary is expected")
     return obj
@@ -123,8 +124,7 @@ def _tensor(t, who):
         and t.layout == torch.strided
         and t.device.type == "cpu"
         and not t.is_quantized
-        and not t.is_complex()
-    )
+        and not t.is_complex())
     if not plain or t.numel()*t.element_size() > t.untyped_storage().nbytes():
         raise FormatError(f"{who}: not a plain tensor")
     return t.detach()
@@ -142,9 +142,8 @@ def _codes(q, s, who):
     if q.dtype != torch.int8 or not q.dim() or not s.is_floating_point() or s.numel() not in (1,
         len(q)):
         raise FormatError(
-            f"{who}: codes {q.dtype} {tuple(q.shape)} and steps {s.dtype} {tuple(s.shape)} do"
-            " not fit"
-        )
+            f"{who}: codes {q.dtype} {tuple(q.shape)} and"
+            f" steps {s.dtype} {tuple(s.shape)} do not fit")
     return Quantized(q, s.reshape(-1, *[1]*(q.dim()-1)))
 
 # %% ../../nbs/squeeze/35_formats.ipynb #24df836d
@@ -184,9 +183,8 @@ def _rans(obj, limit):
         A,shape,counts = alphabets[n],shapes[n],_tensor(histograms[n], n)
         if A not in (5, 8, 16, 32, 64, 128, 256) or counts.numel() != A:
             raise FormatError(
-                f"{n}: {counts.numel()} counts for an alphabet of {str(A)[:20]}; 5, or a power of"
-                " two from 8 to 256"
-            )
+                f"{n}: {counts.numel()} counts for an alphabet of {str(A)[:20]};"
+                " 5, or a power of two from 8 to 256")
         try:
             z = decode_published(_tensor(stream, n).numpy().tobytes(), counts.flatten().tolist(),
                 math.prod(shape))
@@ -219,8 +217,7 @@ def layout_of(
         if len(obj) > 12 else "")
     raise FormatError(
         f"an unknown layout: {f'tag {str(tag)[:60]!r}, ' if tag is not None else ''}keys"
-        f" {keys or 'none'}; known are {'; '.join(LAYOUTS)}"
-    )
+        f" {keys or 'none'}; known are {'; '.join(LAYOUTS)}")
 
 # %% ../../nbs/squeeze/35_formats.ipynb #d57cdb03
 class Stored(NamedTuple):
@@ -240,9 +237,8 @@ def _read(data, limit, file):
         left -= 4*_numel(tensors[n])
         if left < 0:
             raise FormatError(
-                f"its weights take more than limit={limit} bytes in float32; raise the limit if you"
-                " trust the file"
-            )
+                f"its weights take more than limit={limit} bytes in float32;"
+                " raise the limit if you trust the file")
     inside = [t for v in obj.values() for t in (v.values() if isinstance(v, dict) else [v])
         if isinstance(t, Tensor)]
     coded = sum(_numel(t) for t in tensors.values() if isinstance(t, Quantized))
@@ -269,12 +265,14 @@ def read_stored(
         return _read(Path(source).read_bytes(), limit, Path(source).name)
     except OSError as e:
         raise FormatError(
-            f"{name}: cannot be read ({e.strerror}); give the file that the system's script wrote") from None
+            f"{name}: cannot be read ({e.strerror});"
+            " give the file that the system's script wrote") from None
     except FormatError as e: raise FormatError(f"{name}: {e}") from None
     except Exception as e:
         # a layout in name only
         raise FormatError(
-            f"{name}: its entries do not fit together ({type(e).__name__}: {str(e)[:200]})") from None
+            f"{name}: its entries do not fit together ({type(e).__name__}:"
+            f" {str(e)[:200]})") from None
 
 def read_published(
     source,          # file, or its bytes
@@ -361,7 +359,8 @@ def import_weights(
     try: model = load_published(GPT(cfg), params)
     except ValueError as e:
         raise FormatError(
-            f"{about['file']}: {e}; it fits {' or '.join(fitting(state, known)) or 'none that is known'}") from None
+            f"{about['file']}: {e};"
+            f" it fits {' or '.join(fitting(state, known)) or 'none that is known'}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(path,
         {f"{k}/{n}":t.clone() for k in ("raw","averaged") for n,t in model.state_dict().items()},
@@ -373,4 +372,5 @@ def describe(
 )->str: # for people
     "Say what a file was."
     return (
-        "{file}: {format}, {compressor}, {bytes:,} bytes, {unpacked:,} unpacked; {tensors} tensors, {parameters:,} parameters, {coded:,} of them as codes".format(**about))
+        "{file}: {format}, {compressor}, {bytes:,} bytes, {unpacked:,} unpacked;"
+        " {tensors} tensors, {parameters:,} parameters, {coded:,} of them as codes".format(**about))

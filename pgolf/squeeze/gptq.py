@@ -47,9 +47,8 @@ class GPTQConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.search == "hessian" and self.rule != "cholesky":
             raise ValueError(
-                f"search='hessian' needs rule='cholesky': under rule={self.rule!r} the pass does"
-                " not know its error"
-            )
+                "search='hessian' needs rule='cholesky':"
+                f" under rule={self.rule!r} the pass does not know its error")
         if not self.damping > 0: raise ValueError(f"damping={self.damping} must be above 0")
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #a48a08cc
@@ -259,8 +258,7 @@ def _factor_of(name, W, H, cfg, known):
     if H.shape != (W.shape[1],)*2:
         raise ValueError(
             f"{name}: Hessian of shape {tuple(H.shape)} for a weight of shape {tuple(W.shape)};"
-            " collect the Hessians on this model"
-        )
+            " collect the Hessians on this model")
     if not W.sum().isfinite():
         raise ValueError(f"{name}: the weight holds NaN or Inf: check the checkpoint")
     try:return known.setdefault(id(H), known.get(id(H)) or factor(H, cfg))

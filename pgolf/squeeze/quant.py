@@ -159,9 +159,8 @@ def store(
     "Cast codes and step to their stored types."
     if not scale.half().isfinite().all():
         raise ValueError(
-            f"step={scale.abs().max().item():.3g} does not fit float16 (NaN, Inf or weights beyond"
-            " 65504): check the weights"
-        )
+            f"step={scale.abs().max().item():.3g} does not fit float16 (NaN,"
+            " Inf or weights beyond 65504): check the weights")
     return Quantized(codes.to(torch.int8), scale.half())
 
 # %% ../../nbs/squeeze/30_quant.ipynb #6c456dcc
@@ -198,9 +197,8 @@ def set_fake_quant(
         done.append(f"{name}.weight")
     if not done:
         raise ValueError(
-            f"grids={[p for p,_ in grids]}: no linear layer's weight matches; print the names with"
-            " model.named_parameters()"
-        )
+            f"grids={[p for p,_ in grids]}: no linear layer's weight matches;"
+            " print the names with model.named_parameters()")
     return tuple(done)
 
 def set_eval_quant(
@@ -280,7 +278,6 @@ class QuantConfig:
         grid = first_match(name, self.rules, "none")
         if grid == "none":
             raise ValueError(
-                f"{name}: no rule matches; add (pattern, grid), or (pattern, None) to keep it as"
-                " float16"
-            )
+                f"{name}: no rule matches;"
+                " add (pattern, grid), or (pattern, None) to keep it as float16")
         return grid or torch.float16

@@ -172,7 +172,8 @@ class TensorBoard:
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise ImportError(
-                f"the listener TensorBoard needs the package tensorboard ({e}): pip install tensorboard, or leave the listener out") from e
+                f"the listener TensorBoard needs the package tensorboard ({e}):"
+                " pip install tensorboard, or leave the listener out") from e
         self.writer = SummaryWriter(str(self.path or run.out/"tensorboard"))
     def on_record(self, run, values):
         if not run.is_main: return

@@ -56,9 +56,8 @@ class TrainConfig:
             raise ValueError(f"compile={self.compile!r} is none of 'auto', True, False")
         if self.train_batch_tokens % (rows := self.num_spans*self.train_seq_len):
             raise ValueError(
-                f"train_batch_tokens={self.train_batch_tokens} must be a multiple of"
-                f" num_spans*train_seq_len={rows}"
-            )
+                f"train_batch_tokens={self.train_batch_tokens} must"
+                f" be a multiple of num_spans*train_seq_len={rows}")
 
 # %% ../../nbs/train/24_loop.ipynb #4afced2d
 def make_loader(
@@ -162,8 +161,7 @@ class TrainingDiverged(RuntimeError):
         where = f"state written to {path}" if path else "no state written, as `out` was not given"
         super().__init__(
             f"step {step}: loss {loss}, gradient norm {norm} ({seen}); {where}. Start anew with"
-            " lower learning rates or a lower grad_clip_norm."
-        )
+            " lower learning rates or a lower grad_clip_norm.")
 
 # %% ../../nbs/train/24_loop.ipynb #fa64c17d
 def settle(
@@ -207,8 +205,7 @@ def forward_backward(
     if mine*run.world != want:
         raise ValueError(
             f"train_batch_tokens={want}, but {run.world} rank(s) load {mine*run.world} per step:"
-            " build the loader with this rank, world and batch"
-        )
+            " build the loader with this rank, world and batch")
     total = torch.zeros((), device=run.device)
     for x,y in parts:
         loss = loss_fn(_to(x, run.device), _to(y, run.device))*(y.numel()/mine)
@@ -311,9 +308,8 @@ def read_checkpoint(
         ) from e
     if meta is None:
         raise CheckpointError(
-            f"{path}: a safetensors file, but not a checkpoint of pgolf; its header lacks the entry"
-            " 'pgolf'"
-        )
+            f"{path}: a safetensors file, but not a checkpoint of pgolf;"
+            " its header lacks the entry 'pgolf'")
     return tensors, json.loads(meta)
 
 # %% ../../nbs/train/24_loop.ipynb #7c2a69c9
@@ -391,9 +387,8 @@ def check_config(
         if a.get(k) != b.get(k) and k not in FREE]
     if bad:
         raise CheckpointError(
-            f"{path}: made by another run: {'; '.join(bad)}. Resume with the same configuration, or"
-            " start anew without `resume`."
-        )
+            f"{path}: made by another run: {'; '.join(bad)}."
+            " Resume with the same configuration, or start anew without `resume`.")
 
 # %% ../../nbs/train/24_loop.ipynb #bb06b8ac
 def load_checkpoint(
@@ -516,10 +511,8 @@ def train(
         run.call("on_start")
         run.record(
             note=(
-                f"{why}; {getattr(model, 'compute_dtype', torch.float32)}; {run.world} rank(s) on"
-                f" {run.device}"
-            )
-        )
+                f"{why}; {getattr(model, 'compute_dtype', torch.float32)};"
+                f" {run.world} rank(s) on {run.device}"))
         warm_up(run, loss_fn)
         run.clock.start()
         while not (reason := why_stop(run)): train_step(run, loss_fn)

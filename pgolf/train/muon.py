@@ -119,9 +119,8 @@ class Muon(torch.optim.Optimizer):
         for p in (p for g in self.param_groups for p in g["params"]):
             if p.ndim != 2:
                 raise ValueError(
-                    f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to"
-                    " AdamW"
-                )
+                    f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}:"
+                    " give it to AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):
