@@ -21,7 +21,7 @@ from tabulate import tabulate
 import pgolf
 from .submit import doctor as clinic
 from .systems import pipeline
-from .score import windows as scoring
+from .score import compare as scoring
 from .submit import submission
 from .submit import survey as surveys
 from .squeeze.artifact import MAGIC,by_family,read_ledger
@@ -29,7 +29,8 @@ from .scale.batch import PLAN_HEADS,Run,check_jobs,check_plan,jobs_for,make_plan
 from .scale.batch import plan_reports,plan_rows,read_plan,run_plan,visible_cards
 from .speed.bench import BENCHES,bench_figure,bench_table,run_benches
 from .game.bpb import BYTE_LIMIT
-from .game.data import Dataset,austen,build_dataset,data_notes,read_shard
+from .game.data import Dataset,austen,build_dataset,data_notes
+from .game.shards import read_shard
 from .game.documents import read_documents
 from .game.fineweb import REPO,download_fineweb
 from .systems.ownership import keep_free
@@ -43,6 +44,7 @@ from .submit.script import script_bytes
 from .squeeze.budget import SqueezeConfig,bits_table,open_checkpoint,squeeze_model
 from .squeeze.calibration import calibration_windows
 from .files import atomic_write
+from .score.windows import document_starts
 from .score.record import ALPHA,BYTES_PER_TOKEN,MARGIN,read_seeds,record as compare_seeds
 from .systems.verdict import (audit_run, check_tokenizer, data_for, open_subject, tokenizer_of,
                                    verdict_line, verdict_rows)
@@ -712,8 +714,8 @@ def _scores(source, save, corpus, tokens, documents, given, device, progress):
     sp,text = data.tokenizer(),data.val_tokens(tokens+1 if tokens else None)
     about = dict(recipe=recipe.name, scale=recipe.scale, seed=recipe.train.seed,
         artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()[:16])
-    starts,kinds = scoring.document_starts(text, sp.bos_id()),scoring.token_kinds(sp,
-        data.vocab_size)
+    starts = document_starts(text, sp.bos_id())
+    kinds = scoring.token_kinds(sp, data.vocab_size)
     return scoring.score_into(save, model, text, data.byte_tables(),
         replace(recipe.score, **given), kinds, starts, documents, about, progress)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import HANG, ROOT
-from pgolf.game.data import write_shard
+from pgolf.game.shards import write_shard
 from pgolf.train.loop import read_checkpoint
 
 JOB = '''

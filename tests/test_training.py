@@ -15,7 +15,7 @@ from test_golden_train import model_config
 from test_golden_train import run as golden_steps
 
 from pgolf import files
-from pgolf.game.data import write_shard
+from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT, Group, ModelConfig
 from pgolf.squeeze.quant import Grid, LateQAT
 from pgolf.train import device

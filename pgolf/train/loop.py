@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from ..game.data import BatchLoader
+from ..game.shards import BatchLoader
 from .device import Clock, Ranks, best_dtype, maybe_compile, setup_ranks, wait_for
 from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
