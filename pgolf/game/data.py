@@ -9,9 +9,10 @@ __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'D
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
 import json, re, shutil, sys, uuid
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np, torch, zstandard
@@ -20,27 +21,27 @@ from torch import Tensor
 from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from .bpb import ByteTables, SidecarBytes, byte_tables
-from .shards import ShardError, TokenStream, check_sums, read_shard, write_shard, write_sums
+from .shards import (ShardError, TokenStream, check_sums, read_shard, write_shard,
+                               write_sums)
 from .tokenizer import encode_document, load_tokenizer, train_tokenizer
 
 # %% ../../nbs/game/06_data.ipynb #8846713f
-AUSTEN = dict(train=("sense_and_sensibility", "pride_and_prejudice", "mansfield_park", "emma",
-    "northanger_abbey"), val=("persuasion",))
+AUSTEN = dict(
+    train=("sense_and_sensibility", "pride_and_prejudice", "mansfield_park", "emma",
+        "northanger_abbey"),
+    val=("persuasion",))
 _HEADING = re.compile(r"^(?:CHAPTER|Chapter) [IVXL\d]+\s*$", re.M)
 _MARK = re.compile(
     r"VOLUME [IVX]+|THE END|FINIS|Finis|\(End of volume one\.\)|\[End volume one.*\]")
 
 def austen_text(
-    # "emma", "mansfield_park", "northanger_abbey", "persuasion", "pride_and_prejudice" or
-    # "sense_and_sensibility"
-    novel:str,
+    novel:str, # one of the names in `AUSTEN`
 )->str: # the transcription, line breaks and all
     "The text of a novel as it travels with the package."
-    novels = json.loads(
-        zstandard.decompress((files("pgolf")/"corpora"/"austen.json.zst").read_bytes()))
-    return novels[novel]
+    packed = (files("pgolf")/"corpora"/"austen.json.zst").read_bytes()
+    return json.loads(zstandard.decompress(packed))[novel]
 
 # %% ../../nbs/game/06_data.ipynb #9a2a036b
 def austen_documents(
@@ -65,25 +66,20 @@ class Dataset:
     tokenizer_path:Path # SentencePiece model
     train_shards:tuple # files, a prefix of the frozen training order
     val_shards:tuple   # files, all of the validation split
-    # files with the bytes of each validation token, where the text was changed before encoding
-    val_bytes:tuple=()
-
+    val_bytes:tuple=() # files with the bytes of each validation token, if the text was rewritten
     def tokenizer(self)->SentencePieceProcessor: # checked against vocab_size
         "Load the tokenizer."
         return load_tokenizer(self.tokenizer_path, self.vocab_size)
-
     def byte_tables(self)->ByteTables: # of vocab_size rows
         "What validation tokens are charged: the sidecar if there is one, else by the tokenizer."
         sp = self.tokenizer()
         tables = byte_tables(sp, self.vocab_size)
         return _with_sidecar(tables, sp, self) if self.val_bytes else tables
-
     def train_tokens(self,
         n:int, # tokens wanted; fewer come back if there are fewer
     )->Tensor: # (n,) int64
         "The first tokens of the training stream."
         return _head(self.train_shards, n, self.vocab_size)
-
     def val_tokens(self,
         limit:int=None, # at most so many; None: the whole split
     )->Tensor: # (n,) int64
@@ -92,7 +88,17 @@ class Dataset:
 
 # %% ../../nbs/game/06_data.ipynb #2142c5cb
 PROBE = 20_000 # validation tokens on which the byte tables are held against the decoder
+_PRIVATE = re.compile("[\ue000-\uf8ff]")  # characters that no text has, so that marks may
+_REWRITTEN = ("so the text was rewritten before encoding,"
+    " and there are no *_val_bytes_*.bin beside the shards: add them")
 
+def _whole_documents(tokens, bos_id):
+    "The documents that lie within the first `PROBE` tokens."
+    starts = (tokens[:PROBE] == bos_id).nonzero()[:, 0].tolist()
+    stops = starts[1:]+[min(PROBE, len(tokens))]
+    return [tokens[a:b] for a,b in zip(starts, stops) if b < PROBE or b == len(tokens)]
+
+# %% ../../nbs/game/06_data.ipynb #a17bde8a
 def check_charge(
     sp,                # SentencePiece processor
     tables:ByteTables, # read off it
@@ -100,34 +106,31 @@ def check_charge(
     where,             # names the data in an error
 ):
     "Raise if the bytes charged to the targets are not those of the text that they spell."
-    marks = [p for i in range(sp.vocab_size())
-        if "\ue000" <= (p := sp.id_to_piece(i))[:1] <= "\uf8ff" and len(p) == 1]
+    marks = [p for p in map(sp.id_to_piece, range(sp.vocab_size())) if _PRIVATE.fullmatch(p)]
     if marks:
         raise ValueError(
-            f"{where}: its tokenizer has pieces for marks ({ascii(marks[0])}),"
-            " so the text was rewritten before encoding,"
-            " and there are no *_val_bytes_*.bin beside the shards: add them")
-    if (unknown := int((tokens == sp.unk_id()).sum())):
+            f"{where}: its tokenizer has pieces for marks ({ascii(marks[0])}), {_REWRITTEN}")
+    if unknown := int((tokens == sp.unk_id()).sum()):
         raise ValueError(
             f"{where}: {unknown:,} validation tokens are unknown pieces, whose text is lost:"
             " take a tokenizer with byte fallback")
-    start = torch.cat([(tokens[:PROBE] == sp.bos_id()).nonzero()[:,0],
-        torch.tensor([min(PROBE, len(tokens))])]).tolist()
-    whole = [tokens[a:b] for a,b in zip(start, start[1:]) if b < PROBE or b == len(tokens)]
-    seen,marked = 0,0
-    for i,d in enumerate(whole):
-        spelt,charged = sp.decode(d.tolist()),int(tables.count(d[:-1], d[1:]).sum())
-        text = len(spelt.encode())
-        seen,marked = seen+len(spelt),marked+len(re.findall("[\ue000-\uf8ff]", spelt))
-        if text != charged:
-            raise ValueError(
-                f"{where}: validation document {i} spells {text:,} bytes, the byte tables charge"
-                f" {charged:,}: pgolf cannot count with this tokenizer")
+    documents = _whole_documents(tokens, sp.bos_id())
+    spelt = [sp.decode(d.tolist()) for d in documents]
+    _check_spelling(documents, spelt, tables, where)
+    seen = sum(map(len, spelt))
+    marked = sum(len(_PRIVATE.findall(s)) for s in spelt)
     if marked > .005*seen:
         raise ValueError(
-            f"{where}: {marked:,} of {seen:,} characters are private-use marks,"
-            " so the text was rewritten before encoding,"
-            " and there are no *_val_bytes_*.bin beside the shards: add them")
+            f"{where}: {marked:,} of {seen:,} characters are private-use marks, {_REWRITTEN}")
+
+# %% ../../nbs/game/06_data.ipynb #c80f7af5
+def _check_spelling(documents, spelt, tables, where):
+    for i,(d,text) in enumerate(zip(documents, spelt)):
+        charged = int(tables.count(d[:-1], d[1:]).sum())
+        if len(text.encode()) != charged:
+            raise ValueError(
+                f"{where}: validation document {i} spells {len(text.encode()):,} bytes, the byte"
+                f" tables charge {charged:,}: pgolf cannot count with this tokenizer")
 
 # %% ../../nbs/game/06_data.ipynb #7e4ca5ff
 def _with_sidecar(tables, sp, dataset):
@@ -148,6 +151,7 @@ def _with_sidecar(tables, sp, dataset):
     return SidecarBytes(tables.base_bytes, tables.has_leading_space,
         tables.is_boundary, tokens, counts)
 
+# %% ../../nbs/game/06_data.ipynb #5ad673dc
 def check_bytes(
     dataset:Dataset, # whose validation tokens shall be scored
 ):
@@ -159,23 +163,21 @@ def check_bytes(
 # %% ../../nbs/game/06_data.ipynb #bbcedc54
 def _head(shards, n, vocab_size):
     stream = TokenStream(shards, vocab_size)
-    return torch.from_numpy(stream.read(0, len(stream) if n is None else min(n, len(stream)))
-        .astype(np.int64))
+    tokens = stream.read(0, len(stream) if n is None else min(n, len(stream)))
+    return torch.from_numpy(tokens.astype(np.int64))
 
 def _remedy(name):
-    if name.startswith("fineweb10B_"):
-        return (
-            "fetch it with `pgolf data fineweb --variant"
-            f" {name.removeprefix('fineweb10B_')} --train-shards 1`")
-    return ("make it with `pgolf data austen`" if name.startswith("austen")
-        else "make it with `pgolf data build`")
+    if name.startswith("austen"): return "make it with `pgolf data austen`"
+    if not name.startswith("fineweb10B_"): return "make it with `pgolf data build`"
+    variant = name.removeprefix("fineweb10B_")
+    return f"fetch it with `pgolf data fineweb --variant {variant} --train-shards 1`"
 
 def _shard_names(entry, split): # endless: the k-th shard of a split
-    # the last: a name may hold "_train_" too
-    prefix = Path(entry.get(f"{split}_glob", f"fineweb_{split}_*.bin")).name.rpartition(
-        f"_{split}_")[0]
+    glob = Path(entry.get(f"{split}_glob", f"fineweb_{split}_*.bin")).name
+    prefix = glob.rpartition(f"_{split}_")[0] # the last: a name may hold "_train_" too
     return (f"{prefix}_{split}_{i:06d}.bin" for i in count())
 
+# %% ../../nbs/game/06_data.ipynb #514ea024
 def _entries(manifest, path, name): # the dataset's entry and its tokenizer's
     names = [d["name"] for d in manifest["datasets"]]
     if name not in names:
@@ -183,11 +185,11 @@ def _entries(manifest, path, name): # the dataset's entry and its tokenizer's
     entry = manifest["datasets"][names.index(name)]
     if not {"files_train", "files_val"} <= entry.get("stats", {}).keys():
         raise ValueError(
-            f"{path}: dataset {name!r} does not say how many"
-            " shards it has (stats.files_train, stats.files_val)")
-    tokenizer = next((t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"]),
-        None)
-    if tokenizer is None or "model_path" not in tokenizer:
+            f"{path}: dataset {name!r} does not say how many shards it has"
+            " (stats.files_train, stats.files_val)")
+    known = {t["name"]: t for t in manifest["tokenizers"]}
+    tokenizer = known.get(entry["tokenizer_name"], {})
+    if "model_path" not in tokenizer:
         raise ValueError(
             f"{path}: dataset {name!r} has no SentencePiece tokenizer; pgolf reads no other kind")
     return entry,tokenizer
@@ -198,32 +200,33 @@ def _read_manifest(path):
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(
             f"{path} is not JSON: {e}; delete it and fetch or build the data again") from e
-    if not isinstance(manifest,
-        dict) or not manifest.get("datasets") or "tokenizers" not in manifest:
+    whole = isinstance(manifest, dict) and manifest.get("datasets") and "tokenizers" in manifest
+    if not whole:
         raise ValueError(
             f"{path} lists no datasets and tokenizers; delete it and fetch or build the data again")
     return manifest
 
+# %% ../../nbs/game/06_data.ipynb #25092341
 def _find_dataset(path): # the root with its manifest, and the name of the dataset meant
     path = Path(path)
+    above = path.parent.parent
     if (path/"manifest.json").is_file(): root,name = path,None
-    elif path.parent.name == "datasets" and (path.parent.parent/"manifest.json").is_file():
-        root,name = path.parent.parent,path.name
+    elif path.parent.name == "datasets" and (above/"manifest.json").is_file():
+        root,name = above,path.name
     else:
         raise FileNotFoundError(
             f"no dataset at {path}, {path/'manifest.json'} is missing: {_remedy(path.name)}")
     manifest = _read_manifest(root/"manifest.json")
-    here = [d["name"] for d in manifest["datasets"] if name in (None, d["name"])
-        and (root/"datasets"/d["name"]).is_dir()]
+    names = [d["name"] for d in manifest["datasets"]]
+    here = [n for n in names if name in (None, n) and (root/"datasets"/n).is_dir()]
     if len(here) > 1:
-        raise ValueError(
-            f"{path} holds several datasets:"
-            f" open one of {', '.join(str(root/'datasets'/n) for n in here)}")
-    return root,manifest,here[0] if here else name or manifest["datasets"][0]["name"]
+        folders = ", ".join(str(root/"datasets"/n) for n in here)
+        raise ValueError(f"{path} holds several datasets: open one of {folders}")
+    return root, manifest, here[0] if here else name or names[0]
 
 # %% ../../nbs/game/06_data.ipynb #f3b48d0a
-# of the i-th shard: full, or what is left; None if the manifest does not say
 def _expected_tokens(entry, shard_size, split, i):
+    "Tokens of the i-th shard: full, or what is left; None if the manifest does not say."
     total = entry["stats"].get(f"tokens_{split}")
     return None if None in (total, shard_size) else min(shard_size, total-i*shard_size)
 
@@ -241,21 +244,22 @@ def open_dataset(
     "Open a dataset and check that it is whole."
     root,manifest,name = _find_dataset(path)
     entry,tokenizer = _entries(manifest, root/"manifest.json", name)
-    folder,model = root/"datasets"/name,root/tokenizer["model_path"]
+    folder = root/"datasets"/name
+    model = root/tokenizer["model_path"]
     if not model.is_file(): raise FileNotFoundError(f"no tokenizer at {model}: {_remedy(name)}")
     load_tokenizer(model, entry["vocab_size"])
-    found = {split: _open_split(manifest, entry, folder, name, split) for split in ("train","val")}
-    check_sums(root, [model, *found["val"], *found["train"]])
-    return Dataset(name, root, entry["vocab_size"], model, found["train"], found["val"],
-        _sidecar(found["val"]))
+    train,val = (_open_split(manifest, entry, folder, name, split) for split in ("train", "val"))
+    check_sums(root, [model, *val, *train])
+    return Dataset(name, root, entry["vocab_size"], model, train, val, _sidecar(val))
 
+# %% ../../nbs/game/06_data.ipynb #5202b228
 def _open_split(manifest, entry, folder, name, split):
     "Shards of a split, each as long as the manifest says."
     want = entry["stats"][f"files_{split}"]
-    names = [n for _,n in zip(range(want), _shard_names(entry, split))]
+    names = list(islice(_shard_names(entry, split), want))
     have = [n for n in names if (folder/n).is_file()]
-    # training shards: any prefix
-    missing = [n for n in names[:len(have) if split == "train" and have else want] if n not in have]
+    needed = names[:len(have)] if split == "train" and have else names
+    missing = [n for n in needed if n not in have]
     if missing: raise FileNotFoundError(f"no shard at {folder/missing[0]}: {_remedy(name)}")
     for i,n in enumerate(have):
         _check_shard(folder/n, _expected_tokens(entry, manifest.get("shard_size"), split, i))
@@ -267,15 +271,16 @@ def _open_split(manifest, entry, folder, name, split):
             f" {_remedy(name)} again")
     return tuple(folder/n for n in have)
 
+# %% ../../nbs/game/06_data.ipynb #917571fa
 def _sidecar(shards):
-    """Files *_val_bytes_*.bin beside validation shards, each as long as its shard; none is fine,
-    some is not."""
+    "Files *_val_bytes_*.bin beside validation shards, each as long as its shard: all or none."
     files = [p.with_name("_val_bytes_".join(p.name.rsplit("_val_", 1))) for p in shards]
     if not any(p.is_file() for p in files): return ()
     for p,shard in zip(files, shards):
-        if len(read_shard(p)) != (n := len(read_shard(shard))):
+        has,n = len(read_shard(p)),len(read_shard(shard))
+        if has != n:
             raise ShardError(
-                f"{p}: bytes of {len(read_shard(p)):,} tokens, {shard.name} has {n:,}:"
+                f"{p}: bytes of {has:,} tokens, {shard.name} has {n:,}:"
                 " take the sidecar of these shards")
     return tuple(files)
 
@@ -296,6 +301,7 @@ class _Lines(plain_tqdm):
     @classmethod
     def write(cls, s, file=None, end="\n", nolock=False): print(s, file=file, end=end, flush=True)
 
+# %% ../../nbs/game/06_data.ipynb #0ad77926
 def bar(
     iterable=None, # to go through, if any
     file=None,     # where to write; default standard error
@@ -309,7 +315,9 @@ def bar(
 
 # %% ../../nbs/game/06_data.ipynb #31e6ace7
 def _write_split(sp, docs, folder, names, shard_size):
-    buffer,fill,total,n_files = np.empty(shard_size, np.uint16),0,0,0
+    "Encode documents into shards, the last one shorter; the numbers of files and tokens."
+    buffer = np.empty(shard_size, np.uint16)
+    fill,total,n_files = 0,0,0
     def flush():
         nonlocal fill,n_files
         write_shard(folder/next(names), buffer[:fill])
@@ -336,30 +344,38 @@ def text_stats(
     out = {}
     for split,texts in docs.items():
         kept = [len(sp.decode(sp.encode(t)).encode()) for t in texts]
-        out |= {f"text_bytes_{split}": sum(len(t.encode()) for t in texts),
-            f"kept_bytes_{split}": sum(kept), f"docs_blank_{split}": kept.count(0)}
-        out[f"marks_{split}"] = sum(len(re.findall("[\ue000-\uf8ff]", t)) for t in texts)
-    seen,lines = {t.strip() for t in docs["train"]},{l.strip() for t in docs["train"]
-        for l in t.splitlines()}
+        out[f"text_bytes_{split}"] = sum(len(t.encode()) for t in texts)
+        out[f"kept_bytes_{split}"] = sum(kept)
+        out[f"docs_blank_{split}"] = kept.count(0)
+        out[f"marks_{split}"] = sum(len(_PRIVATE.findall(t)) for t in texts)
+    seen = {t.strip() for t in docs["train"]}
+    lines = {l.strip() for t in docs["train"] for l in t.splitlines()}
     held = [l.strip() for t in docs["val"] for l in t.splitlines() if len(l.strip()) >= LONG_LINE]
-    return out | dict(docs_shared=sum(t.strip() in seen for t in docs["val"]),
-        lines_long=len(held), lines_shared=sum(l in lines for l in held))
+    out["docs_shared"] = sum(t.strip() in seen for t in docs["val"])
+    out["lines_long"] = len(held)
+    out["lines_shared"] = sum(l in lines for l in held)
+    return out
 
+# %% ../../nbs/game/06_data.ipynb #1671564f
+def _losses(stats):
+    for split,what in (("train", "training"), ("val", "held-out")):
+        text,kept = (stats.get(f"{of}_bytes_{split}", 0) for of in ("text", "kept"))
+        if abs(text-kept) > max(64, .005*text):
+            yield (
+                f"{kept:,} of {text:,} bytes of the {what} text are in its tokens"
+                f" ({kept/text:.1%}): the tokenizer collapses whitespace and rewrites some"
+                " characters; bits per byte count what is kept")
+        if blank := stats.get(f"docs_blank_{split}"):
+            yield f"{blank:,} {what} documents encode to nothing"
+
+# %% ../../nbs/game/06_data.ipynb #7176d468
 def data_notes(
     dataset, # `Dataset`
 )->list[str]: # sentences; empty if there is nothing to say, or nothing was counted
     "Say what its maker should know about a dataset."
     _,manifest,_ = _find_dataset(dataset.path/"datasets"/dataset.name)
-    s,out = next(d for d in manifest["datasets"] if d["name"] == dataset.name)["stats"],[]
-    for split,what in (("train","training"), ("val","held-out")):
-        text,kept = s.get(f"text_bytes_{split}", 0),s.get(f"kept_bytes_{split}", 0)
-        if abs(text-kept) > max(64, .005*text):
-            out.append(
-                f"{kept:,} of {text:,} bytes of the {what} text are in its tokens"
-                f" ({kept/text:.1%}): the tokenizer collapses whitespace and rewrites some"
-                " characters; bits per byte count what is kept")
-        if s.get(f"docs_blank_{split}"):
-            out.append(f"{s[f'docs_blank_{split}']:,} {what} documents encode to nothing")
+    s = next(d for d in manifest["datasets"] if d["name"] == dataset.name)["stats"]
+    out = list(_losses(s))
     if s.get("marks_val") and not dataset.val_bytes:
         out.append(
             f"the held-out text has {s['marks_val']:,} private-use characters,"
@@ -371,62 +387,37 @@ def data_notes(
             " a score on them says nothing, and an audit fails")
     elif s.get("lines_shared"):
         out.append(
-            f"{s['lines_shared']:,} of {s['lines_long']:,} long"
-            " held-out lines stand in the training text too")
+            f"{s['lines_shared']:,} of {s['lines_long']:,} long held-out lines"
+            " stand in the training text too")
     return out
 
 # %% ../../nbs/game/06_data.ipynb #cf85ddcd
+def _counts(sp, docs, wrote):
+    "Documents, files and tokens by split and in all, and what `text_stats` counts."
+    stats = {}
+    for split,(files,tokens) in wrote.items():
+        stats[f"docs_{split}"] = len(docs[split])
+        stats[f"files_{split}"] = files
+        stats[f"tokens_{split}"] = tokens
+    stats |= text_stats(sp, docs)
+    for kind in ("docs", "files", "tokens"):
+        stats[f"{kind}_total"] = stats[f"{kind}_train"]+stats[f"{kind}_val"]
+    return stats
+
 def _manifest(name, sp, model, docs, wrote, shard_size):
     ids = dict(vocab_size=sp.vocab_size(), bos_id=sp.bos_id(), eos_id=sp.eos_id(),
         recommended_bigram_vocab_size=640*-(-sp.vocab_size()//128))
-    stats = {f"{kind}_{split}": n for split in wrote for kind,n in zip(("docs","files","tokens"),
-        (len(docs[split]), *wrote[split]))}
-    stats |= text_stats(sp, docs)
-    stats |= {f"{kind}_total": stats[f"{kind}_train"]+stats[f"{kind}_val"]
-        for kind in ("docs","files","tokens")}
+    stats = _counts(sp, docs, wrote)
+    folder = f"datasets/{name}"
     dataset = dict(name=name, tokenizer_name=model.stem, tokenizer_kind="sentencepiece_bpe",
-        path=f"datasets/{name}",
-        train_glob=f"datasets/{name}/{name}_train_*.bin",
-        val_glob=f"datasets/{name}/{name}_val_*.bin", **ids, stats=stats)
+        path=folder, train_glob=f"{folder}/{name}_train_*.bin",
+        val_glob=f"{folder}/{name}_val_*.bin", **ids, stats=stats)
     tokenizer = dict(name=model.stem, kind="sentencepiece_bpe", **ids,
         model_path=f"tokenizers/{model.name}", vocab_path=f"tokenizers/{model.stem}.vocab")
     return dict(version=name, num_docs=stats["docs_total"], num_val_docs=stats["docs_val"],
-        shard_size=shard_size, append_eos=False,
-        tokenizers=[tokenizer], datasets=[dataset])
+        shard_size=shard_size, append_eos=False, tokenizers=[tokenizer], datasets=[dataset])
 
 # %% ../../nbs/game/06_data.ipynb #382086d5
-def build_dataset(
-    train_docs:Iterable[str], # training documents
-    val_docs:Iterable[str],   # held-out documents
-    path:Path,                # folder to make; must not exist or be empty
-    # pieces of the tokenizer trained on train_docs; None: 1024, or what `tokenizer` has
-    vocab_size:int=None,
-    tokenizer:Path=None,      # SentencePiece model to use instead of training one
-    shard_size:int=100_000_000, # tokens per shard; the last of a split is shorter
-    # lines above 4,192 bytes: "cut", or left out of the tokenizer's training, "skip"
-    long_entries:str="cut",
-)->Dataset: # opened
-    "Encode documents into a dataset; trains the tokenizer on the training documents."
-    path,docs = Path(path),dict(train=list(train_docs), val=list(val_docs))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists: remove it or choose another path")
-    _check_documents(docs)
-    sp = load_tokenizer(tokenizer, vocab_size) if tokenizer else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name,tmp = path.resolve().name,path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    model = tmp/"tokenizers"/(Path(tokenizer).name if tokenizer else f"{name}.model")
-    try:
-        model.parent.mkdir(parents=True)
-        if sp is None:
-            sp = train_tokenizer((line for d in docs["train"] for line in d.splitlines()), model,
-                vocab_size or 1024, long_entries)
-        else:
-            with atomic_write(model) as f: f.write(Path(tokenizer).read_bytes())
-        _fill(tmp, name, sp, model, docs, shard_size)
-        _claim(tmp, path)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return open_dataset(path)
-
 def _check_documents(docs):
     "Raise for a split without text and for half characters, before any work."
     for split,texts in docs.items():
@@ -439,19 +430,63 @@ def _check_documents(docs):
                     f"{split} document {i} holds {half[0]!r} at character {half.start()}, half a"
                     " character, which no UTF-8 text can hold: mend or drop the document")
 
+@contextmanager
+def _beside(path):
+    "A folder of a passing name, which becomes `path` at the end, or vanishes."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield tmp
+        _claim(tmp, path)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../../nbs/game/06_data.ipynb #2b3a3580
+def _put_tokenizer(model, docs, given, vocab_size, long_entries):
+    "Put the tokenizer where the dataset keeps it: the given one, or one trained on documents."
+    if given:
+        with atomic_write(model) as f: f.write(Path(given).read_bytes())
+        return load_tokenizer(given, vocab_size)
+    lines = (line for d in docs for line in d.splitlines())
+    return train_tokenizer(lines, model, vocab_size or 1024, long_entries)
+
+# %% ../../nbs/game/06_data.ipynb #344e2269
+def build_dataset(
+    train_docs:Iterable[str], # training documents
+    val_docs:Iterable[str],   # held-out documents
+    path:Path,                # folder to make; must not exist or be empty
+    vocab_size:int=None,      # pieces of the tokenizer; None: 1024, or what `tokenizer` has
+    tokenizer:Path=None,      # SentencePiece model to use instead of training one
+    shard_size:int=100_000_000, # tokens per shard; the last of a split is shorter
+    long_entries:str="cut",   # lines above 4,192 bytes in the tokenizer's training, or "skip"
+)->Dataset: # opened
+    "Encode documents into a dataset; trains the tokenizer on the training documents."
+    path = Path(path)
+    docs = dict(train=list(train_docs), val=list(val_docs))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists: remove it or choose another path")
+    _check_documents(docs)
+    if tokenizer: load_tokenizer(tokenizer, vocab_size)  # a wrong one fails before any work
+    name = path.resolve().name
+    with _beside(path) as tmp:
+        model = tmp/"tokenizers"/(Path(tokenizer).name if tokenizer else f"{name}.model")
+        sp = _put_tokenizer(model, docs["train"], tokenizer, vocab_size, long_entries)
+        _fill(tmp, name, sp, model, docs, shard_size)
+    return open_dataset(path)
+
 # %% ../../nbs/game/06_data.ipynb #f31afebd
 def _fill(root, name, sp, model, docs, shard_size):
-    entry = {f"{split}_glob": f"{name}_{split}_*.bin" for split in docs}
-    wrote = {split: _write_split(sp, texts, root/"datasets"/name, _shard_names(entry, split),
-        shard_size) for split,texts in docs.items()}
+    folder = root/"datasets"/name
+    wrote = {}
+    for split,texts in docs.items():
+        names = _shard_names({f"{split}_glob": f"{name}_{split}_*.bin"}, split)
+        wrote[split] = _write_split(sp, texts, folder, names, shard_size)
     for split,(_,tokens) in wrote.items():
         if tokens == len(docs[split]):
             raise ValueError(
                 f"{split}_docs: all {tokens} documents encode to nothing, for example"
                 f" {docs[split][0][:20]!r}: the tokenizer drops every character of them")
-    with atomic_write(root/"manifest.json") as f:
-        f.write(json.dumps(_manifest(name, sp, model, docs, wrote, shard_size), indent=1).encode())
-    write_sums(root, [model, *sorted((root/"datasets"/name).glob("*.bin"))])
+    write_json(root/"manifest.json", _manifest(name, sp, model, docs, wrote, shard_size))
+    write_sums(root, [model, *sorted(folder.glob("*.bin"))])
 
 def _claim(tmp, path): # give a finished folder its name, unless another process was faster
     try: tmp.rename(path)

@@ -33,6 +33,7 @@ READS = (
     "text (one document a file) or JSONL (an object with a \"text\" a line),"
     " plain or under gzip, zstd, bzip2 or xz")
 
+# %% ../../nbs/game/05_documents.ipynb #6c1238e7
 def unpacked(
     path:Path, # file, compressed or not
 )->bytes: # of the text
@@ -62,6 +63,7 @@ def _is_jsonl(path, text):
     try: return isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict)
     except (ValueError, RecursionError): return False
 
+# %% ../../nbs/game/05_documents.ipynb #586f757d
 def _objects(path, text):
     "Each JSON value of a file with the place where it stands."
     if text.lstrip()[:1] == "[":
@@ -76,7 +78,8 @@ def _objects(path, text):
         try: yield f"line {i}", json.loads(line)
         except (ValueError, RecursionError):
             raise ValueError(
-                f'{path} line {i}: expected a JSON object with a "text", found {line[:40]!r}') from None
+                f'{path} line {i}: expected a JSON object with a "text",'
+                f' found {line[:40]!r}') from None
 
 # %% ../../nbs/game/05_documents.ipynb #e8261dc4
 def read_documents(
@@ -85,19 +88,25 @@ def read_documents(
     "Read documents from files."
     docs = []
     for path in map(Path, paths):
-        if path.is_dir(): raise ValueError(f"{path} is a folder: name its files")
-        try: text = unpacked(path).decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"{path} is not UTF-8 text ({e.reason} at byte {e.start}):"
-                f" pgolf reads {READS}") from None
-        if not text.strip(): raise ValueError(f"{path} is empty: expected text")
-        if "\0" in text[:4096]:
-            raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
-        docs += [_text_of(path, *o) for o in _objects(path, text)] if _is_jsonl(path,
-            text) else [text]
+        text = _text(path)
+        if _is_jsonl(path, text): docs += [_text_of(path, *o) for o in _objects(path, text)]
+        else: docs.append(text)
     return docs
 
+def _text(path):
+    "The text of a file, if it is one."
+    if path.is_dir(): raise ValueError(f"{path} is a folder: name its files")
+    try: text = unpacked(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): pgolf reads {READS}"
+        ) from None
+    if not text.strip(): raise ValueError(f"{path} is empty: expected text")
+    if "\0" in text[:4096]:
+        raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
+    return text
+
+# %% ../../nbs/game/05_documents.ipynb #35ba75e1
 def _text_of(path, where, value):
     "The document in a JSON value."
     if not isinstance(value, dict) or "text" not in value:

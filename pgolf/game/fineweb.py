@@ -10,42 +10,45 @@ import re, shutil
 from itertools import islice
 from pathlib import Path
 
-from .data import Dataset, _check_shard, _entries, _expected_tokens
-from .shards import ShardError
-from .data import _read_manifest, _shard_names, bar, open_dataset
-from .shards import file_sum, is_as_kept
-from .shards import read_sums, write_sums
+from .data import (Dataset, _check_shard, _entries, _expected_tokens, _read_manifest,
+                             _shard_names, bar, open_dataset)
+from .shards import ShardError, file_sum, is_as_kept, read_sums, write_sums
 from .tokenizer import load_tokenizer
 
 # %% ../../nbs/game/07_fineweb.ipynb #78cd53d6
 def _fetch(remote, folder, repo_id, endpoint):
     "Bring one file of the hub, or of a folder that mirrors it, below `folder`."
-    if Path(repo_id).is_dir():
-        if not (Path(repo_id)/remote).is_file():
-            raise FileNotFoundError(f"no file {Path(repo_id)/remote}")
+    mirror = Path(repo_id)
+    if mirror.is_dir():
+        if not (mirror/remote).is_file(): raise FileNotFoundError(f"no file {mirror/remote}")
         (folder/remote).parent.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.copyfile(Path(repo_id)/remote, folder/remote))
-    if Path(repo_id).is_absolute():
+        return Path(shutil.copyfile(mirror/remote, folder/remote))
+    if mirror.is_absolute():
         raise FileNotFoundError(
             f"no folder {repo_id}: name a folder that mirrors the hub,"
             " or a dataset of the hub as owner/name")
+    return _from_hub(remote, folder, repo_id, endpoint)
+
+# %% ../../nbs/game/07_fineweb.ipynb #dd8da1df
+def _from_hub(remote, folder, repo_id, endpoint):
     try: from huggingface_hub import hf_hub_download
     except ImportError as e:
         raise ImportError(
             "downloading needs an optional package: pip install huggingface_hub") from e
     try:
-        got = Path(hf_hub_download(repo_id, remote, repo_type="dataset", local_dir=folder,
-            endpoint=endpoint))
+        got = hf_hub_download(repo_id, remote, repo_type="dataset", local_dir=folder,
+            endpoint=endpoint)
     except Exception as e: # the client raises a dozen kinds
         why = (str(e) or repr(e)).splitlines()[0]
         raise ConnectionError(
             f"could not fetch {remote} from {endpoint or 'the hub'}, dataset {repo_id}:"
             f" {why}; run the same command again to go on") from e
-    return _as_the_hub_says(got, folder/".cache"/"huggingface"/"download"/f"{remote}.metadata")
+    about = folder/".cache"/"huggingface"/"download"/f"{remote}.metadata"
+    return _as_the_hub_says(Path(got), about)
 
+# %% ../../nbs/game/07_fineweb.ipynb #6fba5246
 def _as_the_hub_says(got, about):
-    """A fetched file, if its SHA-256 is the one that the hub gave with it; small files come with
-    none."""
+    "A fetched file, if its SHA-256 is the one that the hub gave; small files come with none."
     says = about.read_text().split()[1:2] if about.is_file() else []
     if says and re.fullmatch("[0-9a-f]{64}", says[0]) and file_sum(got) != says[0]:
         got.unlink()
@@ -56,10 +59,9 @@ def _as_the_hub_says(got, about):
 
 # %% ../../nbs/game/07_fineweb.ipynb #cbec0eda
 def _is_whole(root, path, want, sums):
-    """Whether a fetched file is there, as long as the manifest says and with the checksum that was
-    kept."""
+    "Whether a fetched file is there, as long as the manifest says, with the checksum kept of it."
     if not path.is_file() or not is_as_kept(root, path, sums): return False
-    try:_check_shard(path, want)
+    try: _check_shard(path, want)
     except ShardError: return False
     return True
 
@@ -70,28 +72,44 @@ def download_fineweb(
     variant:str="sp1024",   # tokenizer variant: sp and its vocabulary size
     train_shards:int=1,     # training shards, the first ones; 100,000,000 tokens and 200 MB each
     path:Path="data/fineweb", # folder to fill
-    repo_id:str=REPO, # hub dataset, or a folder that mirrors it
+    repo_id:str=REPO,       # hub dataset, or a folder that mirrors it
     endpoint:str=None,      # address of another hub; None: the public one
 )->Dataset: # opened
     "Download the challenge's tokens and verify them; call it again to resume or to add shards."
-    root,name = Path(path),f"fineweb10B_{variant}"
+    root = Path(path)
     staging = root/".incoming"
     def get(remote): return _fetch(f"datasets/{remote}", staging, str(repo_id), endpoint)
     manifest = _read_manifest(get("manifest.json"))
+    entry,tokenizer = _entries_wanted(manifest, root, repo_id, variant, train_shards)
+    (staging/"datasets"/"manifest.json").replace(root/"manifest.json")
+    _get_tokenizer(get, root, entry, tokenizer)
+    _get_shards(get, root, manifest, entry, train_shards)
+    shutil.rmtree(staging)
+    return open_dataset(root/"datasets"/entry["name"])
+
+# %% ../../nbs/game/07_fineweb.ipynb #b07f2d44
+def _entries_wanted(manifest, root, repo_id, variant, train_shards):
     if (root/"manifest.json").is_file() and _read_manifest(root/"manifest.json") != manifest:
         raise ValueError(
             f"{root} holds another export than {repo_id}:"
             " choose another path, shards of two exports must not mix")
-    entry,tokenizer = _entries(manifest, "the hub's manifest", name)
-    if not 1 <= train_shards <= (most := entry["stats"]["files_train"]):
+    entry,tokenizer = _entries(manifest, "the hub's manifest", f"fineweb10B_{variant}")
+    most = entry["stats"]["files_train"]
+    if not 1 <= train_shards <= most:
         raise ValueError(f"train_shards={train_shards} not in 1..{most}")
-    (staging/"datasets"/"manifest.json").replace(root/"manifest.json")
+    return entry,tokenizer
+
+# %% ../../nbs/game/07_fineweb.ipynb #168aa969
+def _get_tokenizer(get, root, entry, tokenizer):
     sums = read_sums(root)
     for file in filter(None, (tokenizer["model_path"], tokenizer.get("vocab_path"))):
         if not (root/file).is_file() or not is_as_kept(root, root/file, sums):
             _take(get(file), root, file, vocab_size=entry["vocab_size"])
-    wanted = [(split,i) for split,n in (("val", entry["stats"]["files_val"]),
-        ("train", train_shards)) for i in range(n)]
+
+def _get_shards(get, root, manifest, entry, train_shards):
+    sums,name = read_sums(root),entry["name"]
+    wanted = [("val", i) for i in range(entry["stats"]["files_val"])]
+    wanted += [("train", i) for i in range(train_shards)]
     for split,i in bar(wanted, desc=name, unit="shard", delay=5):
         file = Path("datasets")/name/next(islice(_shard_names(entry, split), i, None))
         want = _expected_tokens(entry, manifest.get("shard_size"), split, i)
@@ -99,8 +117,6 @@ def download_fineweb(
             _take(get(file.as_posix()), root, file, want, entry["vocab_size"])
         elif file.as_posix() not in sums:
             write_sums(root, [root/file]) # of a folder that was filled before there were checksums
-    shutil.rmtree(staging)
-    return open_dataset(root/"datasets"/name)
 
 # %% ../../nbs/game/07_fineweb.ipynb #f9e468f0
 def _take(got, root, file, want=None, vocab_size=None):

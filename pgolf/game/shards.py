@@ -40,14 +40,34 @@ def write_shard(
 
 # %% ../../nbs/game/04_shards.ipynb #201c3452
 def _check_ids(path, tokens, vocab_size, start=0):
-    if vocab_size is None or (top := int(tokens.max())) < vocab_size: return
-    at = start + int(np.argmax(tokens >= vocab_size))
+    if vocab_size is None: return
+    top = int(tokens.max())
+    if top < vocab_size: return
+    first = int(np.argmax(tokens >= vocab_size))
     raise ShardError(
-        f"{path}: token id {int(tokens[at-start])} at position {at},"
-        f" expected ids below vocab_size={vocab_size} (largest found:"
-        f" {top}): take the tokenizer and the shards of one dataset")
+        f"{path}: token id {int(tokens[first])} at position {start+first},"
+        f" expected ids below vocab_size={vocab_size} (largest found: {top}):"
+        " take the tokenizer and the shards of one dataset")
 
 # %% ../../nbs/game/04_shards.ipynb #5eeaf128
+_AGAIN = "cut off or overwritten; fetch or build it again"
+
+def _announced(path):
+    "Tokens that the header announces, if the file is as long as they are."
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise ShardError(f"{path}: {size} bytes, expected a header of {HEADER_BYTES}: {_AGAIN}")
+    magic,version,n = (int(i) for i in np.fromfile(path, "<i4", 3))
+    if magic != MAGIC:
+        raise ShardError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard")
+    if version != VERSION: raise ShardError(f"{path}: version {version}, expected {VERSION}")
+    want = HEADER_BYTES+2*n
+    if n < 1 or size != want:
+        raise ShardError(
+            f"{path}: {size} bytes, expected {want} for the {n} tokens of its header: {_AGAIN}")
+    return n
+
+# %% ../../nbs/game/04_shards.ipynb #7dfc2856
 def read_shard(
     path:Path,           # shard file
     vocab_size:int=None, # every id must be below it; None: not checked
@@ -55,53 +75,56 @@ def read_shard(
     "Open a shard by memory map and check it."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no shard at {path}")
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise ShardError(
-            f"{path}: {size} bytes, expected a header of {HEADER_BYTES}:"
-            " cut off; fetch or build it again")
-    magic,version,n = (int(i) for i in np.fromfile(path, "<i4", 3))
-    if magic != MAGIC:
-        raise ShardError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard")
-    if version != VERSION: raise ShardError(f"{path}: version {version}, expected {VERSION}")
-    if n < 1 or size != HEADER_BYTES+2*n:
-        raise ShardError(
-            f"{path}: {size} bytes, expected {HEADER_BYTES+2*n} for the {n} tokens of its header:"
-            " cut off or overwritten; fetch or build it again")
-    tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(n,))
+    tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(_announced(path),))
     _check_ids(path, tokens, vocab_size)
     return tokens
 
 # %% ../../nbs/game/04_shards.ipynb #c50a23b4
+def _locate(starts, position):
+    "Shard of a position in the endless stream, and the place in that shard."
+    offset = position % int(starts[-1])
+    i = int(np.searchsorted(starts, offset, side="right"))-1
+    return i, offset-int(starts[i])
+
+# %% ../../nbs/game/04_shards.ipynb #05ca8857
 class TokenStream:
     "All shards as one endless row of tokens, read at any position."
     def __init__(self,
         shards:Iterable[Path], # shard files, in order
         vocab_size:int=None,   # ids must be below it; checked as they are read
     ):
-        self.paths,self.vocab_size = [Path(p) for p in shards],vocab_size
+        self.paths = [Path(p) for p in shards]
+        self.vocab_size = vocab_size
         if not self.paths: raise ValueError("shards is empty: a stream needs at least one")
         self.shards = [read_shard(p) for p in self.paths]
         self.starts = np.cumsum([0]+[len(s) for s in self.shards])
-
     def __len__(self): return int(self.starts[-1])
-
     def read(self,
         position:int, # first token, counted from the start of the first pass
         n:int,        # tokens
     )->np.ndarray: # (n,) uint16
         "Copy `n` tokens from `position` on, across shards and passes."
-        parts = []
+        parts = [np.empty(0, np.uint16)]
         while n > 0:
-            offset = position % len(self)
-            i = int(np.searchsorted(self.starts, offset, side="right"))-1
-            first = offset-int(self.starts[i])
+            i,first = _locate(self.starts, position)
             part = self.shards[i][first:first+n]
             _check_ids(self.paths[i], part, self.vocab_size, first)
             parts.append(part); position += len(part); n -= len(part)
-        return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        return np.concatenate(parts)
 
 # %% ../../nbs/game/04_shards.ipynb #a2cc6bbf
+def _check_deal(batch_tokens, seq_len, num_spans, rank, world, position):
+    "Raise for a batch that cannot be cut into equal spans, or for a rank that there is not."
+    if num_spans < 1 or world < 1 or num_spans % world:
+        raise ValueError(f"world={world} must divide num_spans={num_spans}")
+    if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
+    if batch_tokens < 1 or seq_len < 1 or batch_tokens % (num_spans*seq_len):
+        raise ValueError(
+            f"batch_tokens={batch_tokens} must be a multiple of num_spans*seq_len ="
+            f" {num_spans}*{seq_len} = {num_spans*seq_len}")
+    if position < 0: raise ValueError(f"position={position} must not be negative")
+
+# %% ../../nbs/game/04_shards.ipynb #68c79624
 class BatchLoader:
     "Deal the batches of a training run to the ranks."
     def __init__(self,
@@ -114,24 +137,15 @@ class BatchLoader:
         position:int=0,        # tokens consumed so far by all ranks together
         vocab_size:int=None,   # ids must be below it
     ):
-        if num_spans < 1 or world < 1 or num_spans % world:
-            raise ValueError(f"world={world} must divide num_spans={num_spans}")
-        if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
-        if batch_tokens < 1 or seq_len < 1 or batch_tokens % (num_spans*seq_len):
-            raise ValueError(
-                f"batch_tokens={batch_tokens} must be a multiple of num_spans*seq_len ="
-                f" {num_spans}*{seq_len} = {num_spans*seq_len}")
-        if position < 0: raise ValueError(f"position={position} must not be negative")
+        _check_deal(batch_tokens, seq_len, num_spans, rank, world, position)
         self.stream = TokenStream(shards, vocab_size)
-        self.seq_len,self.num_spans,self.rank,self.world,self.position = (seq_len,num_spans,
-            rank,world,position)
+        self.seq_len,self.num_spans = seq_len,num_spans
+        self.rank,self.world,self.position = rank,world,position
         self.span = batch_tokens//num_spans+1 # tokens, one more than targets
-
-    # num_spans/world pairs x, y of (rows, seq_len) int64 on the CPU
-    def next_step(self)->list[tuple[Tensor,Tensor]]:
-        "The micro-batches of this rank for the next optimizer step."
-        spans = (self.stream.read(self.position+i*self.span, self.span)
-            for i in range(self.rank, self.num_spans, self.world))
+    def next_step(self)->list[tuple[Tensor,Tensor]]: # pairs x, y of (rows, seq_len) int64
+        "The micro-batches of this rank for the next optimizer step, num_spans/world on the CPU."
+        mine = range(self.rank, self.num_spans, self.world)
+        spans = [self.stream.read(self.position+i*self.span, self.span) for i in mine]
         rows = [torch.from_numpy(s.astype(np.int64)) for s in spans]
         self.position += self.num_spans*self.span
         return [(s[:-1].view(-1, self.seq_len), s[1:].view(-1, self.seq_len)) for s in rows]
@@ -155,19 +169,18 @@ def read_sums(root)->dict: # file below `root` -> [bytes, SHA-256]; empty where 
 
 def write_sums(root, files):
     "Keep the checksums of `files` beside the manifest, with those kept before."
-    sums = read_sums(root) | {p.relative_to(root).as_posix(): [p.stat().st_size,
-        file_sum(p)] for p in files}
+    new = {p.relative_to(root).as_posix(): [p.stat().st_size, file_sum(p)] for p in files}
     with atomic_write(Path(root)/"checksums.json") as f:
-        f.write(json.dumps(sums, indent=1).encode())
+        f.write(json.dumps(read_sums(root) | new, indent=1).encode())
 
+# %% ../../nbs/game/04_shards.ipynb #023a8ce5
 def is_as_kept(root, path, sums)->bool: # True where nothing was kept
     "Whether a file is the one whose checksum was kept."
     size,digest = sums.get(path.relative_to(root).as_posix(), (None,None))
     return digest is None or (path.stat().st_size == size and file_sum(path) == digest)
 
 def check_sums(root, files):
-    """Raise for a file that is not what was built or fetched; those beyond `HASHED` bytes are taken
-    as they are."""
+    "Raise for a file that is not what was built or fetched; hash the first `HASHED` bytes of them."
     sums,read = read_sums(root),0
     for p in files:
         read += p.stat().st_size
