@@ -45,8 +45,7 @@ class Evaluation:
     mixer:Callable=None
     windows:Callable=None       # n -> (start, stop, first scored) of each window over n targets
     log:Callable=None           # tokens -> UpdateLog
-    # tokens, k -> as `scorer`, but learning from the first k chunks only
-    stopped:Callable=None
+    stopped:Callable=None # tokens, k -> as `scorer`, but learning from the first k chunks only
     chunk_tokens:int=0          # targets between two updates; 0: nothing is learnt
 
 # %% ../../nbs/score/42_audit.ipynb #2bd2bdc7

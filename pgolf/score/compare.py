@@ -110,8 +110,7 @@ def load_scores(
 
 # %% ../../nbs/score/45_compare.ipynb #f56f8d2e
 def score_into(
-    # file of scores; None: none. A file that an interrupted call has left is completed
-    path,
+    path, # file of scores; None: none. A file that an interrupted call has left is completed
     model:nn.Module,   # as for `score`
     tokens:Tensor,     # (N+1,) ids: N targets
     tables:ByteTables, # byte counts of the vocabulary

@@ -35,14 +35,12 @@ class TTTConfig:
     ttt_epochs:int=3            # passes over a chunk
     ttt_chunk_tokens:int=32_768 # targets scored between two adaptations
     ttt_batch_seqs:int=32       # rows per optimizer step
-    # cosine over the "chunks", over the "steps" within each chunk, or "none"
-    ttt_decay:str="chunks"
+    ttt_decay:str="chunks" # cosine over the "chunks", over the "steps" within each chunk, or "none"
     ttt_grad_clip:float=1.      # global norm over the trained parameters; 0: off
     ttt_freeze_blocks:int=2     # first blocks that stay as they are
     ttt_freeze_embeddings:bool=True # token, bigram and value embeddings stay as they are
     ttt_only:str=""             # regex: of the rest, train matching names only; "": all
-    # regex: matching names learn whatever the three rules above say; "": none
-    ttt_always:str=""
+    ttt_always:str="" # regex: matching names learn whatever the three rules above say; "": none
     # learn in train mode, where `CastLinear.fake_quant` acts; scoring is in eval mode, where
     # `eval_quant` does
     ttt_train_mode:bool=False

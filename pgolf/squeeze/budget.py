@@ -70,8 +70,7 @@ def row_errors(
 # %% ../../nbs/squeeze/36_budget.ipynb #27ec95d2
 def importance(
     model:nn.Module, # returns the mean loss from `model.loss(ids, targets)`
-    # iterable of token ids (B, T) int64, from training data or the model's own samples
-    batches,
+    batches, # iterable of token ids (B, T) int64, from training data or the model's own samples
     split:str="train", # where the ids come from; "val" is refused
     progress:bool=False, # bar if it takes more than 5 s
 )->dict[str,
@@ -128,14 +127,12 @@ class SqueezeConfig:
     use_gptq:bool=True     # round against the Hessian where there is one; False: to nearest
     min_numel:int=4096     # smaller matrices, and what is no matrix, stay float16
     sample:int=32_768      # weights of each matrix that its ladder looks at
-    # smallest step, in units of the base step; a byte sets a limit of its own
-    finest:float=2**-7.
+    finest:float=2**-7. # smallest step, in units of the base step; a byte sets a limit of its own
     coarsest:float=4.      # largest step
     rungs:int=28           # steps tried from finest to coarsest
     slack:float=5e-4       # share of the budget that may stay unused
     tries:int=8            # times the whole model may be rounded and packed to get there
-    # of the codes: "rans", or "best", the smaller of rANS and zstd layer by layer
-    codec:str="best"
+    codec:str="best" # of the codes: "rans", or "best", the smaller of rANS and zstd layer by layer
     gptq:GPTQConfig=GPTQConfig() # damping, order, block
     def __post_init__(self):
         if self.steps not in STEPS:

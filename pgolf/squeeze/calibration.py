@@ -45,8 +45,7 @@ class _Moments:
 # %% ../../nbs/squeeze/32_calibration.ipynb #e2556fe7
 def collect_hessians(
     model:nn.Module,   # its linear layers are the modules with an attribute `fake_quant`
-    # iterable of token ids (B, T) int64, from training data or the model's own samples
-    batches,
+    batches, # iterable of token ids (B, T) int64, from training data or the model's own samples
     # where the ids come from: "train", or "self" for the model's samples; "val" is refused
     split:str="train",
     tables:bool=False, # embedding tables too

@@ -26,15 +26,13 @@ class GPTQConfig:
     # columns of which each corrects the others at once; behind them, 1, 2, 1, 4, ... blocks correct
     # as many
     block:int=8
-    # added to the diagonal, share of its mean; times ten until the factor exists
-    damping:float=.01
+    damping:float=.01 # added to the diagonal, share of its mean; times ten until the factor exists
     order:str="descending"   # columns by diagonal: "descending", "ascending" or "natural"
     # "plain_inverse" is the faulty rule that PR #576 and PR #610 ran: exhibits only
     rule:str="cholesky"
     # clip candidate of a row by squared error, or by "hessian" error after the pass
     search:str="plain"
-    # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
-    refit:str=""
+    refit:str="" # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
     def __post_init__(self):
         for name,known in (("order",("descending","ascending","natural")),
             ("rule",("cholesky","plain_inverse")),
@@ -269,8 +267,7 @@ def quantize_state(
     state:dict,       # name -> tensor
     cfg:QuantConfig,  # which tensor gets which grid
     gptq_cfg:GPTQConfig|None=None, # None: round to nearest everywhere
-    # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
-    hessians:dict|None=None,
+    hessians:dict|None=None, # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
 )->dict: # name -> Quantized or tensor, on the CPU, in the order of `state`
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
     if gptq_cfg and not hessians:

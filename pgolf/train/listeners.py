@@ -21,26 +21,23 @@ class MetricsLog:
         path:Path|None=None, # file, default `out/metrics.jsonl`
     ): self.path = path
     def on_start(self, run):
-        self.file = Path(self.path or run.out/"metrics.jsonl") if run.is_main and (self.path
-            or run.out) else None
-        if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            kept = [l for l in self.file.read_text().splitlines()
-                if _step_of(l) <= run.step] if run.step and self.file.exists() else []
-            self._write("w", "".join(l + "\n" for l in kept))
+        self.file = None
+        if not run.is_main or not (self.path or run.out): return
+        self.file = Path(self.path or run.out/"metrics.jsonl")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if run.step and self.file.exists() else []
+        self._write("w", "".join(l + "\n" for l in lines if _step_of(l) <= run.step))
     def on_record(self, run, values):
-        if self.file:
-            self._write("a",
-                json.dumps({"step": run.step, "elapsed": round(run.elapsed, 4), **values}) + "\n")
+        record = {"step": run.step, "elapsed": round(run.elapsed, 4), **values}
+        if self.file: self._write("a", json.dumps(record) + "\n")
     def _write(self, mode, text):
         try:
             with self.file.open(mode) as f: f.write(text)
         except OSError as e:
-            raise OSError(
-                e.errno,
-                f"{e.strerror} while writing {self.file}: free some space or choose another folder",
-            ) from e
+            raise OSError(e.errno, f"{e.strerror} while writing {self.file}:"
+                " free some space or choose another folder") from e
 
+# %% ../../nbs/train/25_listeners.ipynb #e7a1046a
 def _step_of(line):
     "Step of a record; a line that a power cut left half written belongs to no step."
     try: return json.loads(line)["step"]
@@ -55,13 +52,13 @@ class Validate:
     ):
         if every < 0:
             raise ValueError(f"every={every} must be at least 0, which is at the end alone")
-        self.every,self.fn,self.history = every, fn, [] # history: (step, elapsed, values)
+        self.every,self.fn = every, fn
+        self.history = [] # (step, elapsed, values)
     def after_step(self, run):
         if self.every and run.step % self.every == 0: self.measure(run)
     def on_end(self, run):
-        if run.stopped_by != "interrupted" and (not self.history
-            or self.history[-1][0] != run.step):
-            self.measure(run)
+        measured = self.history and self.history[-1][0] == run.step
+        if run.stopped_by != "interrupted" and not measured: self.measure(run)
     def measure(self, run):
         with run.paused(), torch.no_grad():
             try: values = self.fn(run.model.eval())
@@ -75,8 +72,9 @@ def expected_steps(
 )->int: # steps that the nearer of the two limits allows
     "Foresee the length of a run."
     most,cap = run.schedule.iterations, run.schedule.max_wallclock_seconds
-    return most if not cap or not run.step or not run.elapsed else max(run.step,
-        min(most, round(run.step*cap/run.elapsed)))
+    if not cap or not run.step or not run.elapsed: return most
+    by_clock = round(run.step*cap/run.elapsed)
+    return max(run.step, min(most, by_clock))
 
 def seconds_left(
     run:Run,       # between two steps
@@ -95,22 +93,15 @@ def as_line(
 )->str: # e.g. "loss 3.2101, tokens 10,240"
     "One readable line of a record."
     if "note" in values: return values["note"]
-    spec = lambda k,v: FORMATS.get(k, ".4f" if isinstance(v, float) else "")
-    return ", ".join(f"{k} {v:{spec(k, v)}}" for k,v in values.items())
+    def said(k, v): return f"{v:{FORMATS.get(k, '.4f' if isinstance(v, float) else '')}}"
+    return ", ".join(f"{k} {said(k, v)}" for k,v in values.items())
 
 # %% ../../nbs/train/25_listeners.ipynb #ddb981ef
-class Progress:
-    """A bar with the time left, or lines; what is not a record of a training step is always written
-    out."""
-    def __init__(self,
-        file=None,        # where to write, default standard error
-        # for notebooks and log files: a line for the first step, every `log_every`-th and the last,
-        # no bar
-        lines:bool=False,
-    ): self.file,self.lines = file or sys.stderr, lines
+class _Bar:
+    "The bar of a run, from its first step to its end or its failure."
     def on_start(self, run):
-        # (seconds, step) at the first step; the line to write if none follows
-        self.begun,self.held = None, ""
+        self.begun = None # (seconds, step) at the first step
+        self.held = ""    # the line to write if none follows
         self.bar = bar(total=run.schedule.iterations, initial=run.step, unit="step", file=self.file,
             disable=not run.is_main or self.lines)
     def before_step(self, run):
@@ -120,37 +111,44 @@ class Progress:
     def after_step(self, run):
         self.bar.total = expected_steps(run)
         self.bar.update()
-    def on_record(self, run, values):
-        if not run.is_main: return
-        of_step = "tokens_per_second" in values
-        if self.lines:self._line(run, values, of_step)
-        elif of_step:self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        else: self.bar.write(f"step {run.step}: {as_line(values)}", file=self.file)
     def on_end(self, run):
         if self.held: print(self.held, file=self.file, flush=True)
         if run.stopped_by == "wallclock": self.bar.total = run.step
         self.bar.close()
     def on_failure(self, run): self.bar.close()
+
+# %% ../../nbs/train/25_listeners.ipynb #4c44a30a
+class Progress(_Bar):
+    "A bar with the time left, or lines."
+    def __init__(self,
+        file=None,        # where to write, default standard error
+        lines:bool=False, # for notebooks and log files: a line now and then, no bar
+    ): self.file,self.lines = file or sys.stderr, lines
+    def on_record(self, run, values):
+        if not run.is_main: return
+        of_step = "tokens_per_second" in values
+        if self.lines: self._line(run, values, of_step)
+        elif of_step: self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        else: self.bar.write(f"step {run.step}: {as_line(values)}", file=self.file)
     def _line(self, run, values, of_step):
         "Write a record as a line, or hold it back."
-        text = as_line(values)
-        if self.begun:
-            seconds, steps = run.now()-self.begun[0], run.step-self.begun[1]
-            left = tqdm.format_interval(seconds_left(run, seconds, steps))
-            text = (
-                f"step {run.step}/{expected_steps(run)}, {run.elapsed:.1f} s, {left} left: {text}")
-        wait = (of_step and run.first_step+1 < run.step < run.schedule.iterations
-            and run.step % run.cfg.log_every)
+        text = _with_time(run, self.begun, as_line(values)) if self.begun else as_line(values)
+        between = run.first_step+1 < run.step < run.schedule.iterations
+        wait = of_step and between and run.step % run.cfg.log_every
         if not wait: print(text, file=self.file, flush=True)
         if of_step: self.held = text if wait else ""
+
+def _with_time(run, begun, text):
+    seconds,steps = run.now()-begun[0], run.step-begun[1]
+    left = tqdm.format_interval(seconds_left(run, seconds, steps))
+    return f"step {run.step}/{expected_steps(run)}, {run.elapsed:.1f} s, {left} left: {text}"
 
 # %% ../../nbs/train/25_listeners.ipynb #5cf6b7f0
 class Checkpointer:
     "Write a checkpoint every so many steps, off the clock."
     def __init__(self,
         every:int,           # steps
-        # file, default `out/checkpoint.safetensors`; each replaces the one before
-        path:Path|None=None,
+        path:Path|None=None, # file, default `out/checkpoint.safetensors`; overwritten each time
     ):
         if every < 1:
             raise ValueError(

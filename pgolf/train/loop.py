@@ -30,11 +30,9 @@ class TrainConfig:
     "What a training run does besides model, optimizer and schedule."
     train_batch_tokens:int=786_432 # targets per step, over all ranks
     train_seq_len:int=2048         # length of a row, tokens
-    # micro-batches per step, over all ranks; the ranks must divide it
-    num_spans:int=8
-    # most tokens in one forward pass, at least a row; 0: a whole micro-batch on a GPU, 8,192 on a
-    # CPU
-    pass_tokens:int=0
+    num_spans:int=8 # micro-batches per step, over all ranks; the ranks must divide it
+    # most tokens in one forward pass, at least a row
+    pass_tokens:int=0              # 0: a whole micro-batch on a GPU, 8,192 on a CPU
     # steps run first and undone, so that compilation is over when the clock starts
     warmup_steps:int=20
     grad_clip_norm:float=.3        # largest global norm of the gradient; 0: no clipping
@@ -47,17 +45,20 @@ class TrainConfig:
     val_every:int=4000
     checkpoint_every:int=0         # steps between checkpoints, likewise; 0: none
     def __post_init__(self):
-        for name,least in dict(train_batch_tokens=1, train_seq_len=1, num_spans=1, log_every=1,
-            pass_tokens=0, warmup_steps=0, grad_clip_norm=0, val_every=0,
-            checkpoint_every=0).items():
+        at_least_1 = ("train_batch_tokens", "train_seq_len", "num_spans", "log_every")
+        at_least_0 = ("pass_tokens", "warmup_steps", "grad_clip_norm", "val_every",
+            "checkpoint_every")
+        for name in at_least_1+at_least_0:
+            least = int(name in at_least_1)
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.compile not in ("auto", True, False):
             raise ValueError(f"compile={self.compile!r} is none of 'auto', True, False")
-        if self.train_batch_tokens % (rows := self.num_spans*self.train_seq_len):
+        rows = self.num_spans*self.train_seq_len
+        if self.train_batch_tokens % rows:
             raise ValueError(
-                f"train_batch_tokens={self.train_batch_tokens} must"
-                f" be a multiple of num_spans*train_seq_len={rows}")
+                f"train_batch_tokens={self.train_batch_tokens} must be a multiple of"
+                f" num_spans*train_seq_len={rows}")
 
 # %% ../../nbs/train/24_loop.ipynb #4afced2d
 def make_loader(
@@ -132,8 +133,7 @@ class Run(_Tools):
     out:Path|None=None # folder for files, None: no files
     listeners:tuple=() # called in this order
     config:dict=field(default_factory=dict) # everything that a resumed run must share
-    # before_step: index of the step about to run; after_step: number of finished steps
-    step:int=0
+    step:int=0 # before_step: index of the step about to run; after_step: number of finished steps
     tokens:int=0       # targets seen, over all ranks
     lr_scale:float=0.  # multiplier of the base learning rates
     agreed:float=0.    # seconds of training at the end of the last step, the same on all ranks
@@ -143,8 +143,11 @@ class Run(_Tools):
     now:object=time.perf_counter # tells the time, in seconds
     def __post_init__(self):
         self.clock = Clock(self.device, self.agreed, self.now)
-        self.pending, self.first_step = [], self.step
-        self.losses,self.seconds,self.lr_scales,self.grad_norm,self.mark = [],[],[],0.,(0,0.)
+        self.first_step = self.step
+        self.pending = []     # losses and norms that are still on the device
+        self.losses,self.seconds,self.lr_scales = [],[],[]
+        self.grad_norm = 0.
+        self.mark = (0, 0.)   # tokens and seconds at the last record
 
 # %% ../../nbs/train/24_loop.ipynb #d97a41c3
 class TrainingDiverged(RuntimeError):
@@ -167,23 +170,22 @@ class TrainingDiverged(RuntimeError):
 def settle(
     run:Run, # the run, possibly with losses that are still on the device
 ):
-    """Fetch waiting losses and gradient norms; raise `TrainingDiverged` at the first that is not
-    finite."""
+    "Fetch waiting losses and norms; raise `TrainingDiverged` at the first that is not finite."
     values = torch.stack(run.pending).tolist() if run.pending else []
     run.pending.clear()
     for loss,norm in values:
         if not math.isfinite(loss) or not math.isfinite(norm):
             path = run.out/"diverged.safetensors" if run.out else None
             if path: save_checkpoint(run, path)
-            raise TrainingDiverged(run.first_step+len(run.losses), loss, norm,
-                run.losses[-1] if run.losses else None, path)
+            last = run.losses[-1] if run.losses else None
+            raise TrainingDiverged(run.first_step+len(run.losses), loss, norm, last, path)
         run.losses.append(loss)
         run.grad_norm = norm
 
 # %% ../../nbs/train/24_loop.ipynb #12dc0fe6
 def _to(t, device):
-    return (t.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda"
-        else t.to(device))
+    if torch.device(device).type != "cuda": return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 def pieces(
     micros:list,     # (ids, targets) of a rank's step, (rows, tokens) each
@@ -192,16 +194,21 @@ def pieces(
 )->list: # (ids, targets) in the same order, fewer rows each
     "Cut micro-batches to what goes through the model at once."
     most = cfg.pass_tokens or (8192 if torch.device(device).type == "cpu" else math.inf)
-    rows = lambda x: len(x) if most == math.inf else max(1, most//x.shape[1])
-    return [p for x,y in micros for p in zip(x.split(rows(x)), y.split(rows(y)))]
+    out = []
+    for x,y in micros:
+        rows = len(x) if most == math.inf else max(1, most//x.shape[1])
+        out += zip(x.split(rows), y.split(rows))
+    return out
 
+# %% ../../nbs/train/24_loop.ipynb #b56ead15
 def forward_backward(
     run:Run,      # gives the batch; gradients are added to its model
     loss_fn,      # (ids, targets) -> () mean nats per token
 )->Tensor: # () mean loss of the global batch, the same on every rank
     "Accumulate the gradient of one global batch."
     parts = pieces(run.loader.next_step(), run.cfg, run.device)
-    mine,want = sum(y.numel() for _,y in parts),run.cfg.train_batch_tokens
+    mine = sum(y.numel() for _,y in parts)
+    want = run.cfg.train_batch_tokens
     if mine*run.world != want:
         raise ValueError(
             f"train_batch_tokens={want}, but {run.world} rank(s) load {mine*run.world} per step:"
@@ -211,8 +218,8 @@ def forward_backward(
         loss = loss_fn(_to(x, run.device), _to(y, run.device))*(y.numel()/mine)
         loss.backward()
         total += loss.detach()
-    return total if run.world == 1 else average_gradients(list(run.model.parameters()),
-        total, run.world)
+    if run.world == 1: return total
+    return average_gradients(list(run.model.parameters()), total, run.world)
 
 # %% ../../nbs/train/24_loop.ipynb #539a26e8
 def set_rates(
@@ -245,18 +252,25 @@ def train_step(
     set_rates(run.optims, run.lr_scale, run.schedule.momentum(run.step))
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip_norm or math.inf)
     run.pending.append(torch.stack([run.loss, norm.to(run.loss)]))
-    due = (run.step < 10 or (run.step+1) % run.cfg.log_every == 0
-        or run.step+1 == run.schedule.iterations)
+    due = _is_due(run)
     if due or torch.device(run.device).type == "cpu": settle(run)
     update(run.optims)
-    run.step,run.tokens = run.step+1, run.tokens+run.cfg.train_batch_tokens
-    run.seconds.append(run.elapsed); run.lr_scales.append(run.lr_scale)
+    run.step += 1
+    run.tokens += run.cfg.train_batch_tokens
+    run.seconds.append(run.elapsed)
+    run.lr_scales.append(run.lr_scale)
     if due: _record_step(run)
     run.call("after_step")
 
+# %% ../../nbs/train/24_loop.ipynb #3bd7befb
+def _is_due(run):
+    number = run.step+1
+    return run.step < 10 or number % run.cfg.log_every == 0 or number == run.schedule.iterations
+
 def _record_step(run):
     "Hand the numbers of this step to the listeners."
-    (tokens,seconds),run.mark = run.mark, (run.tokens, run.elapsed)
+    tokens,seconds = run.mark
+    run.mark = run.tokens, run.elapsed
     rate = (run.tokens-tokens)/max(run.elapsed-seconds, 1e-9)
     run.record(loss=run.losses[-1], lr_scale=run.lr_scale, grad_norm=run.grad_norm,
         tokens=run.tokens, tokens_per_second=round(rate, 1))
@@ -269,7 +283,8 @@ def warm_up(
     "Run the warm-up steps, then restore weights, optimizer states and position."
     if not run.cfg.warmup_steps: return
     weights = {k: v.clone() for k,v in run.model.state_dict().items()}
-    states,position = [copy.deepcopy(o.state_dict()) for o in run.optims], run.loader.position
+    states = [copy.deepcopy(o.state_dict()) for o in run.optims]
+    position = run.loader.position
     for _ in range(run.cfg.warmup_steps):
         forward_backward(run, loss_fn)
         update(run.optims)
@@ -287,10 +302,11 @@ def write_checkpoint(
     meta:dict,    # anything JSON can hold
 ):
     "Write tensors and metadata under `path`, whole or not at all."
-    data = save({k: v.detach().cpu().contiguous() for k,v in tensors.items()},
-        {"pgolf": json.dumps(meta)})
+    tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
+    data = save(tensors, {"pgolf": json.dumps(meta)})
     with atomic_write(path) as f: f.write(data)
 
+# %% ../../nbs/train/24_loop.ipynb #46d27e9e
 def read_checkpoint(
     path:Path, # as written by `write_checkpoint`
 )->tuple[dict,dict]: # (name -> tensor on the CPU, metadata)
@@ -323,20 +339,25 @@ def optimizer_tensors(
     opt:torch.optim.Optimizer, # whose state is wanted
 )->dict[str,Tensor]: # "parameter/key" -> tensor
     "State of an optimizer as a flat dict."
-    return {f"{n}/{k}": v for n,p in _named_params(model, opt)
-        for k,v in opt.state.get(p, {}).items() if torch.is_tensor(v)}
+    out = {}
+    for name,p in _named_params(model, opt):
+        state = opt.state.get(p, {})
+        out |= {f"{name}/{k}": v for k,v in state.items() if torch.is_tensor(v)}
+    return out
 
+# %% ../../nbs/train/24_loop.ipynb #80016fcb
 def load_optimizer(
     model:nn.Module, # gives the names
     opt:torch.optim.Optimizer, # whose state is replaced
     tensors:dict,    # from `optimizer_tensors`
 ):
     "Put a flat state back into an optimizer."
-    state = {}
-    for i,(name,_) in enumerate(_named_params(model, opt)):
-        if mine := {k.rpartition("/")[2]: v for k,v in tensors.items()
-            if k.rpartition("/")[0] == name}:
-            state[i] = mine
+    by_name = {}
+    for key,v in tensors.items():
+        name,_,kind = key.rpartition("/")
+        by_name.setdefault(name, {})[kind] = v
+    names = [name for name,_ in _named_params(model, opt)]
+    state = {i: by_name[name] for i,name in enumerate(names) if name in by_name}
     opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
 
 # %% ../../nbs/train/24_loop.ipynb #63e5e37d
@@ -357,12 +378,11 @@ def save_checkpoint(
     "Write everything a run needs to go on."
     if not run.is_main: return
     parts = {"model": run.model.state_dict()}
-    parts |= {f"optim.{i}": optimizer_tensors(run.model, o) for i,o in enumerate(run.optims)}
-    parts |= {name: l.state_dict() for name,l in _stateful(run.listeners).items()}
-    meta = dict(step=run.step, tokens=run.tokens, elapsed=run.elapsed,
-        position=run.loader.position, config=run.config, torch=torch.__version__)
-    write_checkpoint(path,
-        {f"{part}/{k}": v for part,state in parts.items() for k,v in state.items()}, meta)
+    for i,opt in enumerate(run.optims): parts[f"optim.{i}"] = optimizer_tensors(run.model, opt)
+    for name,l in _stateful(run.listeners).items(): parts[name] = l.state_dict()
+    tensors = {f"{part}/{k}": v for part,state in parts.items() for k,v in state.items()}
+    write_checkpoint(path, tensors, dict(step=run.step, tokens=run.tokens, elapsed=run.elapsed,
+        position=run.loader.position, config=run.config, torch=torch.__version__))
 
 # %% ../../nbs/train/24_loop.ipynb #5f42ea77
 # may differ on resume
@@ -371,10 +391,10 @@ FREE = {"train.compile", "train.log_every", "train.val_every", "train.checkpoint
 
 def _flatten(value, name=""):
     "Nested configuration as {dotted name: value}."
-    if isinstance(value, dict):
-        return {k: v for key,sub in value.items()
-            for k,v in _flatten(sub, f"{name}.{key}" if name else key).items()}
-    return {name: value}
+    if not isinstance(value, dict): return {name: value}
+    out = {}
+    for key,sub in value.items(): out |= _flatten(sub, f"{name}.{key}" if name else key)
+    return out
 
 def check_config(
     path:Path, # named in the error
@@ -383,11 +403,12 @@ def check_config(
 ):
     "Raise unless both agree on everything that decides the weights."
     a,b = _flatten(saved), _flatten(ours)
-    bad = [f"{k} is {a.get(k)!r} there and {b.get(k)!r} here" for k in sorted(a.keys()|b.keys())
-        if a.get(k) != b.get(k) and k not in FREE]
+    names = sorted((a.keys() | b.keys()) - FREE)
+    bad = [k for k in names if a.get(k) != b.get(k)]
     if bad:
+        differ = "; ".join(f"{k} is {a.get(k)!r} there and {b.get(k)!r} here" for k in bad)
         raise CheckpointError(
-            f"{path}: made by another run: {'; '.join(bad)}."
+            f"{path}: made by another run: {differ}."
             " Resume with the same configuration, or start anew without `resume`.")
 
 # %% ../../nbs/train/24_loop.ipynb #bb06b8ac
@@ -398,33 +419,35 @@ def load_checkpoint(
     "Take up the run where the checkpoint left it."
     tensors,meta = read_checkpoint(path)
     check_config(path, meta["config"], run.config)
-    part = lambda name: {k[len(name)+1:]: v for k,v in tensors.items() if k.startswith(name + "/")}
+    def part(name):
+        return {k[len(name)+1:]: v for k,v in tensors.items() if k.startswith(name + "/")}
     try: run.model.load_state_dict(part("model"))
     except RuntimeError as e: raise CheckpointError(f"{path}: does not fit the model ({e})") from e
     for i,opt in enumerate(run.optims): load_optimizer(run.model, opt, part(f"optim.{i}"))
     for name,listener in _stateful(run.listeners).items(): listener.load_state_dict(part(name))
     run.step = run.first_step = meta["step"]
-    run.tokens,run.agreed,run.loader.position = meta["tokens"], meta["elapsed"], meta["position"]
+    run.tokens = meta["tokens"]
+    run.agreed = meta["elapsed"]
+    run.loader.position = meta["position"]
     run.clock = Clock(run.device, run.agreed, run.now)
     run.mark = run.tokens, run.agreed
 
 # %% ../../nbs/train/24_loop.ipynb #598fd464
+_STOPPING = "stopping after this step (press Ctrl-C three times to stop at once)"
+
 @contextmanager
 def _ctrl_c(run):
     "Turn the first Ctrl-C into a request."
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
     presses = 0
     def on_press(*_):
         nonlocal presses
         presses += 1
         if presses > 2: raise KeyboardInterrupt
         run.interrupted = True
-        if run.is_main:
-            print("stopping after this step (press Ctrl-C three times to stop at once)",
-                file=sys.stderr)
-    # signals reach the main thread alone
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        if run.is_main: print(_STOPPING, file=sys.stderr)
     before = signal.signal(signal.SIGINT, on_press)
     try: yield
     finally: signal.signal(signal.SIGINT, before or signal.default_int_handler)
@@ -456,27 +479,41 @@ class TrainResult:
     checkpoint:Path|None=None # written when interrupted
 
 # %% ../../nbs/train/24_loop.ipynb #1c1d0386
+def _settings(model, optim, schedule, cfg, listeners):
+    "Everything that a resumed run must share, as JSON would give it back."
+    optim = None if isinstance(optim, list) else optim
+    parts = dict(model=getattr(model, "cfg", None), optim=optim, schedule=schedule, train=cfg)
+    config = {k: asdict(v) if is_dataclass(v) else v for k,v in parts.items()}
+    config["listeners"] = sorted(_stateful(listeners))
+    return json.loads(json.dumps(config))
+
 def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=time.perf_counter):
     "Move the model, build optimizers and the run."
     model.to(ranks.device).train()
     if hasattr(model, "compute_dtype"): model.compute_dtype = best_dtype(ranks.device)
-    # TF32 for what stays float32
-    if torch.device(ranks.device).type == "cuda": torch.set_float32_matmul_precision("high")
-    optims = optim if isinstance(optim, list) else make_optimizers(model, optim,
-        ranks.rank, ranks.world)
-    config = dict(model=getattr(model, "cfg", None), optim=None if isinstance(optim, list)
-        else optim, schedule=schedule, train=cfg)
-    config = {k: asdict(v) if is_dataclass(v) else v
-        for k,v in config.items()} | {"listeners": sorted(_stateful(listeners))}
-    out, config = Path(out) if out else None, json.loads(json.dumps(config))
+    if torch.device(ranks.device).type == "cuda":
+        torch.set_float32_matmul_precision("high") # TF32 for what stays float32
+    config = _settings(model, optim, schedule, cfg, listeners)
+    optims = optim
+    if not isinstance(optim, list):
+        optims = make_optimizers(model, optim, ranks.rank, ranks.world)
+    out = Path(out) if out else None
     return Run(model, optims, loader, schedule, cfg, ranks, out, tuple(listeners), config, now=now)
+
+# %% ../../nbs/train/24_loop.ipynb #33606c05
+def _begin(run, loss_fn, why):
+    "Tell the listeners, warm up, start the clock."
+    run.call("on_start")
+    dtype = getattr(run.model, "compute_dtype", torch.float32)
+    run.record(note=f"{why}; {dtype}; {run.world} rank(s) on {run.device}")
+    warm_up(run, loss_fn)
+    run.clock.start()
 
 def _close(run):
     "Stop the clock, look at the last losses, and secure an interrupted run."
     run.clock.stop()
     settle(run)
-    # the clock or the user ended the run at a step that was not due
-    if run.mark[0] != run.tokens: _record_step(run)
+    if run.mark[0] != run.tokens: _record_step(run) # the clock or the user ended it between records
     path = run.out/"checkpoint.safetensors" if run.out and run.stopped_by == "interrupted" else None
     if path: save_checkpoint(run, path)
     run.call("on_end")
@@ -508,13 +545,7 @@ def train(
     if resume: load_checkpoint(run, resume)
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
     with _ctrl_c(run), _telling_failure(run):
-        run.call("on_start")
-        run.record(
-            note=(
-                f"{why}; {getattr(model, 'compute_dtype', torch.float32)};"
-                f" {run.world} rank(s) on {run.device}"))
-        warm_up(run, loss_fn)
-        run.clock.start()
+        _begin(run, loss_fn, why)
         while not (reason := why_stop(run)): train_step(run, loss_fn)
         run.stopped_by = reason
         path = _close(run)
