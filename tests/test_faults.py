@@ -18,7 +18,7 @@ from pgolf.game.data import Dataset, build_dataset, open_dataset
 from pgolf.game.shards import read_shard, write_shard
 from pgolf.systems.pipeline import Report, read_artifact
 from pgolf.game.tokenizer import train_tokenizer
-from pgolf.train.loop import read_checkpoint
+from pgolf.train.checkpoint import read_checkpoint
 
 
 def refused(result, *words, code=1):

@@ -23,7 +23,7 @@ from pgolf.squeeze.formats import FormatError, fitting, import_weights, read_pub
 from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.squeeze.formats import load_published
 from pgolf.systems.recipes import RECIPES, at_scale, load_recipe
-from pgolf.train.loop import read_checkpoint
+from pgolf.train.checkpoint import read_checkpoint
 
 PRESS = dict(none=bytes, zlib=lambda d: zlib.compress(d, 9),
     zstd=zstandard.ZstdCompressor(level=22).compress, xz=lzma.compress,

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import HANG, ROOT
 from pgolf.game.shards import write_shard
-from pgolf.train.loop import read_checkpoint
+from pgolf.train.checkpoint import read_checkpoint
 
 JOB = '''
 import json, sys, time

@@ -24,7 +24,7 @@ from .artifact import DTYPES
 from .entropy import decode_published
 from ..model.gpt import GPT,ModelConfig
 from .quant import Quantized
-from ..train.loop import write_checkpoint
+from ..train.checkpoint import write_checkpoint
 
 # %% ../../nbs/squeeze/35_formats.ipynb #eb00212d
 class FormatError(ValueError):

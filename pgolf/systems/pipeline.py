@@ -29,7 +29,8 @@ from ..squeeze.quant import LateQAT,set_eval_quant,set_fake_quant
 from .recipes import Recipe,brief,diff,load_recipe
 from ..score.windows import Scores,score
 from ..squeeze.calibration import calibrate
-from ..train.loop import make_loader,read_checkpoint,train,write_checkpoint
+from ..train.loop import make_loader,train
+from ..train.checkpoint import read_checkpoint,write_checkpoint
 from ..files import atomic_write,read_json,write_json
 from ..game.tokenizer import tokenizer_id
 from ..score.ttt import Learner,illegal_rescore,score_with

@@ -15,6 +15,7 @@ def _floats(model):
     "Every floating-point tensor of the model's state, detached, by name."
     return {n: p.detach() for n,p in model.state_dict().items() if p.is_floating_point()}
 
+# %% ../../nbs/train/22_averaging.ipynb #311bd069
 class _Average:
     "What all averages share: float32 copies of the state by key; a subclass says which and how."
     def __init__(self): self._copies,self._dtypes = {},{}
