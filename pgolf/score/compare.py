@@ -53,24 +53,24 @@ class SavedScores:
     @property
     def documents(self)->Tensor: # first target of each document
         "Where documents start."
-        return torch.cat([torch.zeros(1, dtype=torch.long),
-            (self.position[1:] == 0).nonzero()[:, 0]+1])
+        starts = (self.position[1:] == 0).nonzero()[:, 0]+1
+        return torch.cat([torch.zeros(1, dtype=torch.long), starts])
 
+# %% ../../nbs/score/45_compare.ipynb #cb556405
 def describe(
     scores:Scores, # of the first targets of `tokens`, or of all
     tokens:Tensor, # (N+1,) ids of the whole text
-    # (V,) kind of each token, from `token_kinds`; None: all of the first kind
-    kinds:Tensor|None=None,
+    kinds:Tensor|None=None,     # (V,) of each token, from `token_kinds`; None: all the first kind
     documents:Tensor|None=None, # first token of each document, ascending from 0; None: one document
     about:dict={}, # what JSON can say of the model and its windows
 )->SavedScores:
     "Put scores beside the text that they are of."
     tokens, n = torch.as_tensor(tokens).long(), scores.n_targets
+    target, at = tokens[1:n+1], torch.arange(n)
     starts = torch.zeros(1, dtype=torch.long) if documents is None else documents
-    at = torch.arange(n)
-    kind = torch.zeros(n, dtype=torch.uint8) if kinds is None else kinds[tokens[1:n+1]]
-    return SavedScores(scores, tokens[1:n+1], at-starts[torch.bucketize(at, starts, right=True)-1],
-        kind, text_fingerprint(tokens), about)
+    position = at-starts[torch.bucketize(at, starts, right=True)-1]
+    kind = torch.zeros(n, dtype=torch.uint8) if kinds is None else kinds[target]
+    return SavedScores(scores, target, position, kind, text_fingerprint(tokens), about)
 
 def text_fingerprint(tokens:Tensor)->str:
     "Equal for equal texts, and for no others that anyone will meet."
@@ -83,13 +83,15 @@ def save_scores(
 ):
     "Write scores to an npz file."
     s, small = saved.scores, saved.scores.nll.float()
-    arrays = dict(nll=small if torch.equal(small.double(), s.nll) else s.nll, bytes=s.bytes.int(),
-        target=saved.target.int(), position=saved.position.int(), kind=saved.kind)
+    exact = torch.equal(small.double(), s.nll)
+    arrays = dict(nll=small if exact else s.nll, bytes=s.bytes.int(), target=saved.target.int(),
+        position=saved.position.int(), kind=saved.kind)
     about = json.dumps(dict(text=saved.text, available=s.available, legal=s.legal,
         about=saved.about))
     with atomic_write(path) as f:
         np.savez_compressed(f, about=np.array(about), **{k: v.numpy() for k, v in arrays.items()})
 
+# %% ../../nbs/score/45_compare.ipynb #47705cb0
 def load_scores(
     path, # written by `save_scores`
 )->SavedScores:
@@ -122,22 +124,32 @@ def score_into(
     progress:bool=False, # show a bar
 )->SavedScores: # complete
     "Score a text into a file."
-    about = about | dict(seq_len=cfg.eval_seq_len, stride=cfg.eval_stride,
-        temperature=cfg.eval_temperature, isolated=isolated)
-    tokens, begun = check_stream(tokens,
-        tables)[0], load_scores(path) if path and Path(path).exists() else None
-    if begun and (begun.text, begun.about) != (text_fingerprint(tokens), about):
-        raise ValueError(
-            f"{path} holds scores of another text, model or setting ({begun.about});"
-            " choose another file, or remove this one")
+    about = about | _windows(cfg, isolated)
+    tokens, _ = check_stream(tokens, tables)
+    begun = _begun(path, tokens, about)
     if begun and begun.scores.coverage == 1: return begun
     def put(s):
         if path: save_scores(path, describe(s, tokens, kinds, documents, about))
     s = score(model, tokens, tables, cfg.eval_seq_len, cfg.eval_stride, cfg.eval_batch,
-        cfg.eval_temperature, progress, cfg.eval_compile,
-              documents if isolated else None, begun and begun.scores, put)
+        cfg.eval_temperature, progress, cfg.eval_compile, documents if isolated else None,
+        begun and begun.scores, put)
     put(s)
     return describe(s, tokens, kinds, documents, about)
+
+# %% ../../nbs/score/45_compare.ipynb #3277db3c
+def _windows(cfg, isolated):
+    return dict(seq_len=cfg.eval_seq_len, stride=cfg.eval_stride,
+        temperature=cfg.eval_temperature, isolated=isolated)
+
+def _begun(path, tokens, about):
+    "What an earlier call has left, if it is of this text and model."
+    if not path or not Path(path).exists(): return None
+    begun = load_scores(path)
+    if (begun.text, begun.about) != (text_fingerprint(tokens), about):
+        raise ValueError(
+            f"{path} holds scores of another text, model or setting ({begun.about});"
+            " choose another file, or remove this one")
+    return begun
 
 # %% ../../nbs/score/45_compare.ipynb #97cfe5a5
 def compare(
@@ -153,23 +165,31 @@ def compare(
         raise ValueError(
             f"{len(a.target)} and {len(b.target)} targets:"
             " one of the two was interrupted; let it finish")
-    # few documents say little of their scatter
-    starts = a.documents if len(a.documents) >= 10 else torch.arange(0, len(a.target), 512)
-    place = (a.position+1).double().log2().long()                              # 0, 1-2, 3-6, ...
-    often = a.target.bincount()[a.target].double().log10().long()              # 1-9, 10-99, ...
+    starts = a.documents # few documents say little of their scatter
+    if len(starts) < 10: starts = torch.arange(0, len(a.target), 512)
+    out = dict(all=paired_difference(a.scores, b.scores, starts=starts))
+    for k, (label, names) in _labels(a).items():
+        out[k] = _rows(a.scores, b.scores, starts, label, names)
+    return out
+
+# %% ../../nbs/score/45_compare.ipynb #8ed603b4
+def _labels(a):
+    "Kind, place and frequency of each target, as whole numbers, and what each number is called."
+    place = (a.position+1).double().log2().long()                   # 0, 1-2, 3-6, ...
+    often = a.target.bincount()[a.target].double().log10().long()   # 1-9, 10-99, ...
     places = [f"{2**k-1}..{2**(k+1)-2}" for k in range(int(place.max())+1)]
     counts = [f"{10**k}..{10**(k+1)-1} times" for k in range(int(often.max())+1)]
-    by = dict(kind=(a.kind.long(), KINDS), position=(place, places), frequency=(often, counts))
-    return dict(all=paired_difference(a.scores, b.scores, starts=starts)) | {k: _rows(a.scores,
-        b.scores, starts, *v) for k, v in by.items()}
+    return dict(kind=(a.kind.long(), KINDS), position=(place, places), frequency=(often, counts))
 
 def _rows(a, b, starts, label, names):
     "One row for each label that occurs."
     count = label.bincount(minlength=len(names))
-    bits = [torch.zeros(len(names), dtype=torch.float64).index_add(0, label, s.nll)/math.log(2)
-        /count for s in (a, b)]
-    share, stderr = _shares(a, b, torch.bucketize(torch.arange(len(label)), starts, right=True)-1,
-        label, len(names))
-    rows = zip(names, count.tolist(), *(x.tolist() for x in (*bits, share, 1.96*stderr)))
-    return [dict(zip(("of", "targets", "bits a", "bits b", "bpb a - b", "+-"), r))
-        for r in rows if r[1]]
+    def bits(s): # per target of each label
+        zeros = torch.zeros(len(names), dtype=torch.float64)
+        return zeros.index_add(0, label, s.nll)/math.log(2)/count
+    which = torch.bucketize(torch.arange(len(label)), starts, right=True)-1
+    share, stderr = _shares(a, b, which, label, len(names))
+    heads = ("of", "targets", "bits a", "bits b", "bpb a - b", "+-")
+    columns = (x.tolist() for x in (count, bits(a), bits(b), share, 1.96*stderr))
+    rows = [dict(zip(heads, row)) for row in zip(names, *columns)]
+    return [r for r in rows if r["targets"]]

@@ -31,8 +31,7 @@ class ScoreConfig:
     eval_stride:int=64        # targets newly scored per window; eval_seq_len: disjoint blocks
     eval_temperature:float=1. # logits are divided by it; fixed before scoring
     eval_batch:int=32         # windows per forward pass; changes speed and memory, not the score
-    # compile the forward pass of full batches; "auto" is on for CUDA and off for CPU
-    eval_compile:bool|str="auto"
+    eval_compile:bool|str="auto" # compile the pass of full batches; "auto": on for CUDA alone
     def __post_init__(self):
         for name in ("eval_seq_len", "eval_batch"):
             if getattr(self, name) < 1:
@@ -67,35 +66,33 @@ def window_table(
     n:int,       # targets to score
     seq_len:int, # longest input the model takes, tokens
     stride:int,  # targets newly scored per window, 1..seq_len
-    # first token of each document, ascending from 0; None: windows do not mind documents
-    documents:Tensor|None=None,
+    documents:Tensor|None=None, # first token of each, ascending from 0; None: one document
 )->Tensor: # (W, 3) int64: start, stop, first scored, as `plan_windows` gives them
-    "All windows of a text in a table."
+    "All windows of a text in a table; none reaches across the start of a document."
     plan_windows(1, seq_len, stride) # checks
-    begin = torch.zeros(1, dtype=torch.long) if documents is None else torch.as_tensor(
-        documents).long()
+    begin = torch.zeros(1) if documents is None else torch.as_tensor(documents)
+    begin = begin.long()
     size = torch.diff(begin, append=torch.tensor([n]))
     if begin[0] != 0 or size.min() < 1:
         raise ValueError(
             f"documents={begin.tolist()[:4]}... must ascend from 0 and stay below n={n};"
             " see document_starts")
-    # windows of each document
-    count = 1+(size-seq_len).clamp(min=0).add(stride-1)//stride
+    count = 1+(size-seq_len).clamp(min=0).add(stride-1)//stride # windows of each document
     doc = torch.arange(len(begin)).repeat_interleave(count)
-    # number of a window in its document
-    k = torch.arange(len(doc))-(count.cumsum(0)-count)[doc]
+    k = torch.arange(len(doc))-(count.cumsum(0)-count)[doc]     # number of a window in its document
     stop = torch.minimum(size[doc], seq_len+k*stride)
     first = torch.where(k > 0, seq_len+(k-1)*stride, 0)
     return torch.stack([(stop-seq_len).clamp(min=0), stop, first], 1)+begin[doc, None]
 
+# %% ../../nbs/score/40_windows.ipynb #d84a556a
 def document_starts(
     tokens:Tensor, # (N+1,) ids
     bos_id:int,    # that opens a document
 )->Tensor: # first token of each document, ascending from 0
     "Find the documents of a stream."
     starts = (tokens[:-1] == bos_id).nonzero()[:, 0]
-    return starts if len(starts) and starts[0] == 0 else torch.cat(
-        [torch.zeros(1, dtype=torch.long), starts])
+    if len(starts) and starts[0] == 0: return starts
+    return torch.cat([torch.zeros(1, dtype=torch.long), starts])
 
 # %% ../../nbs/score/40_windows.ipynb #231ff948
 def batches(
@@ -177,21 +174,24 @@ class Piece:
     bytes:Tensor  # (n,) int64
     start:Tensor  # (n,) int64: target t was given tokens start..t
     logprobs:Tensor|None=None # (n, V) log-probability of every token, where asked for
-    stop = property(lambda self: self.first+len(self.nll),
-        doc="Number of the first target behind them.")
+    @property
+    def stop(self)->int:
+        "Number of the first target behind them."
+        return self.first+len(self.nll)
 
 # %% ../../nbs/score/40_windows.ipynb #487df022
 def _at_once(cfg:ScoreConfig, device)->int:
     "Windows per forward pass: on a CPU no more than its cache holds."
-    return cfg.eval_batch if device.type != "cpu" else max(1,
-        min(cfg.eval_batch, 2048//cfg.eval_seq_len))
+    if device.type != "cpu": return cfg.eval_batch
+    return max(1, min(cfg.eval_batch, 2048//cfg.eval_seq_len))
 
 @torch.no_grad()
-def _grade(model, x:Tensor, span:Tensor, cfg:ScoreConfig, hidden,
-    distribution:bool)->tuple[Tensor,Tensor|None]:
-    "Losses of the targets that consecutive windows score, and their distributions."
-    (a, b), end, most = (int(span[0, 2]), int(span[-1, 1])), len(x)-1, _at_once(cfg, x.device)
-    nll, full, opening = x.new_zeros(b-a+1, dtype=torch.float64), None, span[:, 0] == span[:, 2]
+def _grade(model, x:Tensor, span:Tensor, cfg:ScoreConfig, hidden, distribution:bool)->tuple:
+    "Losses of the targets that consecutive windows score, and their distributions or None."
+    a, b = int(span[0, 2]), int(span[-1, 1])
+    end, most = len(x)-1, _at_once(cfg, x.device)
+    nll, full = x.new_zeros(b-a+1, dtype=torch.float64), None
+    opening = span[:, 0] == span[:, 2]
     for some, scored in ((span[opening], cfg.eval_seq_len), (span[~opening], cfg.eval_stride)):
         for rows in some.to(x.device, non_blocking=True).split(most) if len(some) else ():
             at = rows[:, :1]+torch.arange(cfg.eval_seq_len, device=x.device)  # (W, T)
@@ -210,22 +210,19 @@ def deal(
     batch:int,    # windows per piece
     rank:int=0,   # whose share
     world:int=1,  # number of shares
-)->list[Tensor]: # consecutive pieces of the table
-    """Cut a table of windows into pieces and deal out runs of them; the pieces are the same for any
-    number of ranks."""
+)->list[Tensor]: # consecutive pieces of the table, the same for any number of ranks
+    "Cut a table of windows into pieces and deal out runs of them."
     if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
     spans = table.split(batch)
     return list(spans[len(spans)*rank//world:len(spans)*(rank+1)//world])
 
 # %% ../../nbs/score/40_windows.ipynb #5f235c48
 def stream(
-    # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; its mode is left as found
-    model:nn.Module,
+    model:nn.Module,   # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; left in its mode
     tokens:Tensor,     # (N+1,) ids: N targets
     tables:ByteTables, # byte counts of the vocabulary
     cfg:ScoreConfig,   # windows
-    # first token of each document: windows stay inside; None: they do not mind documents
-    documents:Tensor|None=None,
+    documents:Tensor|None=None, # first token of each: windows stay inside; None: one document
     start:int=0,       # first target wanted; those before it have been scored earlier
     part:tuple[int,int]=(0, 1), # rank and number of ranks: the share of the text to score
     distribution:bool=False, # give the whole distribution of each target
@@ -235,33 +232,35 @@ def stream(
     x = tokens.to(next(model.parameters()).device)
     table = window_table(len(n_bytes), cfg.eval_seq_len, cfg.eval_stride, documents)
     hidden, compiled, _ = maybe_compile(model.hidden, cfg.eval_compile, x.device)
-    # long pieces, so that most batches are full
-    for span in deal(table, cfg.eval_batch*(8 if compiled and not distribution else 1), *part):
+    long = 8 if compiled and not distribution else 1 # long pieces, so that most batches are full
+    for span in deal(table, cfg.eval_batch*long, *part):
         first, stop = int(span[0, 2]), int(span[-1, 1])
         if stop <= start: continue
         with evaluating(model): nll, full = _grade(model, x, span, cfg, hidden, distribution)
-        seen, cut = span[:, 0].repeat_interleave(span[:, 1]-span[:, 2]), max(0, start-first)
-        yield Piece(first+cut, nll[cut:], n_bytes[first+cut:stop], seen[cut:],
-            None if full is None else full[cut:])
+        seen = span[:, 0].repeat_interleave(span[:, 1]-span[:, 2])
+        cut = max(0, start-first)
+        if full is not None: full = full[cut:]
+        yield Piece(first+cut, nll[cut:], n_bytes[first+cut:stop], seen[cut:], full)
 
 # %% ../../nbs/score/40_windows.ipynb #720e7c4c
+def _check_losses(nll, n_bytes):
+    if nll.ndim != 1 or nll.shape != n_bytes.shape:
+        raise ValueError(
+            f"nll {tuple(nll.shape)} and bytes {tuple(n_bytes.shape)}"
+            " must be vectors of one length")
+    if not len(nll): raise ValueError("no targets: an empty text has no score")
+    if (bad := nll.isnan().nonzero()).numel():
+        raise ValueError(
+            f"target {int(bad[0])} has loss nan: the model diverged (lower its learning rates)")
+
+# %% ../../nbs/score/40_windows.ipynb #063493cd
 @dataclass(frozen=True, eq=False)
 class Scores:
     "Loss and bytes of each scored target, in the order of the text."
     nll:Tensor       # (N,) float64, nats
     bytes:Tensor     # (N,) int64
     available:int=0  # targets of the whole text; 0: all of them are here
-    # graded by weights that had not learnt from the targets; see the next chapter's exhibit
-    legal:bool=True
-    def __post_init__(self):
-        if self.nll.ndim != 1 or self.nll.shape != self.bytes.shape:
-            raise ValueError(
-                f"nll {tuple(self.nll.shape)} and bytes"
-                f" {tuple(self.bytes.shape)} must be vectors of one length")
-        if not len(self.nll): raise ValueError("no targets: an empty text has no score")
-        if (bad := self.nll.isnan().nonzero()).numel():
-            raise ValueError(
-                f"target {int(bad[0])} has loss nan: the model diverged (lower its learning rates)")
+    legal:bool=True  # the weights had not learnt from the targets; see the next chapter's exhibit
     n_targets = property(lambda self: len(self.nll), doc="Scored targets.")
     n_bytes = property(lambda self: int(self.bytes.sum()), doc="Bytes they stand for.")
     val_loss = property(lambda self: float(self.nll.mean()), doc="Nats per target.")
@@ -269,6 +268,7 @@ class Scores:
         doc="Bits per byte.")
     coverage = property(lambda self: self.n_targets/(self.available or self.n_targets),
         doc="Scored part of the text, 0 to 1.")
+    def __post_init__(self): _check_losses(self.nll, self.bytes)
     def first(self, n:int)->"Scores":
         "The first `n` targets, marked as partial."
         if not 1 <= n <= self.n_targets: raise ValueError(f"n={n} not in 1..{self.n_targets}")
@@ -292,8 +292,7 @@ def join(
 # %% ../../nbs/score/40_windows.ipynb #9e3cb5b0
 @contextmanager
 def _bar(n_bytes, progress):
-    """A bar over targets with time left and running bpb; call it with the losses and the number of
-    targets done."""
+    "A bar with time left and running bpb; call it with the losses and the number of targets done."
     shown = time.monotonic()
     with bar(total=len(n_bytes), disable=not progress, unit=" targets", unit_scale=True,
         desc="score") as shown_bar:
@@ -309,8 +308,7 @@ def _bar(n_bytes, progress):
 
 # %% ../../nbs/score/40_windows.ipynb #c2ec5386
 def score(
-    # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; its mode is left as found
-    model:nn.Module,
+    model:nn.Module,      # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`; left in its mode
     tokens:Tensor,        # (N+1,) ids: N targets
     tables:ByteTables,    # byte counts of the vocabulary
     seq_len:int,          # window, tokens
@@ -319,25 +317,30 @@ def score(
     temperature:float=1., # divides the logits
     progress:bool=False,  # show a bar with time left and running bpb
     compile:bool|str="auto", # compile the forward pass of full batches; "auto": on CUDA
-    # first token of each document: windows stay inside; None: they do not mind documents
-    documents:Tensor|None=None,
+    documents:Tensor|None=None, # first token of each: windows stay inside; None: one document
     begun:Scores|None=None, # the first scores of this text, from an interrupted call
-    # is given what there is when the call is interrupted, and once a minute
-    keep:Callable|None=None,
+    keep:Callable|None=None, # is given what there is, once a minute and at an interruption
     ranks:Ranks=Ranks(),  # processes that share the work; each gets all scores
 )->Scores: # every target once
     "Score a text with overlapping windows."
-    cfg, n_bytes = ScoreConfig(seq_len, stride, temperature, batch,
-        compile), check_stream(tokens, tables)[1]
-    done, alone = begun.n_targets if begun else 0, ranks.world == 1
-    nll = torch.zeros(len(n_bytes), dtype=torch.float64, device=next(model.parameters()).device)
-    if begun and ranks.is_main: nll[:done] = begun.nll.to(nll.device)
+    cfg = ScoreConfig(seq_len, stride, temperature, batch, compile)
+    _, n_bytes = check_stream(tokens, tables)
+    nll, done = _first_losses(model, len(n_bytes), begun, ranks)
     pieces = stream(model, tokens, tables, cfg, documents, done, (ranks.rank, ranks.world))
+    alone = ranks.world == 1
     _collect(pieces, nll, n_bytes, done, keep if alone else None, progress and ranks.is_main)
-    # where one has scored the others hold zeros, so nothing is rounded
-    if not alone: dist.all_reduce(nll)
+    if not alone: dist.all_reduce(nll) # where one has scored others hold zeros: nothing is rounded
     return Scores(nll.cpu(), n_bytes)
 
+# %% ../../nbs/score/40_windows.ipynb #6ea44c44
+def _first_losses(model, n, begun, ranks):
+    "Room for `n` losses on the model's device, and how many an earlier call has left."
+    nll = torch.zeros(n, dtype=torch.float64, device=next(model.parameters()).device)
+    done = begun.n_targets if begun else 0
+    if begun and ranks.is_main: nll[:done] = begun.nll.to(nll.device)
+    return nll, done
+
+# %% ../../nbs/score/40_windows.ipynb #89a80691
 def _collect(pieces, nll, n_bytes, done, keep, progress):
     "Fill in `nll` piece by piece; hand out what there is once a minute and when interrupted."
     kept = time.monotonic()
@@ -348,8 +351,12 @@ def _collect(pieces, nll, n_bytes, done, keep, progress):
             for p in pieces:
                 nll[p.first:p.stop], done = p.nll, p.stop
                 tick(nll, done)
-                if time.monotonic()-kept > 60: kept = time.monotonic(); save()
-    except KeyboardInterrupt: save(); raise
+                if time.monotonic()-kept > 60:
+                    kept = time.monotonic()
+                    save()
+    except KeyboardInterrupt:
+        save()
+        raise
 
 # %% ../../nbs/score/40_windows.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -381,15 +388,13 @@ def paired_difference(
     mean, stderr = _shares(a, b, which, torch.zeros_like(which), 1)
     return Difference(float(mean), float(stderr), len(starts))
 
+# %% ../../nbs/score/40_windows.ipynb #4942a905
 def _shares(a, b, which, label, labels):
-    """What the targets of each label contribute to the difference in bpb, and its standard error,
-    from the scatter between blocks."""
+    "What targets of each label contribute to the difference in bpb, and its standard error."
     n = int(which[-1])+1
-    # bits
-    diff = torch.zeros(n*labels, dtype=torch.float64).index_add(0, which*labels+label,
-        a.nll-b.nll).view(n, labels)/math.log(2)
-    # bytes
+    zeros = torch.zeros(n*labels, dtype=torch.float64)
+    bits = zeros.index_add(0, which*labels+label, a.nll-b.nll).view(n, labels)/math.log(2)
     size = torch.zeros(n, dtype=torch.float64).index_add(0, which, a.bytes.double())[:, None]
-    mean = diff.sum(0)/size.sum()
-    # of a ratio of sums
-    return mean, (diff-mean*size).square().sum(0).div(n*(n-1)).sqrt()/size.mean()
+    mean = bits.sum(0)/size.sum()
+    scatter = (bits-mean*size).square().sum(0).div(n*(n-1))
+    return mean, scatter.sqrt()/size.mean()
