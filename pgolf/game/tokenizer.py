@@ -40,7 +40,7 @@ def cut_long(
 # %% ../../nbs/game/03_tokenizer.ipynb #87b69525
 def train_tokenizer(
     texts:Iterable[str],   # documents, or their lines
-    path:Path,             # model file to write, *.model; the list of its pieces goes beside, *.vocab
+    path:Path,             # model file to write, *.model; its pieces go beside it, *.vocab
     vocab_size:int,        # pieces, the 260 special and byte pieces included
     long_entries:str="cut",# above 4,192 bytes: "cut", or "skip" as the exporter does
     **trainer_overrides,   # SentencePiece trainer options, merged last
