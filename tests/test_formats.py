@@ -24,7 +24,7 @@ from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.squeeze.formats import load_published
 from pgolf.systems.recipe import load_recipe
 from pgolf.systems.recipes import RECIPES, at_scale
-from pgolf.train.loop import read_checkpoint
+from pgolf.train.checkpoint import read_checkpoint
 
 PRESS = dict(none=bytes, zlib=lambda d: zlib.compress(d, 9),
     zstd=zstandard.ZstdCompressor(level=22).compress, xz=lzma.compress,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import HANG, ROOT
-from pgolf.game.data import write_shard
-from pgolf.train.loop import read_checkpoint
+from pgolf.game.shards import write_shard
+from pgolf.train.checkpoint import read_checkpoint
 
 JOB = '''
 import json, sys, time

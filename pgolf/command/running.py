@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from ..game.bpb import BYTE_LIMIT
-from ..game.data import austen, build_dataset, data_notes, read_shard
+from ..game.data import austen, build_dataset, data_notes
+from ..game.shards import read_shard
 from ..game.documents import read_documents
 from ..game.fineweb import REPO, download_fineweb
 from ..squeeze.artifact import by_family, read_ledger

@@ -27,7 +27,8 @@ from .recipe import Recipe, brief, diff, load_recipe
 from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
-from ..train.loop import make_loader, read_checkpoint, train, write_checkpoint
+from ..train.loop import make_loader, train
+from ..train.checkpoint import read_checkpoint, write_checkpoint
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
 from ..score.ttt import Learner, illegal_rescore, score_with
