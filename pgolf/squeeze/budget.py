@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .artifact import family, ledger, pack
 from ..game.bpb import BYTE_LIMIT
-from ..game.data import bar
+from ..show import bar
 from .entropy import entropy
 from ..model.gpt import GPT, ModelConfig
 from .formats import load_published
