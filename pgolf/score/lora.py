@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
+from ..model.attention import many_lengths
 from ..model.layers import CastLinear
 from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
                                  evaluating, token_nll)
@@ -186,8 +187,8 @@ def score_documents(
     plans = [document_plan(a, b, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
         for a, b in zip(ends, ends[1:])]
     done, nll = 0, torch.full((len(n_bytes),), math.nan, device=device)
-    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), _bar(n_bytes,
-        progress) as tick:
+    with (evaluating(model), many_lengths(device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0),
+            _bar(n_bytes, progress) as tick):
         for i in range(0, len(plans), cfg.ttt_lora_docs):
             for graded in _rounds(model, tokens.to(device), plans[i:i+cfg.ttt_lora_docs], cfg,
                 score_cfg.eval_temperature):

@@ -116,8 +116,8 @@ def metrics(
         H = (H.float() if H is not None and H.shape == (W.shape[1],
             )*2 and H.diagonal().mean() > 0 else None)
         mean = 1. if H is None else H.diagonal().mean()
-        out[n] = Metric(torch.full((len(W),), float(mean)) if rows is None else rows[n].float(),
-            None if H is None else H/mean)
+        cost = W.new_full((len(W),), float(mean), dtype=torch.float32) if rows is None else rows[n]
+        out[n] = Metric(cost.float(), None if H is None else H/mean)
     return out
 
 # %% ../../nbs/squeeze/36_budget.ipynb #e332ea56

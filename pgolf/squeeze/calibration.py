@@ -9,6 +9,7 @@ __all__ = ['collect_hessians', 'sample_tokens', 'calibration_windows', 'calibrat
 import torch
 from torch import Tensor, nn
 
+from ..model.attention import many_lengths
 from ..model.gpt import GPT
 from .gptq import GPTQConfig
 
@@ -116,7 +117,7 @@ def sample_tokens(
     gen,training = torch.Generator().manual_seed(seed),model.training
     first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
     try:
-        return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
+        with many_lengths(next(model.parameters()).device): return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
             for ids in first.split(batch)])
     finally: model.train(training)
 

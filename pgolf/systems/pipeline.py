@@ -274,7 +274,8 @@ def make_listeners(
     if average: out.append(average)
     out.append(MetricsLog())
     if job.progress: out.append(Progress(sys.stdout if job.lines else None, job.lines))
-    return out+([Checkpointer(cfg.checkpoint_every)] if cfg.checkpoint_every else [])
+    every,minutes = cfg.checkpoint_every,cfg.checkpoint_minutes
+    return out+([Checkpointer(every, minutes=minutes)] if every or minutes else [])
 
 # %% ../../nbs/systems/52_pipeline.ipynb #1053711f
 def train_here(

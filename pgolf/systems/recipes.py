@@ -649,7 +649,7 @@ def at_scale(
         ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch),
         ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
         warmup_steps=min(2, r.train.warmup_steps), log_every=max(1, s.iterations//12),
-        checkpoint_every=s.iterations//3, samples=s.samples, keep_numel=s.keep_numel))
+        checkpoint_every=s.iterations//3, checkpoint_minutes=0., samples=s.samples, keep_numel=s.keep_numel))
 
 def _expanded(recipe):
     "Fill in block numbers in every pattern."

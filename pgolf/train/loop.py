@@ -10,7 +10,7 @@ __all__ = ['FREE', 'TrainConfig', 'make_loader', 'average_gradients', 'choose_lo
 
 # %% ../../nbs/train/24_loop.ipynb #734a6b52
 import copy, importlib, json, math, signal, sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 import torch
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from ..game.data import BatchLoader
-from .device import Clock, Ranks, best_dtype, maybe_compile, setup_ranks, wait_for
+from .device import Clock, Ranks, best_dtype, maybe_compile, setup_ranks, tf32, wait_for
 from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
 from ..files import atomic_write
@@ -46,10 +46,12 @@ class TrainConfig:
     # steps between validations, for who builds the listeners; 0: at the end alone
     val_every:int=4000
     checkpoint_every:int=0         # steps between checkpoints, likewise; 0: none
+    # minutes of training between checkpoints, likewise; 0: none
+    checkpoint_minutes:float=5.
     def __post_init__(self):
         for name,least in dict(train_batch_tokens=1, train_seq_len=1, num_spans=1, log_every=1,
             pass_tokens=0, warmup_steps=0, grad_clip_norm=0, val_every=0,
-            checkpoint_every=0).items():
+            checkpoint_every=0, checkpoint_minutes=0).items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.compile not in ("auto", True, False):
@@ -268,18 +270,21 @@ def _record_step(run):
 def warm_up(
     run:Run, # left exactly as it was
     loss_fn, # (ids, targets) -> () mean nats per token
+    compiled:bool=False, # then also in every state that a listener will switch the model to
 ):
     "Run the warm-up steps, then restore weights, optimizer states and position."
-    if not run.cfg.warmup_steps: return
+    later = [l.rehearse for l in run.listeners if hasattr(l, "rehearse")] if compiled else []
+    if not run.cfg.warmup_steps and not compiled: return
     weights = {k: v.clone() for k,v in run.model.state_dict().items()}
     states,position = [copy.deepcopy(o.state_dict()) for o in run.optims], run.loader.position
-    for _ in range(run.cfg.warmup_steps):
-        forward_backward(run, loss_fn)
+    steps = max(run.cfg.warmup_steps, int(compiled)) # a compilation must not run on the clock
+    for state in (*(lambda run: nullcontext() for _ in range(steps)), *later):
+        with state(run): forward_backward(run, loss_fn)
         update(run.optims)
     run.model.load_state_dict(weights)
     for opt,state in zip(run.optims, states): opt.load_state_dict(state)
     run.loader.position = position
-    run.record(note=f"warm-up: {run.cfg.warmup_steps} steps run and undone")
+    run.record(note=f"warm-up: {steps+len(later)} steps run and undone")
 
 # %% ../../nbs/train/24_loop.ipynb #b937e00a
 class CheckpointError(ValueError): "A checkpoint that cannot be read or used."
@@ -371,7 +376,7 @@ def save_checkpoint(
 # %% ../../nbs/train/24_loop.ipynb #5f42ea77
 # may differ on resume
 FREE = {"train.compile", "train.log_every", "train.val_every", "train.checkpoint_every",
-    "train.warmup_steps"}
+    "train.checkpoint_minutes", "train.warmup_steps"}
 
 def _flatten(value, name=""):
     "Nested configuration as {dotted name: value}."
@@ -465,8 +470,6 @@ def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=tim
     "Move the model, build optimizers and the run."
     model.to(ranks.device).train()
     if hasattr(model, "compute_dtype"): model.compute_dtype = best_dtype(ranks.device)
-    # TF32 for what stays float32
-    if torch.device(ranks.device).type == "cuda": torch.set_float32_matmul_precision("high")
     optims = optim if isinstance(optim, list) else make_optimizers(model, optim,
         ranks.rank, ranks.world)
     config = dict(model=getattr(model, "cfg", None), optim=None if isinstance(optim, list)
@@ -512,7 +515,7 @@ def train(
     run = _prepare(model, loader, optim, schedule, cfg, listeners, setup_ranks(device), out, now)
     if resume: load_checkpoint(run, resume)
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
-    with _ctrl_c(run), _telling_failure(run):
+    with _ctrl_c(run), _telling_failure(run), tf32(run.device):
         run.call("on_start")
         run.record(
             note=(
@@ -520,7 +523,7 @@ def train(
                 f" {run.device}"
             )
         )
-        warm_up(run, loss_fn)
+        warm_up(run, loss_fn, compiled)
         run.clock.start()
         while not (reason := why_stop(run)): train_step(run, loss_fn)
         run.stopped_by = reason

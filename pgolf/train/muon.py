@@ -79,7 +79,7 @@ def _exchange(mine, shapes, owner, rank, world, like):
     if mine:
         row[:sum(sizes[i] for i in mine)] = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
     rows = row.new_empty(world*width)
-    dist.all_gather(list(rows.view(world, width)), row)
+    dist.all_gather_into_tensor(rows, row)
     at,out = [k*width for k in range(world)], []
     for (r,c),o in zip(shapes, owner):
         out.append(rows[at[o]:at[o]+r*c].view(r, c))
