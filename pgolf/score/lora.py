@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
 from ..model.attention import many_lengths
 from ..model.layers import CastLinear
+from ..train.device import Ranks
 from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
                                  evaluating, token_nll)
 
@@ -179,6 +181,7 @@ def score_documents(
     cfg:LoRAConfig,        # what learns, and how
     bos_id:int=1,          # token that opens a document
     progress:bool=False,   # show a bar with time left and running bpb
+    ranks:Ranks=Ranks(),   # processes that share the documents; each gets all scores
 )->Scores: # every target once, in the order of the text, graded before it was learnt from
     "Score each document while adapters of its own learn from what has been scored of it."
     tokens, n_bytes = check_stream(tokens, tables)
@@ -186,15 +189,17 @@ def score_documents(
     ends = [*document_starts(tokens, bos_id).tolist(), len(n_bytes)]
     plans = [document_plan(a, b, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
         for a, b in zip(ends, ends[1:])]
-    done, nll = 0, torch.full((len(n_bytes),), math.nan, device=device)
+    empty = math.nan if ranks.world == 1 else 0. # others add theirs
+    done, nll = 0, torch.full((len(n_bytes),), empty, device=device)
+    together = [plans[i:i+cfg.ttt_lora_docs] for i in range(0, len(plans), cfg.ttt_lora_docs)]
     with (evaluating(model), many_lengths(device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0),
             _bar(n_bytes, progress) as tick):
-        for i in range(0, len(plans), cfg.ttt_lora_docs):
-            for graded in _rounds(model, tokens.to(device), plans[i:i+cfg.ttt_lora_docs], cfg,
-                score_cfg.eval_temperature):
+        for some in together[ranks.rank::ranks.world]:
+            for graded in _rounds(model, tokens.to(device), some, cfg, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
                 done += len(graded.at)
             tick(nll, done)
+    if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 
 def _rounds(model, tokens, plans, cfg, temperature)->Iterator[GradedRows]:

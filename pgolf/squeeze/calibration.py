@@ -7,10 +7,12 @@ __all__ = ['collect_hessians', 'sample_tokens', 'calibration_windows', 'calibrat
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #a648cf69
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model.attention import many_lengths
 from ..model.gpt import GPT
+from ..train.device import Ranks
 from .gptq import GPTQConfig
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #22319c90
@@ -32,6 +34,15 @@ class _Moments:
     def add_reads(self, name, ids, rows):
         self.reads[name] = self.reads.get(name, 0) + torch.bincount(ids.flatten(), minlength=rows)
 
+    def add_up(self):
+        "Sums over ranks; each has seen the same layers."
+        for n,S in self.sums.items():
+            dist.all_reduce(S)
+            count = torch.tensor(self.count[n], device=S.device)
+            dist.all_reduce(count)
+            self.count[n] = int(count)
+        for c in self.reads.values(): dist.all_reduce(c)
+
     def means(self):
         mean = {n: S/self.count[n] for n,S in self.sums.items()}
         for n,H in mean.items():
@@ -52,6 +63,7 @@ def collect_hessians(
     # where the ids come from: "train", or "self" for the model's samples; "val" is refused
     split:str="train",
     tables:bool=False, # embedding tables too
+    ranks:Ranks=Ranks(), # processes that share the batches, given the same ones; all get the means
 )->dict[str,
 # weight name -> (n, n) float32, one object for layers that read one tensor; table name -> (rows,)
 # shares, tied table (n, n)
@@ -62,17 +74,20 @@ Tensor]:
             f"split={split!r}: calibration must not see validation tokens; pass training batches or"
             " the model's own samples"
         )
+    batches = list(batches)
+    if len(batches) < ranks.world: ranks = Ranks() # each for itself: the same sums
     moments,device,training = _Moments(),next(model.parameters()).device,model.training
     handles = _hook(model, moments, tables)
     try:
         model.eval()
         with torch.no_grad():
-            for ids in batches:
+            for ids in batches[ranks.rank::ranks.world]:
                 h = model.hidden(ids.to(device)) if tables else model(ids.to(device))
                 if tables: moments.add("head", h)
     finally:
         model.train(training)
         for h in handles: h.remove()
+    if ranks.world > 1: moments.add_up()
     if not moments.sums:
         raise ValueError(
             "batches is empty or the model has no linear layers: nothing to calibrate on")
@@ -117,8 +132,9 @@ def sample_tokens(
     gen,training = torch.Generator().manual_seed(seed),model.training
     first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
     try:
-        with many_lengths(next(model.parameters()).device): return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
-            for ids in first.split(batch)])
+        with many_lengths(next(model.parameters()).device):
+            return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
+                for ids in first.split(batch)])
     finally: model.train(training)
 
 def _extend(model, ids, seq_len, temperature, gen):
@@ -158,9 +174,11 @@ def calibrate(
     dataset,        # `Dataset`; only its training split is read
     cfg:GPTQConfig, # windows, how many, and whether tables count
     seq_len:int,    # tokens in each
+    ranks:Ranks=Ranks(), # processes that share the work
 )->dict: # as `collect_hessians`
     "Hessians on training text, or on what the model writes itself."
     own = cfg.windows=="self"
     ids = sample_tokens(model, cfg.samples, seq_len,
         seed=0) if own else calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
-    return collect_hessians(model, ids.split(16), cfg.windows, cfg.tables)
+    size = min(16, -(-len(ids)//ranks.world)) # a batch for every rank
+    return collect_hessians(model, ids.split(size), cfg.windows, cfg.tables, ranks)
