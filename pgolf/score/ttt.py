@@ -427,5 +427,5 @@ def illegal_rescore(
         raise ValueError("this learner has learnt from nothing, so nothing can leak; use score")
     c = score_cfg
     again = score(learner.model, tokens, tables, c.eval_seq_len, c.eval_stride, c.eval_batch,
-        c.eval_temperature, progress=progress, compile=c.eval_compile)
+        c.eval_temperature, progress=progress, compile=c.eval_compile, ranks=learner.ranks)
     return replace(again, legal=False)
