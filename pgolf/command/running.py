@@ -75,9 +75,9 @@ def show_run(r, report, out):
 
 # %% ../../nbs/command/85_running.ipynb #ea608ca9
 @command(hidden=True)
-def worker(out:Path):
-    "Train as one rank of the run whose folder is `out`."
-    pipeline.work(out)
+def worker(out:Path, stage:str="train"):
+    "Be one rank of a stage of the run whose folder is `out`."
+    pipeline.work(out, stage)
 
 # %% ../../nbs/command/85_running.ipynb #c922bbba
 Against = Annotated[str|None,

@@ -7,16 +7,18 @@ __all__ = ['PASSED', 'FAILED', 'ABSENT', 'LATER', 'TOL', 'UpdateLog', 'Evaluatio
            'prefix_only', 'gates_are_blind', 'calibration_apart', 'every_candidate', 'sums_to_one',
            'learns_after_scoring', 'learning_is_late', 'counted_once', 'windows_advance', 'reported_sum', 'documents',
            'documents_apart', 'all_is_scored', 'bytes_are_text', 'bos_is_blank', 'pick_places', 'audit', 'as_rows',
-           'model_evaluation', 'distributions', 'log_of']
+           'model_evaluation', 'exactly', 'distributions', 'log_of']
 
 # %% ../../nbs/score/42_audit.ipynb #4e6b8716
 import hashlib, math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..game.bpb import ByteTables
 from .windows import ScoreConfig, evaluating, plan_windows, score, window_logits
@@ -468,6 +470,26 @@ def _look(model, tokens, windows, temperature, rows):
             if not here: continue
             logits = window_logits(model, tokens, [(start, stop, first)])[1][0]
             for t in here: rows[t] = (logits[t-first].float()/temperature).log_softmax(-1).cpu()
+
+# %% ../../nbs/score/42_audit.ipynb #a0d1700b
+@contextmanager
+def exactly(
+    model:nn.Module, # its `compute_dtype`, if it has one, is float32 inside
+):
+    "Compute in float32, with plain attention and repeatable kernels; afterwards all is as before."
+    was,device = getattr(model, "compute_dtype", None), next(model.parameters()).device
+    precision,repeatable = (torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled())
+    try:
+        if was: model.compute_dtype = torch.float32
+        torch.set_float32_matmul_precision("highest")
+        if device.type != "cuda": yield model; return
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with sdpa_kernel(SDPBackend.MATH): yield model
+    finally:
+        if was: model.compute_dtype = was
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(repeatable)
 
 # %% ../../nbs/score/42_audit.ipynb #e0d34fe9
 def distributions(

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
+from ..model.attention import many_lengths
 from ..model.layers import CastLinear
+from ..train.device import Ranks
 from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
                                  evaluating, token_nll)
 
@@ -181,20 +184,24 @@ def score_documents(
     cfg:LoRAConfig,        # what learns, and how
     bos_id:int=1,          # token that opens a document
     progress:bool=False,   # show a bar with time left and running bpb
+    ranks:Ranks=Ranks(),   # processes that share the documents; each gets all scores
 )->Scores: # every target once, in the order of the text, graded before it was learnt from
     "Score each document while adapters of its own learn from what has been scored of it."
     tokens, n_bytes = check_stream(tokens, tables)
     plans = _plans(tokens, bos_id, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
     x = tokens.to(next(model.parameters()).device)
-    done, nll = 0, torch.full((len(n_bytes),), math.nan, device=x.device)
-    at_once = range(0, len(plans), cfg.ttt_lora_docs)
-    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
+    empty = math.nan if ranks.world == 1 else 0. # others add theirs
+    done, nll = 0, torch.full((len(n_bytes),), empty, device=x.device)
+    starts = range(0, len(plans), cfg.ttt_lora_docs)
+    at_once = [plans[i:i+cfg.ttt_lora_docs] for i in starts][ranks.rank::ranks.world]
+    with evaluating(model), many_lengths(x.device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
         _bar(n_bytes, progress) as tick:
-        for some in (plans[i:i+cfg.ttt_lora_docs] for i in at_once):
+        for some in at_once:
             for graded in _rounds(model, x, some, cfg, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
                 done += len(graded.at)
             tick(nll, done)
+    if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 
 # %% ../../nbs/score/43_lora.ipynb #753d52af

@@ -7,9 +7,12 @@ __all__ = ['collect_hessians', 'sample_tokens', 'calibration_windows', 'calibrat
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #a648cf69
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..model.attention import many_lengths
 from ..model.gpt import GPT
+from ..train.device import Ranks
 from .gptq import GPTQConfig
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #22319c90
@@ -30,6 +33,14 @@ class _Moments:
         self.owner[name] = self.last[1]
     def add_reads(self, name, ids, rows):
         self.reads[name] = self.reads.get(name, 0) + torch.bincount(ids.flatten(), minlength=rows)
+    def add_up(self):
+        "Sums over ranks; each has seen the same layers."
+        for n,S in self.sums.items():
+            dist.all_reduce(S)
+            count = torch.tensor(self.count[n], device=S.device)
+            dist.all_reduce(count)
+            self.count[n] = int(count)
+        for c in self.reads.values(): dist.all_reduce(c)
     def means(self):
         mean = {n: S/self.count[n] for n,S in self.sums.items()}
         for n,H in mean.items(): _check_finite(n, H)
@@ -49,20 +60,24 @@ def collect_hessians(
     batches, # iterable of token ids (B, T) int64, from training data or the model's own samples
     split:str="train", # where they come from: "train", or "self", the model; "val" is refused
     tables:bool=False, # embedding tables too
+    ranks:Ranks=Ranks(), # processes that share the batches, given the same ones; all get the means
 )->dict[str,Tensor]: # weight -> (n, n) float32; input table -> (rows,) shares; tied table -> (n, n)
     "Mean of x x^T over all positions, for the input x of every linear layer; shared where x is."
     if split not in ("train","self"):
         raise ValueError(
             f"split={split!r}: calibration must not see validation tokens;"
             " pass training batches or the model's own samples")
+    batches = list(batches)
+    if len(batches) < ranks.world: ranks = Ranks() # each for itself: the same sums
     moments,training = _Moments(),model.training
     handles = _hook(model, moments, tables)
     try:
         model.eval()
-        for ids in batches: _forward(model, ids, moments, tables)
+        for ids in batches[ranks.rank::ranks.world]: _forward(model, ids, moments, tables)
     finally:
         model.train(training)
         for h in handles: h.remove()
+    if ranks.world > 1: moments.add_up()
     if not moments.sums:
         raise ValueError(
             "batches is empty or the model has no linear layers: nothing to calibrate on")
@@ -117,8 +132,9 @@ def sample_tokens(
     gen = torch.Generator().manual_seed(seed)
     first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
     try:
-        return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
-            for ids in first.split(batch)])
+        with many_lengths(next(model.parameters()).device):
+            return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
+                for ids in first.split(batch)])
     finally: model.train(training)
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #70f7c0b1
@@ -152,14 +168,17 @@ def calibration_windows(
             " give more data, or --corpus none to do without")
     return tokens[:len(tokens)//seq_len*seq_len].view(-1, seq_len)
 
+
 # %% ../../nbs/squeeze/32_calibration.ipynb #80cc5b01
 def calibrate(
     model:GPT,      # unquantized
     dataset,        # `Dataset`; only its training split is read
     cfg:GPTQConfig, # windows, how many, and whether tables count
     seq_len:int,    # tokens in each
+    ranks:Ranks=Ranks(), # processes that share the work
 )->dict: # as `collect_hessians`
     "Hessians on training text, or on what the model writes itself."
     if cfg.windows == "self": ids = sample_tokens(model, cfg.samples, seq_len, seed=0)
     else: ids = calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
-    return collect_hessians(model, ids.split(16), cfg.windows, cfg.tables)
+    size = min(16, -(-len(ids)//ranks.world)) # a batch for every rank
+    return collect_hessians(model, ids.split(size), cfg.windows, cfg.tables, ranks)

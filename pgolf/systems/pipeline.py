@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MADE', 'pick_device', 'open_corpus', 'Job', 'start', 'check_start', 'check_data', 'check_recipe', 'make_average',
            'make_listeners', 'train_here', 'launch', 'work', 'train_weights', 'weights_of', 'model_of',
-           'write_artifact', 'read_artifact', 'grade', 'score_windows', 'score_blocks', 'score_adapting', 'score_all',
-           'kept_scores', 'run']
+           'write_artifact', 'squeeze_here', 'read_artifact', 'grade', 'score_windows', 'score_blocks',
+           'score_adapting', 'score_all', 'kept_scores', 'run']
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b764e3b6
 import json, subprocess, sys, time
@@ -17,7 +17,7 @@ import torch
 from ..squeeze.artifact import ArtifactError, load_artifact, save_artifact
 from ..train.averaging import EMA, HMA, SWA
 from ..game.data import Dataset, austen, check_bytes, open_dataset
-from ..train.device import best_dtype, close_ranks, setup_ranks
+from ..train.device import Ranks, best_dtype, close_ranks, setup_ranks
 from .ownership import claim, fingerprint, release, remember_data, set_aside
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
@@ -61,16 +61,20 @@ class Job:
     out:Path            # folder of this run
     device:str="cpu"    # where it runs
     eval_tokens:int=0   # targets scored from the start of the validation text; 0: all
-    nproc:int=1         # processes that train
+    nproc:int=1         # processes that share the work
     lines:bool=False    # training reports in lines instead of a bar, for notebooks
     progress:bool=True  # show any
     report:Report=field(default_factory=Report.blank) # filled stage by stage
+    ranks:Ranks=Ranks() # place among the processes of a stage
     @property
     def weights(self)->Path: return self.out/"weights.safetensors"
     @property
     def artifact(self)->Path: return self.out/"model.pgolf"
     @property
     def state(self)->Path: return self.out/"checkpoint.safetensors"
+    def keep(self):
+        "Write the report; of several processes one does."
+        if self.ranks.is_main: self.report.save(self.out/"report.json")
 
 # %% ../../nbs/systems/52_pipeline.ipynb #56d00894
 def start(
@@ -218,13 +222,14 @@ def make_listeners(
     average, # from `make_average`
 )->list: # in the order they are called
     "Everything that hears of a step."
-    s,every = job.recipe.stages, job.recipe.train.checkpoint_every
+    s = job.recipe.stages
+    every,minutes = job.recipe.train.checkpoint_every, job.recipe.train.checkpoint_minutes
     out:list = []
     if s.late_qat_threshold: out.append(LateQAT(s.late_qat_threshold, s.qat_rules))
     if average: out.append(average)
     out.append(MetricsLog())
     if job.progress: out.append(Progress(sys.stdout if job.lines else None, job.lines))
-    if every: out.append(Checkpointer(every))
+    if every or minutes: out.append(Checkpointer(every, minutes=minutes))
     return out
 
 
@@ -258,23 +263,25 @@ def _save_curve(job, done):
 
 # %% ../../nbs/systems/52_pipeline.ipynb #f529afa8
 def launch(
-    job:Job, # its folder tells the processes everything
+    job:Job,           # its folder tells the processes everything
+    stage:str="train", # or "squeeze" or "score"
 ):
-    "Train in `nproc` processes of this machine."
+    "Do a stage in `nproc` processes of this machine."
     write_json(job.out/"job.json", dict(dataset=str(job.dataset.path), device=job.device,
-        lines=job.lines, progress=job.progress))
+        eval_tokens=job.eval_tokens, lines=job.lines, progress=job.progress))
     reached = read_json(job.out/"training.json").get("steps", 0)
     code,heard = _stream([sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out)], job.lines)
+        f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out), stage],
+        job.lines)
     now = read_json(job.out/"training.json")
     stopped = now.get("stopped_by")=="interrupted" and now["steps"]>reached
     if not code or stopped: return
     if heard:
-        raise KeyboardInterrupt(
-            "before a checkpoint was written; the same command goes on from where this one began")
+        raise KeyboardInterrupt(f"in the stage {stage!r}, before it had something to keep; the same"
+            " command goes on from where this one began")
     raise RuntimeError(
-        f"training in {job.nproc} processes failed with exit code {code}; its last lines are above,"
-        f" the same command goes on from {job.state} if it is there")
+        f"the stage {stage!r} in {job.nproc} processes failed with exit code {code}; its last lines"
+        f" are above, the same command goes on from what is finished in {job.out}")
 
 def _stream(command, lines):
     "Show what a command prints; its exit code, and whether Ctrl-C was pressed."
@@ -294,14 +301,20 @@ def _stream(command, lines):
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
 def work(
-    out, # folder of a job that `launch` has described
+    out,               # folder of a job that `launch` has described
+    stage:str="train", # or "squeeze" or "score"
 ):
-    "Be one rank of a run."
-    about = json.loads((Path(out)/"job.json").read_text())
-    recipe = load_recipe(Path(out)/"recipe.json")
-    train_here(Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"],
-        lines=about["lines"], progress=about["progress"]))
+    "Be one rank of a stage."
+    out,about = Path(out), json.loads((Path(out)/"job.json").read_text())
+    ranks = setup_ranks(about["device"])
+    job = Job(load_recipe(out/"recipe.json"), open_dataset(about["dataset"]), out, ranks.device,
+        about["eval_tokens"], lines=about["lines"], progress=about["progress"] and ranks.is_main,
+        report=Report.load(out/"report.json"), ranks=ranks)
+    if stage=="train": train_here(job)
+    elif stage=="squeeze": squeeze_here(job)
+    else: score_all(job, load_artifact(job.artifact)[0])
     close_ranks()
+
 
 # %% ../../nbs/systems/52_pipeline.ipynb #39debc24
 def train_weights(
@@ -314,7 +327,7 @@ def train_weights(
     if job.report.complete: return curve
     kept = ("steps","tokens","elapsed","stopped_by","compiled")
     job.report.training |= {k:curve[k] for k in kept}
-    job.report.save(job.out/"report.json")
+    job.keep()
     if curve["stopped_by"]=="interrupted":
         raise KeyboardInterrupt(
             f"stopped at step {curve['steps']}; {job.out/'report.json'} is partial, the same"
@@ -350,12 +363,21 @@ def write_artifact(
     job:Job, # after `train_weights`
 )->tuple[dict,list[dict]]: # codes as written; error of each quantized matrix, as `quant_errors`
     "Averaged weights to a file on disk, unless a run before this one has written it."
-    if _is_written(job):
-        return load_artifact(job.artifact)[0], json.loads((job.out/"errors.json").read_text())
+    if not _is_written(job):
+        if job.nproc==1: return squeeze_here(job)
+        launch(job, "squeeze")
+        job.report = Report.load(job.out/"report.json")
+    return load_artifact(job.artifact)[0], json.loads((job.out/"errors.json").read_text())
+
+def squeeze_here(
+    job:Job, # this process is one rank of it
+)->tuple[dict,list[dict]]|None: # as `write_artifact`; None on other ranks than the first
+    "Calibrate on this rank; rank 0 rounds and writes."
     began = time.perf_counter()
     state = weights_of(job, "averaged")
-    codes,hessians = _squeeze(job, state)
-    r = job.recipe
+    hessians = _hessians(job, state)
+    if not job.ranks.is_main: return None
+    r,codes = job.recipe, _squeeze(job, state, hessians)
     meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name,
         tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
     job.report.bytes_artifact = save_artifact(job.artifact, codes, meta,
@@ -363,19 +385,21 @@ def write_artifact(
     job.report.training["squeeze_seconds"] = time.perf_counter()-began
     errors = quant_errors(state, codes, hessians)
     write_json(job.out/"errors.json", errors)
-    job.report.save(job.out/"report.json")
+    job.keep()
     return codes, errors
 
-def _squeeze(job, state):
-    "Codes of the weights, and the Hessians that were used, or None."
-    r,s = job.recipe, job.recipe.stages
-    hessians = None
-    if s.use_gptq:
-        hessians = calibrate(model_of(job, state), job.dataset, r.gptq, r.train.train_seq_len)
-    source = state
+def _hessians(job, state):
+    "What GPTQ needs to know of the inputs, or None."
+    r = job.recipe
+    if not r.stages.use_gptq: return None
+    return calibrate(model_of(job, state), job.dataset, r.gptq, r.train.train_seq_len, job.ranks)
+
+def _squeeze(job, state, hessians):
+    "Codes of the weights."
+    r,s,source = job.recipe, job.recipe.stages, state
     if s.first_rules:
         source = dequantize_state(quantize_state(state, replace(r.quant, rules=s.first_rules)))
-    return quantize_state(source, r.quant, r.gptq if s.use_gptq else None, hessians), hessians
+    return quantize_state(source, r.quant, r.gptq if s.use_gptq else None, hessians)
 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200005
@@ -417,7 +441,7 @@ def grade(
     row = Row(stage, what, s.val_loss, s.val_bpb, s.n_targets, s.n_bytes, s.coverage, s.legal,
         time.perf_counter()-began)
     job.report.rows = [r for r in job.report.rows if r["stage"]!=stage]+[asdict(row)]
-    job.report.save(job.out/"report.json")
+    job.keep()
     if job.progress and job.lines:
         print(f"{stage}: {row.val_bpb:.4f} bpb, {what}, {row.seconds:.1f} s", flush=True)
     return s
@@ -428,7 +452,7 @@ def score_windows(job, stage, what, model, stride=None):
     c = job.recipe.score
     return grade(job, stage, what, lambda t,b: score(model, t, b, c.eval_seq_len,
         stride or c.eval_stride, c.eval_batch, c.eval_temperature, progress=job.progress,
-        compile=c.eval_compile))
+        compile=c.eval_compile, ranks=job.ranks))
 
 def score_blocks(job, stage, what, model):
     "Grade a model on disjoint blocks."
@@ -437,7 +461,7 @@ def score_blocks(job, stage, what, model):
 def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
     r = job.recipe
-    learner = Learner(model, r.ttt)
+    learner = Learner(model, r.ttt, job.ranks, r.score.eval_compile)
     if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
     out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks",
         lambda t,b: score_with(learner, t, b, r.score, job.progress)))
@@ -454,6 +478,9 @@ def score_all(
     codes:dict, # what was written, still in memory
 )->dict[str,Scores]: # stage -> scores per target, also in OUT/scores.npz
     "Every stage's score, what counts from the file; of a finished run they are read back."
+    if job.nproc>1 and not job.report.complete:
+        launch(job, "score")
+        job.report = Report.load(job.out/"report.json")
     if job.report.complete: return kept_scores(job)
     states = dict(
         raw=("last weights", weights_of(job, "raw")),
@@ -467,10 +494,11 @@ def score_all(
     out["sliding"] = score_windows(job, "sliding",
         f"read back, windows with stride {job.recipe.score.eval_stride}", model)
     if job.recipe.stages.use_ttt: out |= score_adapting(job, model)
-    with atomic_write(job.out/"scores.npz") as f:
-        np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
+    if job.ranks.is_main:
+        with atomic_write(job.out/"scores.npz") as f:
+            np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
     job.report.complete = True
-    job.report.save(job.out/"report.json")
+    job.keep()
     release(job.out)
     return out
 

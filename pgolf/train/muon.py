@@ -79,7 +79,7 @@ def _exchange(mine, shapes, owner, rank, world, like):
         own = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
         row[:len(own)] = own
     rows = row.new_empty(world*width)
-    dist.all_gather(list(rows.view(world, width)), row)
+    dist.all_gather_into_tensor(rows, row)
     at = [k*width for k in range(world)]  # where the next update of each rank begins
     out = []
     for (r,c),o in zip(shapes, owner):
