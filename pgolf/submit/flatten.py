@@ -320,7 +320,7 @@ def rename(
         found:list[tuple[Any,int,int,str]] = [(n, n.lineno-1, n.col_offset, "id")
             for n in global_names(s) if n.id in new]
         if (name := getattr(s, "name", None)) in new:
-            found.append((s, s.lineno-1, lines[s.lineno-1].index(name.encode(), 4), "name"))
+            found.append((s, s.lineno-1, lines[s.lineno-1].index(str(name).encode(), 4), "name"))
         for n,line,column,field in found:
             old = getattr(n, field)
             setattr(n, field, new[old])
@@ -420,7 +420,9 @@ def compact(
         lines[a:b+1] = [header] if header else []
     text = _same("\n".join(l for l in lines if l.strip()), tree)
     text = _unfold(text, 160 if block==1 else 240)
-    return _join_blocks(_join_fields(text) if block>1 else text, block)
+    if block>1: text = _join_fields(text)
+    text = _join_blocks(text, block)
+    return _join_runs(text) if block>8 else text
 
 
 # %% ../../nbs/submit/60_flatten.ipynb #dcc71004
@@ -477,6 +479,36 @@ def _neighbours(rows, code, widest):
         else: groups.append([i])
     return groups
 
+
+# %% ../../nbs/submit/60_flatten.ipynb #c6000008
+def _join_runs(text, widest=160):
+    "Plain statements that follow one another share a line, their comments behind them."
+    lines = text.split("\n")
+    code,note = zip(*(re.split(r"\s*# |$", l, maxsplit=1)[:2] for l in lines))
+    rows = sorted(i for block in _blocks(text) for i in _plain_rows(block, lines)
+        if _parses(code[i].strip())) # it does not where the comment sign stands in a text
+    for group in reversed(_neighbours(rows, code, widest)):
+        depths = {len(code[i])-len(code[i].lstrip()) for i in group}
+        if len(group)<2 or len(depths)>1: continue
+        joined = "; ".join([code[group[0]], *(code[i].strip() for i in group[1:])])
+        notes = "; ".join(note[i] for i in group if note[i])
+        lines[group[0]:group[-1]+1] = [f"{joined} # {notes}" if notes else joined]
+    return _same("\n".join(lines), ast.parse(text), text)
+
+def _plain_rows(block, lines):
+    "Lines, from 0, that hold plain statements of a block and nothing else."
+    plain,other = set(), set()
+    for s in block:
+        alone = not hasattr(s, "body") and s.lineno==s.end_lineno
+        (plain if alone else other).update(range(s.lineno-1, s.end_lineno))
+    first = block[0]
+    if lines[first.lineno-1].encode()[:first.col_offset].strip(): return set() # behind a colon
+    return plain-other
+
+def _parses(code):
+    "Whether it is Python."
+    try: return bool(ast.parse(code))
+    except SyntaxError: return False
 
 # %% ../../nbs/submit/60_flatten.ipynb #131696b2
 LEFT_OUT = ("def left_out(*_, **__):"

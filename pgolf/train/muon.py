@@ -191,7 +191,7 @@ def make_optimizers(
         params = [p for _,p in named[g.name]]
         lr = getattr(cfg, g.lr)*g.lr_mult if g.kind != "none" else 0.
         if params: by_kind[g.kind].append(dict(params=params, name=g.name, lr=lr, base_lr=lr))
-    out = []
+    out:list[torch.optim.Optimizer] = []
     if by_kind["muon"]:
         out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay,
             ns_steps=cfg.ns_steps, row_norm=cfg.row_norm,
