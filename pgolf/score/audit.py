@@ -40,10 +40,12 @@ class Evaluation:
     bos_id:int=1                # starts a document
     # tokens, targets -> (targets, vocab_size) log-probabilities before each target was seen
     distributions:Callable|None=None
-    weights:Callable|None=None # tokens, targets -> (targets, ...) gates, weights or keys used for each
+    # tokens, targets -> (targets, ...) gates, weights or keys used for each
+    weights:Callable|None=None
     # ids (T,) -> (T, C): the input of the first layer that was meant to look at other positions
     mixer:Callable|None=None
-    windows:Callable|None=None       # n -> (start, stop, first scored) of each window over n targets
+    # n -> (start, stop, first scored) of each window over n targets
+    windows:Callable|None=None
     log:Callable|None=None           # tokens -> UpdateLog
     stopped:Callable|None=None # tokens, k -> as `scorer`, but learning from the first k chunks only
     chunk_tokens:int=0          # targets between two updates; 0: nothing is learnt

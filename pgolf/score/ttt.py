@@ -186,7 +186,7 @@ class Learner:
         groups = _learning_groups(self.model, cfg)
         self.params = [p for g in groups for p in g["params"]]
         if cfg.ttt_optimizer == "sgd":
-            self.opt:torch.optim.Optimizer = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+            self.opt:Any = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         else:
             self.opt = torch.optim.AdamW(groups, lr=cfg.ttt_lr, weight_decay=cfg.ttt_weight_decay)
     graded = property(lambda self: tuple(self._graded),
