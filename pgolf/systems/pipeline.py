@@ -149,9 +149,8 @@ def check_recipe(recipe):
     "Raise for settings that fit no model: no rule or optimizer for a tensor, nothing to adapt."
     with torch.device("meta"): model = GPT(recipe.model)
     param_groups(model, recipe.optim.groups)
-    for name,t in model.state_dict().items():
-        recipe.quant.grid(name, t)
-        if first := recipe.stages.first_rules: replace(recipe.quant, rules=first).grid(name, t)
+    first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
+    for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
     if recipe.stages.use_ttt: Learner(model, recipe.ttt)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #93263651
@@ -460,8 +459,9 @@ def score_all(
         averaged=("averaged weights", weights_of(job, "averaged")),
         quantized=("codes in memory", dequantize_state(codes)),
     )
-    out = {k:score_blocks(job, k, f"{what}, blocks", model_of(job, state))
-        for k,(what,state) in states.items()}
+    out = {}
+    for k,(what,state) in states.items():
+        out[k] = score_blocks(job, k, f"{what}, blocks", model_of(job, state))
     model = read_artifact(job.artifact, job.device, job.recipe.stages.eval_rules)
     out["artifact"] = score_blocks(job, "artifact", "read back from the file, blocks", model)
     out["sliding"] = score_windows(job, "sliding",
