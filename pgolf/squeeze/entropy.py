@@ -353,6 +353,7 @@ def _plan(matrices, size, groups):
 # %% ../../nbs/squeeze/33_entropy.ipynb #d260f13e
 DTYPES = ("int8", "uint8", "int16", "uint16")
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #ddef3a87
 def encode(
     symbols,           # (..., r, c) int8, uint8, int16 or uint16; any shape, may be empty
     groups:int=GROUPS, # most groups of rows and of columns, 1..16; 1: one table for all
