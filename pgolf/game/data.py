@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'Dataset', 'check_charge', 'check_bytes',
-           'open_dataset', 'bar', 'text_stats', 'data_notes', 'build_dataset', 'austen']
+           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen']
 
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
-import json, re, shutil, sys, uuid
+import json, re, shutil, uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np, torch, zstandard
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
-from tqdm import tqdm as plain_tqdm
-from tqdm.auto import tqdm
 
 from ..files import atomic_write, write_json
 from .bpb import ByteTables, SidecarBytes, byte_tables
 from .shards import (ShardError, TokenStream, check_sums, read_shard, write_shard,
                                write_sums)
 from .tokenizer import encode_document, load_tokenizer, train_tokenizer
+from ..show import bar
 
 # %% ../../nbs/game/06_data.ipynb #8846713f
 AUSTEN = dict(
@@ -283,35 +282,6 @@ def _sidecar(shards):
                 f"{p}: bytes of {has:,} tokens, {shard.name} has {n:,}:"
                 " take the sidecar of these shards")
     return tuple(files)
-
-# %% ../../nbs/game/06_data.ipynb #4f54b185
-class _Lines(plain_tqdm):
-    "A bar for files and pipes: a line now and then."
-    def __init__(self, *args, seconds=5., **kw):
-        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds,
-            maxinterval=10*seconds)
-        layout = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
-        super().__init__(*args, bar_format=layout, **kw)
-    def display(self, msg=None, pos=None): print(msg or str(self), file=self.fp, flush=True)
-    def clear(self, *_, **__): pass
-    def close(self):
-        if self.leave and not self.disable: self.display()
-        self.sp = None # what writes carriage returns; without it nothing is left to clear
-        super().close()
-    @classmethod
-    def write(cls, s, file=None, end="\n", nolock=False): print(s, file=file, end=end, flush=True)
-
-# %% ../../nbs/game/06_data.ipynb #0ad77926
-def bar(
-    iterable=None, # to go through, if any
-    file=None,     # where to write; default standard error
-    **kw,          # of tqdm
-):# a bar of tqdm
-    "Show progress: a bar in a terminal, a widget in a notebook, else lines."
-    where = sys.stderr if file is None else file
-    if tqdm.__module__ == "tqdm.auto" and where in (sys.stdout, sys.stderr): kind = tqdm # a widget
-    else: kind = plain_tqdm if where.isatty() else _Lines
-    return kind(iterable, file=file, **kw)
 
 # %% ../../nbs/game/06_data.ipynb #31e6ace7
 def _write_split(sp, docs, folder, names, shard_size):

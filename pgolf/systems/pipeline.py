@@ -39,9 +39,9 @@ def pick_device(
 )->str: # a device that is there
     "Take the GPU if there is one."
     if device=="auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu","cuda"):
-        raise ValueError(f"device={device!r}: choose auto, cpu or cuda")
-    if torch.device(device).type=="cuda" and not torch.cuda.is_available():
+    kind = device.partition(":")[0]
+    if kind not in ("cpu","cuda"): raise ValueError(f"device={device!r}: choose auto, cpu or cuda")
+    if kind=="cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch sees no CUDA device; choose device='cpu'")
     return device
 
@@ -298,8 +298,8 @@ def work(
     "Be one rank of a run."
     about = json.loads((Path(out)/"job.json").read_text())
     recipe = load_recipe(Path(out)/"recipe.json")
-    train_here(Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"],
-        lines=about["lines"], progress=about["progress"]))
+    data = open_dataset(about.pop("dataset"))
+    train_here(Job(recipe, data, Path(out), **about))
     close_ranks()
 
 # %% ../../nbs/systems/52_pipeline.ipynb #39debc24
@@ -315,10 +315,8 @@ def train_weights(
     job.report.training |= {k:curve[k] for k in kept}
     job.report.save(job.out/"report.json")
     if curve["stopped_by"]=="interrupted":
-        raise KeyboardInterrupt(
-            f"stopped at step {curve['steps']}; {job.out/'report.json'} is partial, the same"
-            f" command goes on from {job.state}"
-        )
+        raise KeyboardInterrupt(f"stopped at step {curve['steps']}; {job.out/'report.json'} is"
+            f" partial, the same command goes on from {job.state}")
     return curve
 
 def weights_of(

@@ -11,7 +11,7 @@ import json, math, sys
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from ..game.data import bar
+from ..show import bar
 from .loop import Run, settle
 from .checkpoint import save_checkpoint
 
