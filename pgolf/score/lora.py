@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -136,7 +137,7 @@ class GradedRows:
     nll:Tensor     # (n,) float32, nats, with gradient
 
 def grade_rows(
-    model:nn.Module,      # has `hidden(ids)` and `logits(hidden)`, as `GPT`
+    model:Any,            # has `hidden(ids)` and `logits(hidden)`, as `GPT`
     adapters:Adapters,    # of this model
     tokens:Tensor,        # (N+1,) int64, on the model's device
     windows:list,         # one (start, stop, first scored) per row

@@ -11,7 +11,7 @@ __all__ = ['TTTConfig', 'trainable', 'ScoredChunk', 'Step', 'chunk_plan', 'choos
 import copy, math, re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -157,7 +157,8 @@ def choose_temperature(
     if not all(isinstance(c, ScoredChunk) for c in graded):
         raise TypeError("only a list of ScoredChunk can be chosen from; see scored_chunks")
     if not graded: return 1.
-    sums = torch.stack([c.trials for c in graded]).sum(0).tolist()
+    trials:list[Any] = [c.trials for c in graded] # there, since candidates are
+    sums = torch.stack(trials).sum(0).tolist()
     return min(zip(sums, candidates), key=lambda p: (p[0], abs(p[1]-1)))[1]
 
 # %% ../../nbs/score/41_ttt.ipynb #baf22962
@@ -193,7 +194,7 @@ class Learner:
         groups = _learning_groups(self.model, cfg)
         self.params = [p for g in groups for p in g["params"]]
         if cfg.ttt_optimizer == "sgd":
-            self.opt = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+            self.opt:Any = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         else:
             self.opt = torch.optim.AdamW(groups, lr=cfg.ttt_lr, weight_decay=cfg.ttt_weight_decay)
     graded = property(lambda self: tuple(self._graded),

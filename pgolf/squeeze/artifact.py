@@ -90,10 +90,9 @@ def _planes(tensors):
     "Tensors of one type as arrays of bytes, all first, all second ...; (blocks, rows, columns)."
     shapes = {tuple(t.shape) for t in tensors}
     dims = [d for d in (len(tensors), *tensors[0].shape) if d != 1] if len(shapes) == 1 else []
-    size, dtype = tensors[0].element_size(), tensors[0].dtype
-    kind = np.int8 if dtype == torch.int8 else np.uint8
-    rows = [np.frombuffer(_to_bytes(t), kind).reshape(size, t.numel()) for t in tensors]
-    flat = np.concatenate(rows, 1)
+    kind = np.int8 if tensors[0].dtype == torch.int8 else np.uint8
+    def rows(t): return np.frombuffer(_to_bytes(t), kind).reshape(t.element_size(), t.numel())
+    flat = np.concatenate([rows(t) for t in tensors], 1)
     if len(dims) < 2: return list(flat)  # shapes differ, or there is but one axis
     return [p.reshape(math.prod(dims[:-2]), *dims[-2:]) for p in flat]
 

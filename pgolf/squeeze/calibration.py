@@ -6,6 +6,7 @@
 __all__ = ['collect_hessians', 'sample_tokens', 'calibration_windows', 'calibrate']
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #a648cf69
+from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def _with_tables(model, moments):
 # %% ../../nbs/squeeze/32_calibration.ipynb #b31e17bf
 @torch.no_grad()
 def sample_tokens(
-    model:nn.Module, # with `hidden`, `logits` and `cfg.vocab_size`
+    model:Any,       # with `hidden`, `logits` and `cfg.vocab_size`
     n:int,           # sequences
     seq_len:int,     # tokens of each, the first included
     seed:int,        # of the one generator

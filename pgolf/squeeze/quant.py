@@ -120,7 +120,8 @@ def search_scale(
     "The candidate with the smallest squared error; the first wins a tie."
     scales = candidate_scales(W, grid)
     if len(scales) == 1: return scales[0]
-    best = least = None
+    best = scales[0]
+    least:Tensor|None = None
     for s in scales:
         err = to_codes(W, s, grid).mul_(s).sub_(W).square_()
         if rows is not None: err = err * rows[:,None]

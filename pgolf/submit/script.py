@@ -11,7 +11,8 @@ import builtins
 from dataclasses import MISSING,fields,is_dataclass
 from typing import NamedTuple
 import pgolf
-from .flatten import Module,flatten,global_names,minify,pack_code,read_package
+from .reach import Module,global_names,read_package
+from .flatten import flatten,minify,pack_code
 from ..systems.recipe import Recipe
 
 # %% ../../nbs/submit/61_script.ipynb #27613abe
@@ -292,7 +293,7 @@ def make_code(
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
     # the more statements stand on a line, the fewer lines: no more than it takes
-    for block in (1, 2, 4, 8):
+    for block in (1, 2, 4, 8, 16):
         readable = script(recipe, block)
         lines = readable.count("\n")
         if lines<LINE_LIMIT: return Code(readable, *_counted(readable))

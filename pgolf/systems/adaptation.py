@@ -25,7 +25,7 @@ from ..score.ttt import Learner,illegal_rescore,score_with,scored_chunks
 
 # %% ../../nbs/systems/56_adaptation.ipynb #f0e4a169
 GRID = tuple(round(.9+i/50, 2) for i in range(11)) # temperatures tried on the way
-CASES = { # name -> (system, its weights, what is set otherwise)
+CASES:dict[str,tuple[str,str,dict]] = { # name -> (system, its weights, what is set otherwise)
     "#610": ("pr610", "artifact", dict(ttt_temperatures=GRID)),
     "#610, float weights": ("pr610", "averaged", {}),
     "#610, int6": ("pr610", "artifact", {}),

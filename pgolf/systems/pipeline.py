@@ -39,9 +39,9 @@ def pick_device(
 )->str: # a device that is there
     "Take the GPU if there is one."
     if device=="auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu","cuda"):
-        raise ValueError(f"device={device!r}: choose auto, cpu or cuda")
-    if torch.device(device).type=="cuda" and not torch.cuda.is_available():
+    kind = device.partition(":")[0]
+    if kind not in ("cpu","cuda"): raise ValueError(f"device={device!r}: choose auto, cpu or cuda")
+    if kind=="cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch sees no CUDA device; choose device='cpu'")
     return device
 
@@ -153,9 +153,8 @@ def check_recipe(recipe):
     "Raise for settings that fit no model: no rule or optimizer for a tensor, nothing to adapt."
     with torch.device("meta"): model = GPT(recipe.model)
     param_groups(model, recipe.optim.groups)
-    for name,t in model.state_dict().items():
-        recipe.quant.grid(name, t)
-        if first := recipe.stages.first_rules: replace(recipe.quant, rules=first).grid(name, t)
+    first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
+    for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
     if recipe.stages.use_ttt: Learner(model, recipe.ttt)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #93263651
@@ -329,10 +328,8 @@ def train_weights(
     job.report.training |= {k:curve[k] for k in kept}
     job.keep()
     if curve["stopped_by"]=="interrupted":
-        raise KeyboardInterrupt(
-            f"stopped at step {curve['steps']}; {job.out/'report.json'} is partial, the same"
-            f" command goes on from {job.state}"
-        )
+        raise KeyboardInterrupt(f"stopped at step {curve['steps']}; {job.out/'report.json'} is"
+            f" partial, the same command goes on from {job.state}")
     return curve
 
 def weights_of(
@@ -487,8 +484,9 @@ def score_all(
         averaged=("averaged weights", weights_of(job, "averaged")),
         quantized=("codes in memory", dequantize_state(codes)),
     )
-    out = {k:score_blocks(job, k, f"{what}, blocks", model_of(job, state))
-        for k,(what,state) in states.items()}
+    out = {}
+    for k,(what,state) in states.items():
+        out[k] = score_blocks(job, k, f"{what}, blocks", model_of(job, state))
     model = read_artifact(job.artifact, job.device, job.recipe.stages.eval_rules)
     out["artifact"] = score_blocks(job, "artifact", "read back from the file, blocks", model)
     out["sliding"] = score_windows(job, "sliding",

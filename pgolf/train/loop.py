@@ -124,7 +124,7 @@ class Run(_Tools):
     model:nn.Module    # the raw module, never the compiled one
     optims:list        # optimizers; every group carries "base_lr"
     # `next_step()` gives the micro-batches of this rank, `position` can be read and set
-    loader:object
+    loader:BatchLoader
     schedule:ScheduleConfig # rates, momentum, limits
     cfg:TrainConfig    # batch, clipping, intervals
     ranks:Ranks=Ranks()# this process
