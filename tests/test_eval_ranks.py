@@ -1,6 +1,5 @@
 """Scoring, calibration and adaptation shared over processes: the numbers of one."""
 
-import json
 import os
 import subprocess
 import sys

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'Dataset', 'check_charge', 'check_bytes',
-           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen']
+           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen', 'open_corpus']
 
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
 import json, re, shutil, uuid
@@ -484,3 +484,12 @@ def austen(
             f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}:"
             " choose another path")
     return data
+
+# %% ../../nbs/game/06_data.ipynb #c5200101
+def open_corpus(
+    corpus:str,         # "austen", or the folder of a dataset
+    data:str="data",    # where the embedded corpus is unpacked
+)->Dataset:
+    "Data by name or folder."
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
+

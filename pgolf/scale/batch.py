@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tqdm import tqdm
 from ..files import read_json
-from ..systems.pipeline import pick_device
+from ..train.device import pick_device
 from ..systems.plan import memory_bytes
 from ..systems.recipe import Recipe
 from ..systems.report import Report

@@ -477,7 +477,7 @@ def _look(model, tokens, windows, temperature, rows):
 # %% ../../nbs/score/42_audit.ipynb #a0d1700b
 @contextmanager
 def exactly(
-    model:nn.Module, # its `compute_dtype`, if it has one, is float32 inside
+    model:Any, # a module; its `compute_dtype`, if it has one, is float32 inside
 ):
     "Compute in float32, with plain attention and repeatable kernels; afterwards all is as before."
     was,device = getattr(model, "compute_dtype", None), next(model.parameters()).device

@@ -187,7 +187,7 @@ class Learner:
     ):
         self.model, self.cfg, self.ranks = copy.deepcopy(model), cfg, ranks
         device = next(self.model.parameters()).device
-        self.loss = maybe_compile(self.model.loss, compile, device)[0]
+        self.loss = maybe_compile(self.model.loss, compile, str(device))[0]
         self._graded:list[ScoredChunk] = [] # in order; only the last one may be learnt from
         self.steps:list[Step] = []          # the record of updates
         self.losses:list[Tensor] = []       # of each chunk learnt from: loss before each step

@@ -201,8 +201,7 @@ def peer_passes(case:Case, peer:Peer, model:GPT, theirs:nn.Module, note:str)->li
     "Forward, and forward and backward."
     x,y = batch(case)
     ours_fn = choose_loss(model, case.compile, case.device)[0]
-    their_fn = theirs
-    if case.compile: their_fn = torch.compile(theirs, dynamic=False, fullgraph=True)
+    their_fn = torch.compile(theirs, dynamic=False, fullgraph=True) if case.compile else theirs
     kind = x.device.type
     def forward(fn):
         with torch.no_grad(), autocast(kind): fn(x, y)

@@ -22,7 +22,8 @@ from .ownership import (fingerprint, own_data, read_json, same_data, same_tokeni
                                      write_json)
 from ..model.gpt import ModelConfig
 from .report import Report
-from .pipeline import open_corpus, read_artifact
+from ..game.data import open_corpus
+from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
 from .recipe import Recipe, load_recipe
 from .recipes import at_scale, get_recipe
