@@ -12,9 +12,9 @@ from pgolf.model.attention import attend
 from pgolf.model.gpt import GPT
 from pgolf.systems.pipeline import Job, make_average, make_listeners
 from pgolf.systems.recipes import RECIPES, at_scale
-from pgolf.score.audit import audit, exactly, model_evaluation, passes
+from pgolf.score.audit import audit, model_evaluation, passes
 from pgolf.score.windows import stream
-from pgolf.train.device import Ranks
+from pgolf.train.device import Ranks, exactly
 from pgolf.train.loop import make_loader, train, train_step
 
 BIG = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 70e9

@@ -7,19 +7,17 @@ __all__ = ['PASSED', 'FAILED', 'ABSENT', 'LATER', 'TOL', 'UpdateLog', 'Evaluatio
            'prefix_only', 'gates_are_blind', 'calibration_apart', 'every_candidate', 'sums_to_one',
            'learns_after_scoring', 'learning_is_late', 'counted_once', 'windows_advance', 'reported_sum', 'documents',
            'documents_apart', 'all_is_scored', 'bytes_are_text', 'bos_is_blank', 'pick_places', 'audit', 'as_rows',
-           'model_evaluation', 'exactly', 'distributions', 'log_of']
+           'model_evaluation', 'distributions', 'log_of']
 
 # %% ../../nbs/score/42_audit.ipynb #4e6b8716
 import hashlib, math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..game.bpb import ByteTables
 from .windows import ScoreConfig, evaluating, plan_windows, score, window_logits
@@ -40,15 +38,11 @@ class Evaluation:
     scorer:Callable
     vocab_size:int              # tokens that could have come
     bos_id:int=1                # starts a document
-    # tokens, targets -> (targets, vocab_size) log-probabilities before each target was seen
-    distributions:Callable|None=None
-    # tokens, targets -> (targets, ...) gates, weights or keys used for each
-    weights:Callable|None=None
-    # ids (T,) -> (T, C): the input of the first layer that was meant to look at other positions
-    mixer:Callable|None=None
-    # n -> (start, stop, first scored) of each window over n targets
-    windows:Callable|None=None
-    log:Callable|None=None           # tokens -> UpdateLog
+    distributions:Callable|None=None # tokens, targets -> (targets, V) log-probabilities before
+    weights:Callable|None=None # tokens, targets -> (targets, ...) gates, weights or keys used
+    mixer:Callable|None=None # ids (T,) -> (T, C): input of the first layer that looks elsewhere
+    windows:Callable|None=None # n -> (start, stop, first scored) of each window over n targets
+    log:Callable|None=None     # tokens -> UpdateLog
     stopped:Callable|None=None # tokens, k -> as `scorer`, but learning from the first k chunks only
     chunk_tokens:int=0          # targets between two updates; 0: nothing is learnt
 
@@ -473,26 +467,6 @@ def _look(model, tokens, windows, temperature, rows):
             if not here: continue
             logits = window_logits(model, tokens, [(start, stop, first)])[1][0]
             for t in here: rows[t] = (logits[t-first].float()/temperature).log_softmax(-1).cpu()
-
-# %% ../../nbs/score/42_audit.ipynb #a0d1700b
-@contextmanager
-def exactly(
-    model:Any, # a module; its `compute_dtype`, if it has one, is float32 inside
-):
-    "Compute in float32, with plain attention and repeatable kernels; afterwards all is as before."
-    was,device = getattr(model, "compute_dtype", None), next(model.parameters()).device
-    precision,repeatable = (torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled())
-    try:
-        if was: model.compute_dtype = torch.float32
-        torch.set_float32_matmul_precision("highest")
-        if device.type != "cuda": yield model; return
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with sdpa_kernel(SDPBackend.MATH): yield model
-    finally:
-        if was: model.compute_dtype = was
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(repeatable)
 
 # %% ../../nbs/score/42_audit.ipynb #e0d34fe9
 def distributions(

@@ -69,6 +69,11 @@ def _plans(tokens, bos_id, seq_len, chunk):
     ends = [*document_starts(tokens, bos_id).tolist(), len(tokens)-1]
     return [document_plan(a, b, seq_len, chunk) for a, b in zip(ends, ends[1:])]
 
+def _mine(plans, most, ranks):
+    "Documents that learn side by side, `most` at once: this rank's share."
+    return [plans[i:i+most] for i in range(0, len(plans), most)][ranks.rank::ranks.world]
+
+
 # %% ../../nbs/score/43_lora.ipynb #bd2f5515
 class _Factors:
     "A (docs, r, in), the same for every document, and B (docs, out, r), zero at first."
@@ -191,17 +196,13 @@ def score_documents(
     tokens, n_bytes = check_stream(tokens, tables)
     plans = _plans(tokens, bos_id, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
     x = tokens.to(next(model.parameters()).device)
-    empty = math.nan if ranks.world == 1 else 0. # others add theirs
-    done, nll = 0, torch.full((len(n_bytes),), empty, device=x.device)
-    starts = range(0, len(plans), cfg.ttt_lora_docs)
-    at_once = [plans[i:i+cfg.ttt_lora_docs] for i in starts][ranks.rank::ranks.world]
+    nll = torch.full((len(n_bytes),), math.nan if ranks.world == 1 else 0., device=x.device)
     with evaluating(model), many_lengths(x.device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
         _bar(n_bytes, progress) as tick:
-        for some in at_once:
+        for some in _mine(plans, cfg.ttt_lora_docs, ranks):
             for graded in _rounds(model, x, some, cfg, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
-                done += len(graded.at)
-            tick(nll, done)
+            tick(nll, some[-1][-1][1])
     if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 

@@ -252,12 +252,15 @@ def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
         for t in (nll[a:b], trials): dist.all_reduce(t)
     return trials
 
+
+# %% ../../nbs/score/41_ttt.ipynb #c9b42f0s
 def share(
     items:list, # the same on every rank
     ranks:Ranks,# whose share
 )->list: # consecutive ones
     "What this rank does of a list of equal jobs."
     return items[len(items)*ranks.rank//ranks.world:len(items)*(ranks.rank+1)//ranks.world]
+
 
 # %% ../../nbs/score/41_ttt.ipynb #e6ee22e5
 def training_rows(
@@ -333,6 +336,8 @@ def _step(learner, x, y, lr):
     learner.opt.step()
     return loss
 
+
+# %% ../../nbs/score/41_ttt.ipynb #ead28c0s
 def _gradient(learner, x, y):
     "Leave the gradient of a batch of rows, to which each rank adds its own; return the loss."
     ranks, full = learner.ranks, len(x) == learner.cfg.ttt_batch_seqs
@@ -349,6 +354,7 @@ def _gradient(learner, x, y):
     for p in learner.params: # with fewer rows than ranks some have none
         if p.grad is None: p.grad = torch.zeros_like(p)
     return average_gradients(learner.params, loss.detach(), ranks.world)
+
 
 # %% ../../nbs/score/41_ttt.ipynb #c7b14c12
 def score_with(

@@ -160,6 +160,8 @@ def autocast(
     "What the scripts wrap every pass in; on a CPU, where both sides compute in float32, nothing."
     return torch.autocast("cuda", torch.bfloat16) if kind == "cuda" else contextlib.nullcontext()
 
+
+# %% ../../nbs/speed/82_peer.ipynb #4038a60s
 def peer_model(
     peer:Peer, # the published script
     model:GPT, # ours: its configuration and weights are taken over
@@ -251,6 +253,8 @@ def peer_muons(
     for g in (*ours.param_groups, *theirs.param_groups): g["lr"] = 0.
     return ours, theirs, start, off
 
+
+# %% ../../nbs/speed/82_peer.ipynb #a9f7c30s
 def _same_gradients(a, b, seed):
     "Random gradients, the same for both sets of matrices."
     g = torch.Generator().manual_seed(seed)

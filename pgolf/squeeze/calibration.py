@@ -34,19 +34,28 @@ class _Moments:
         self.owner[name] = self.last[1]
     def add_reads(self, name, ids, rows):
         self.reads[name] = self.reads.get(name, 0) + torch.bincount(ids.flatten(), minlength=rows)
-    def add_up(self):
-        "Sums over ranks; each has seen the same layers."
-        for n,S in self.sums.items():
-            dist.all_reduce(S)
-            count = torch.tensor(self.count[n], device=S.device)
-            dist.all_reduce(count)
-            self.count[n] = int(count)
-        for c in self.reads.values(): dist.all_reduce(c)
     def means(self):
         mean = {n: S/self.count[n] for n,S in self.sums.items()}
         for n,H in mean.items(): _check_finite(n, H)
         return {n: mean[o] for n,o in self.owner.items()}
     def shares(self): return {n: (c+1.)/(c.sum()+len(c)) for n,c in self.reads.items()}
+
+# %% ../../nbs/squeeze/32_calibration.ipynb #22319c9a
+def _add_up(moments):
+    "Sums over ranks; each has seen the same layers."
+    for n,S in moments.sums.items():
+        dist.all_reduce(S)
+        count = torch.tensor(moments.count[n], device=S.device)
+        dist.all_reduce(count)
+        moments.count[n] = int(count)
+    for c in moments.reads.values(): dist.all_reduce(c)
+
+def _check_split(split):
+    if split not in ("train","self"):
+        raise ValueError(
+            f"split={split!r}: calibration must not see validation tokens;"
+            " pass training batches or the model's own samples")
+
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #f6a8e5f4
 def _check_finite(name, H):
@@ -64,10 +73,7 @@ def collect_hessians(
     ranks:Ranks=Ranks(), # processes that share the batches, given the same ones; all get the means
 )->dict[str,Tensor]: # weight -> (n, n) float32; input table -> (rows,) shares; tied table -> (n, n)
     "Mean of x x^T over all positions, for the input x of every linear layer; shared where x is."
-    if split not in ("train","self"):
-        raise ValueError(
-            f"split={split!r}: calibration must not see validation tokens;"
-            " pass training batches or the model's own samples")
+    _check_split(split)
     batches = list(batches)
     if len(batches) < ranks.world: ranks = Ranks() # each for itself: the same sums
     moments,training = _Moments(),model.training
@@ -78,7 +84,7 @@ def collect_hessians(
     finally:
         model.train(training)
         for h in handles: h.remove()
-    if ranks.world > 1: moments.add_up()
+    if ranks.world > 1: _add_up(moments)
     if not moments.sums:
         raise ValueError(
             "batches is empty or the model has no linear layers: nothing to calibrate on")

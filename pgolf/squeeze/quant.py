@@ -231,8 +231,7 @@ class LateQAT:
         threshold:float, # on when run.lr_scale < threshold; above 1: from the first step
         grids:tuple,     # (pattern on the weight's name, Grid or None), first match wins
     ):
-        self.threshold,self.grids = threshold,tuple(grids)
-        self.switched = () # names of the weights, once it is on
+        self.threshold,self.grids,self.switched = threshold,tuple(grids),() # names, once it is on
     def on_start(self, run):
         "Be on in the warm-up if the first step will be, so that no other graph is compiled."
         run.lr_scale = run.schedule.lr_scale(run.step, run.agreed)
@@ -245,17 +244,19 @@ class LateQAT:
     def rehearse(self, run):
         "Be on for a step of the warm-up, so that its graph is there before the clock starts."
         early = () if self.switched else set_fake_quant(run.model, self.grids)
-        try: yield
-        finally:
-            if early: _switch_off(run.model)
+        yield
+        if early: _switch_off(run.model)
     def on_end(self, run):
         "Switch off, so that later training (test-time training) sees the stored weights."
-        _switch_off(run.model)
-        self.switched = ()
+        self.switched = _switch_off(run.model)
 
+
+# %% ../../nbs/squeeze/30_quant.ipynb #2d5fb40s
 def _switch_off(model):
     for m in model.modules():
         if hasattr(m, "fake_quant"): m.fake_quant = None
+    return ()
+
 
 # %% ../../nbs/squeeze/30_quant.ipynb #c804dda9
 def prune(

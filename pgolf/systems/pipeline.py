@@ -331,6 +331,8 @@ def write_artifact(
         job.report = Report.load(job.out/"report.json")
     return load_artifact(job.artifact)[0], json.loads((job.out/"errors.json").read_text())
 
+
+# %% ../../nbs/systems/52_pipeline.ipynb #4002840s
 def squeeze_here(
     job:Job, # this process is one rank of it
 )->tuple[dict,list[dict]]: # as `write_artifact`; empty on other ranks than the first
@@ -350,6 +352,8 @@ def squeeze_here(
     job.keep()
     return codes, errors
 
+
+# %% ../../nbs/systems/52_pipeline.ipynb #4002841s
 def _hessians(job, state):
     "What GPTQ needs to know of the inputs, or None."
     r = job.recipe

@@ -14,7 +14,7 @@ import numpy as np, torch
 
 from ..squeeze.artifact import ArtifactError, load_artifact, peek
 from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text,
-                               calibration_apart, documents_apart, exactly, model_evaluation,
+                               calibration_apart, documents_apart, model_evaluation,
                                passes, reported_sum)
 from ..game.bpb import byte_tables
 from ..game.data import Dataset, check_bytes
@@ -28,6 +28,8 @@ from ..squeeze.quant import set_fake_quant
 from .recipe import Recipe, load_recipe
 from .recipes import at_scale, get_recipe
 from ..score.windows import score
+from ..train.device import exactly
+
 
 # %% ../../nbs/systems/54_verdict.ipynb #385c9d6c
 def open_subject(

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['Ranks', 'keep_memory', 'setup_ranks', 'close_ranks', 'pick_device', 'best_dtype', 'tf32', 'can_compile',
-           'maybe_compile', 'wait_for', 'Clock']
+           'maybe_compile', 'exactly', 'wait_for', 'Clock']
 
 # %% ../../nbs/train/23_device.ipynb #e50d54c3
 import ctypes, importlib, importlib.util, shutil, sys, sysconfig, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 
 # %% ../../nbs/train/23_device.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def setup_ranks(
     if not dist.is_initialized(): _join(kind, device)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
+
+# %% ../../nbs/train/23_device.ipynb #be0c4a0s
 def _join(kind, device):
     "Numbers go over CPU memory, gradients over the GPUs' own links, each process on its own GPU."
     if kind == "cuda":
@@ -67,6 +72,7 @@ def _join(kind, device):
 def close_ranks():
     "Leave the process group, if there is one."
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
 
 # %% ../../nbs/train/23_device.ipynb #c5200001
 def pick_device(
@@ -142,6 +148,26 @@ def maybe_compile(
     if not able: return fn, False, f"compile: off, {reason}"
     _make_room(fn)
     return torch.compile(fn, dynamic=False, fullgraph=True), True, f"compile: on ({why})"
+
+# %% ../../nbs/train/23_device.ipynb #a0d1700b
+@contextmanager
+def exactly(
+    model:Any, # a module; its `compute_dtype`, if it has one, is float32 inside
+):
+    "Compute in float32, with plain attention and repeatable kernels; afterwards all is as before."
+    was,device = getattr(model, "compute_dtype", None), next(model.parameters()).device
+    precision,repeatable = (torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled())
+    try:
+        if was: model.compute_dtype = torch.float32
+        torch.set_float32_matmul_precision("highest")
+        if device.type != "cuda": yield model; return
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with sdpa_kernel(SDPBackend.MATH): yield model
+    finally:
+        if was: model.compute_dtype = was
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(repeatable)
 
 # %% ../../nbs/train/23_device.ipynb #be550a7c
 def wait_for(device:str):
