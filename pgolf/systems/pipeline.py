@@ -433,8 +433,7 @@ def score_blocks(job, stage, what, model):
 
 def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
-    r = job.recipe
-    learner = Learner(model, r.ttt)
+    r,learner = job.recipe, Learner(model, job.recipe.ttt)
     if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
     out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks",
         lambda t,b: score_with(learner, t, b, r.score, job.progress)))
