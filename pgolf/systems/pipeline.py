@@ -22,7 +22,7 @@ from ..train.averaging import EMA,HMA,SWA
 from ..game.data import Dataset,austen,check_bytes,open_dataset
 from ..train.device import best_dtype,close_ranks,setup_ranks
 from .ownership import claim,fingerprint,release,remember_data,set_aside
-from ..model.gpt import GPT,ModelConfig,count_parameters,param_groups
+from ..model.gpt import GPT,ModelConfig,count_parameters,param_groups,stored
 from ..squeeze.gptq import dequantize_state,quant_errors,quantize_state
 from ..train.listeners import Checkpointer,MetricsLog,Progress
 from ..squeeze.quant import LateQAT,set_eval_quant,set_fake_quant
@@ -400,7 +400,7 @@ list[dict]]:
     source = (dequantize_state(quantize_state(state, replace(r.quant, rules=r.stages.first_rules)))
         if r.stages.first_rules else state)
     codes = quantize_state(source, r.quant, r.gptq if r.stages.use_gptq else None, hessians)
-    meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name,
+    meta = dict(recipe=r.name, scale=r.scale, model=stored(r.model), tokenizer=job.dataset.name,
         tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
     job.report.bytes_artifact = save_artifact(job.artifact, codes, meta,
         r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)

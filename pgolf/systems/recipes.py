@@ -7,7 +7,7 @@ __all__ = ['RULES', 'FORMS', 'PATTERNS', 'SEEDS', 'CLIPS', 'PR610', 'PR610_AS_RU
            'GROUPS_598', 'PR598', 'PR598_AS_RUN', 'GRIDS_1123', 'PR1123', 'PR1123_AS_RUN', 'GROUPS_601', 'PR601',
            'PR601_AS_RUN', 'VARIANTS', 'RECIPES', 'SCALES', 'StageConfig', 'Claim', 'claim_table', 'Recipe',
            'load_recipe', 'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'diff_table', 'expand', 'per_row',
-           'in_float32', 'get_recipe', 'Scale', 'in_steps', 'at_scale']
+           'in_float32', 'get_recipe', 'Scale', 'shrink_order', 'in_steps', 'at_scale']
 
 # %% ../../nbs/systems/50_recipes.ipynb #31feb3d9
 import ast,difflib,json,math,re
@@ -226,6 +226,7 @@ def _number(least, kind=float, pair=False):
 RULES = r"[('\.mlp\.', {'lo': -15, 'hi': 15}), ('.*', None)]"
 FORMS = {  # setting that is a list -> what an item must be, and how to write the whole
     "ve_layers": (_number(0, int), "(9, 10)"),
+    "layer_order": (_number(0, int), "(0, 1, 2, 1, 2, 3)"),
     "groups": (
         _group,
         (
@@ -603,6 +604,22 @@ SCALES = dict(
         seq_len=64, batch_tokens=1024, num_spans=2, iterations=40,
         stride=32, samples=8, keep_numel=1024, eval_tokens=8192))
 
+# %% ../../nbs/systems/50_recipes.ipynb #5ea3c002
+def shrink_order(
+    order:tuple[int,...], # of block numbers, below `blocks`
+    blocks:int,           # of the full model
+    few:int,              # of the smaller one
+)->tuple[int,...]: # of block numbers below `few`
+    "The same order in a model of fewer blocks."
+    runs = []
+    for block in order:
+        if runs and block == runs[-1][-1]+1: runs[-1].append(block)
+        else: runs.append([block])
+    def shrunk(run):
+        first = min(few-1, round(run[0]*few/blocks))
+        return range(first, max(first+1, round((run[-1]+1)*few/blocks)))
+    return tuple(block for run in runs for block in shrunk(run))
+
 # %% ../../nbs/systems/50_recipes.ipynb #7dc565a2
 def _shrink_model(s, m):
     "Model settings at scale `s`, in proportion to the full model `m`."
@@ -610,6 +627,7 @@ def _shrink_model(s, m):
     return dict(num_layers=s.num_layers, model_dim=s.model_dim, num_heads=s.num_heads,
         num_kv_heads=s.num_heads*m.num_kv_heads//m.num_heads,
         rope_dims=s.model_dim//s.num_heads//4 if m.rope_dims else 0,
+        layer_order=shrink_order(m.layer_order, m.num_layers, s.num_layers),
         xsa_last_n=layers(m.xsa_last_n),
         bigram_vocab_size=m.bigram_vocab_size and s.bigram_vocab_size*m.bigram_vocab_size//2048,
         bigram_dim=s.small_dim,
