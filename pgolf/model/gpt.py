@@ -287,6 +287,8 @@ class Group:
     kind:str # "muon", "adamw", or "none" to leave them out of every optimizer
     lr:str="" # field of the optimizer's configuration
     lr_mult:float=1. # times that learning rate
+    weight_decay:str="" # another field of the optimizer's configuration; "": that of its kind
+    schedule:str="" # key of `schedule.SCHEDULES`; "": the learning rate follows the run's own
 
     def __post_init__(self):
         if self.kind not in ("muon","adamw","none"):

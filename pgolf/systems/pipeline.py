@@ -30,6 +30,7 @@ from .recipes import Recipe,brief,diff,load_recipe
 from ..score.windows import Scores,score
 from ..squeeze.calibration import calibrate
 from ..train.loop import make_loader,read_checkpoint,train,write_checkpoint
+from ..train.schedule import check_schedules
 from ..files import atomic_write,read_json,write_json
 from ..game.tokenizer import tokenizer_id
 from ..score.ttt import Learner,illegal_rescore,score_with
@@ -211,6 +212,7 @@ def check_recipe(recipe):
     to adapt."""
     with torch.device("meta"): model = GPT(recipe.model)
     param_groups(model, recipe.optim.groups)
+    check_schedules(recipe.optim.groups)
     for name,t in model.state_dict().items():
         recipe.quant.grid(name, t)
         if first := recipe.stages.first_rules: replace(recipe.quant, rules=first).grid(name, t)

@@ -279,7 +279,8 @@ def brief(
                 if getattr(value,f.name)!=getattr(base,f.name))])
     if isinstance(value,Group):
         return f"{value.name}: {value.kind}" + (f" {value.lr}" if value.lr
-            else "") + (f" x{value.lr_mult:g}" if value.lr_mult!=1 else "")
+            else "") + (f" x{value.lr_mult:g}" if value.lr_mult!=1 else "") + "".join(
+            f" {n}={v}" for n in ("weight_decay","schedule") if (v := getattr(value, n)))
     if isinstance(value,float): return f"{value:.6g}"
     if isinstance(value,tuple):
         return "; ".join(f"`{brief(v[0])}` {brief(v[1])}" if isinstance(v,tuple) and len(v)==2
