@@ -181,7 +181,7 @@ def entry_script(
             f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the script cannot do"
             " that yet; leave the setting at its default"
         )
-    sections = {n.upper():c for n,c in recipe.sections().items() if n!="stages"
+    sections = {n.upper():c for n,c in recipe.sections().items() if n not in ("stages","lora")
         and getattr(s, f"use_{n}", True)}
     text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
         seed=recipe.train.seed,

@@ -22,7 +22,7 @@ from .ownership import claim, fingerprint, release, remember_data, set_aside
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
 from ..train.listeners import Checkpointer, MetricsLog, Progress
-from ..squeeze.quant import LateQAT, set_eval_quant, set_fake_quant
+from ..squeeze.quant import LateQAT, set_eval_quant
 from .recipe import Recipe, brief, diff, load_recipe
 from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
@@ -31,7 +31,7 @@ from ..train.loop import make_loader, read_checkpoint, train, write_checkpoint
 from ..train.schedule import check_schedules
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
-from ..score.ttt import Learner, illegal_rescore, score_with
+from ..score.lora import ADAPTATIONS
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200001
 def pick_device(
@@ -153,7 +153,7 @@ def check_recipe(recipe):
     for name,t in model.state_dict().items():
         recipe.quant.grid(name, t)
         if first := recipe.stages.first_rules: replace(recipe.quant, rules=first).grid(name, t)
-    if recipe.stages.use_ttt: Learner(model, recipe.ttt)
+    if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #93263651
 # what took work; without any of them a folder holds a start that failed
@@ -437,15 +437,14 @@ def score_blocks(job, stage, what, model):
 def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
     r = job.recipe
-    learner = Learner(model, r.ttt)
-    if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
-    out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks",
-        lambda t,b: score_with(learner, t, b, r.score, job.progress)))
+    learner = ADAPTATIONS[r.stages.adaptation](model, r)
+    out = dict(adapted=grade(job, "adapted", f"read back, {learner.what}",
+        lambda t,b: learner.score(t, b, r.score, job.progress)))
     if again := r.stages.rescore_temperature:
         cfg = replace(r.score, eval_temperature=again)
         out["rescored"] = grade(job, "rescored",
             "ILLEGAL: the same text again, with weights that have learnt it",
-            lambda t,b: illegal_rescore(learner, t, b, cfg, job.progress))
+            lambda t,b: learner.rescore(t, b, cfg, job.progress))
     return out
 
 # %% ../../nbs/systems/52_pipeline.ipynb #04675d18

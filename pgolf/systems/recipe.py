@@ -21,6 +21,7 @@ from ..train.schedule import ScheduleConfig
 from ..score.windows import ScoreConfig
 from ..train.loop import TrainConfig
 from ..score.ttt import TTTConfig
+from ..score.lora import ADAPTATIONS, LoRAConfig
 
 # %% ../../nbs/systems/48_recipe.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class StageConfig:
     # (pattern, grid) applied again whenever the model is evaluated; (): none
     eval_rules:tuple=()
     use_ttt:bool=True               # adapt to the text after scoring it
+    adaptation:str="chunks"         # how: by "chunks" (section ttt) or "documents" (section lora)
     # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
     ttt_rules:tuple=()
     # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
@@ -61,6 +63,12 @@ class StageConfig:
         for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):
             if not 0<=getattr(self, name)<math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.adaptation not in ADAPTATIONS:
+            raise ValueError(
+                f"adaptation={self.adaptation!r}: choose one of {', '.join(ADAPTATIONS)}")
+        if self.rescore_temperature and not hasattr(ADAPTATIONS[self.adaptation], "rescore"):
+            raise ValueError(f"rescore_temperature={self.rescore_temperature} needs weights that"
+                f" learn the whole text, which adaptation={self.adaptation!r} has not: set it to 0")
         if self.codec not in ("zstd","rans","best"):
             raise ValueError(f"codec={self.codec!r}: choose 'zstd', 'rans' or 'best'")
 
@@ -107,6 +115,7 @@ class Recipe:
     gptq:GPTQConfig=field(default_factory=GPTQConfig)
     score:ScoreConfig=field(default_factory=ScoreConfig)
     ttt:TTTConfig=field(default_factory=TTTConfig)
+    lora:LoRAConfig=field(default_factory=LoRAConfig)
     full_steps:int=1        # steps of the published run: the unit of its time constants
     claims:tuple[Claim,...]=()
     scale:str="full"        # size the sections are set to
@@ -229,7 +238,7 @@ FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how 
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
     **{n: (_rule, RULES) for n in ("rules", "qat_rules", "first_rules", "eval_rules", "ttt_rules")},
 }
-PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always")
+PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always","ttt_lora_targets")
 SEEDS = 2**63 # seeds are below: what a generator takes
 
 def check_value(
