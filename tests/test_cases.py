@@ -21,7 +21,8 @@ from pgolf.scale.notebook import execute
 from pgolf.score import windows as scoring
 from pgolf.squeeze.artifact import peek
 from pgolf.game.bpb import byte_tables
-from pgolf.game.data import build_dataset, check_charge, data_notes, open_dataset, write_shard
+from pgolf.game.data import build_dataset, check_charge, data_notes, open_dataset
+from pgolf.game.shards import write_shard
 from pgolf.game.documents import read_documents
 from pgolf.systems.ownership import claim, release
 from pgolf.speed.peer import load_peer

@@ -7,7 +7,7 @@ import torch
 
 from pgolf.train import loop as training
 from pgolf.speed.bench import ids, make_case, toy_tables
-from pgolf.game.data import write_shard
+from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT
 from pgolf.systems.pipeline import Job, make_average, make_listeners
 from pgolf.systems.recipes import RECIPES, at_scale

@@ -75,11 +75,19 @@ def is_value(code):
         (ast.Name, ast.BinOp, ast.Tuple)) and not code.rstrip().endswith(";")
 
 
+def is_table_line(node, lines):
+    "A field of a configuration or a setting of a recipe or table that has its line to itself."
+    if isinstance(node, ast.AnnAssign): return True
+    if not isinstance(node, ast.keyword) or node.lineno != node.end_lineno: return False
+    return bool(re.match(r"\s*(\w+=|\*\*).*,\s*(#.*)?$", lines[node.lineno-1]))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_exported_cells_are_short(path):
-    def size(code):  # the fields of a configuration, one a line, are a table and do not count
-        fields = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.AnnAssign)]
-        return len(code.splitlines()) - len(fields)
+    def size(code):  # fields and settings, one a line, are a table and do not count
+        lines = code.splitlines()
+        table = {n.lineno for n in ast.walk(ast.parse(code)) if is_table_line(n, lines)}
+        return len(lines) - len(table)
     long = {source(c).split("\n")[1]: size(source(c)) for c in cells(path)
         if {"export", "exports"} & set(directives(c)) and size(source(c)) > 40}
     assert not long
@@ -194,7 +202,8 @@ def test_importing_everything_touches_neither_network_nor_cuda_nor_what_is_slow_
         before = set(sys.modules)
         for m in sys.argv[1:]: importlib.import_module(f'pgolf.{m}')
         assert not torch.cuda.is_initialized()
-        slow = {'torch._dynamo', 'torch._inductor', 'matplotlib', 'scipy.stats', 'papermill', 'IPython'}
+        slow = {'torch._dynamo', 'torch._inductor', 'matplotlib', 'scipy.stats', 'papermill',
+            'IPython'}
         assert not (found := slow & set(sys.modules) - before), found"""
     out = subprocess.run([sys.executable, "-c", code, *map(module_name, MODULES)], cwd=ROOT,
         capture_output=True, text=True)

@@ -32,7 +32,8 @@ DRIVER = """
 import runpy, sys
 for folder, data in zip(sys.argv[2:], [sys.argv[1]]*len(sys.argv)):
     print("==", flush=True)
-    sys.argv = [folder, data, "--eval", folder+"/model.pgolf", "--eval-tokens", "%d", "--device", "cpu"]
+    sys.argv = [folder, data, "--eval", folder+"/model.pgolf", "--eval-tokens", "%d",
+        "--device", "cpu"]
     runpy.run_path(folder+"/train_gpt.py", run_name="__main__")
 """ % TARGETS
 

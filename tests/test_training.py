@@ -15,7 +15,7 @@ from test_golden_train import model_config
 from test_golden_train import run as golden_steps
 
 from pgolf import files
-from pgolf.game.data import write_shard
+from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT, Group, ModelConfig
 from pgolf.squeeze.quant import Grid, LateQAT
 from pgolf.train import device
@@ -23,8 +23,8 @@ from pgolf.train.averaging import EMA, SWA
 from pgolf.train.device import can_compile
 from pgolf.train.listeners import (Checkpointer, MetricsLog, Progress, TensorBoard, Validate,
                                    expected_steps)
-from pgolf.train.loop import (CheckpointError, Run, TrainConfig, TrainingDiverged, make_loader,
-                              read_checkpoint, settle, train)
+from pgolf.train.loop import Run, TrainConfig, TrainingDiverged, make_loader, settle, train
+from pgolf.train.checkpoint import CheckpointError, read_checkpoint
 from pgolf.train.muon import OptimConfig
 from pgolf.train.schedule import ScheduleConfig
 

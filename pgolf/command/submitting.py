@@ -148,6 +148,7 @@ def squeeze(
         f" ({budget-total:,} left)")
     say_next(f"`pgolf audit {out} --system {r.name}` scores and checks it")
 
+# %% ../../nbs/command/88_submitting.ipynb #cf88000a
 def _subject(checkpoint, r, corpus, samples):
     "Model, tokens to calibrate on, and what the artifact shall say of itself."
     data = None if corpus == "none" else data_for(checkpoint, corpus)

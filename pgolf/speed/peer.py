@@ -46,16 +46,16 @@ class Peer:
     def need(self, *names):
         "Look it up; what is missing is an error."
         if (found := self.find(*names)) is None:
-            raise ValueError(
-                f"{self.path} has none of {', '.join(names)}: give a published train_gpt.py, or the"
-                " further files it needs, one --peer each"
-            )
+            raise ValueError(f"{self.path} has none of {', '.join(names)}: give a published"
+                " train_gpt.py, or the further files it needs, one --peer each")
         return found
 
 def _attention(q, k, v, causal=True, **_): # (B, T, H, D), as flash_attn_func
     "Torch's attention in the layout of flash attention."
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
-        is_causal=causal, enable_gqa=q.shape[2]!=k.shape[2]).transpose(1, 2)
+    shared = q.shape[2]!=k.shape[2] # heads share keys and values
+    q,k,v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shared)
+    return out.transpose(1, 2)
 
 # %% ../../nbs/speed/82_peer.ipynb #411ee848
 @contextlib.contextmanager
@@ -71,32 +71,38 @@ def _importing(folder):
         sys.path.remove(str(folder))
         for n in missing: del sys.modules[n]
 
-def _newer(e):
-    "What a syntax or a name that is not known here means."
-    where = f"line {e.lineno}: " if isinstance(e, SyntaxError) else ""
-    return (
-        f"{where}{e.msg}; the script is not written for Python {platform.python_version()}, perhaps for a newer Python: run pgolf under the one that it needs")
+def _in_words(path, e):
+    "What keeps a script from being imported, and the remedy."
+    python = platform.python_version()
+    if isinstance(e, ModuleNotFoundError):
+        return (f"{path} imports the package {e.name!r}, which is not installed here: install it,"
+            " or run where it is; if it is Python's own, the script is for a newer Python than"
+            f" {python}")
+    if isinstance(e, (SyntaxError,ImportError)):
+        where = f"line {e.lineno}: " if isinstance(e, SyntaxError) else ""
+        return (f"{path}: {where}{e.msg}; the script is not written for Python {python}, perhaps"
+            " for a newer Python: run pgolf under the one that it needs")
+    return (f"{path} cannot be imported: {type(e).__name__}: {e}; it may need a GPU, or other"
+        " environment variables than are set")
 
+# %% ../../nbs/speed/82_peer.ipynb #c8200001
 def load_peer(
     *paths, # of a published script, and of files beside it; each is executed
 )->Peer:
     "Import published scripts without running their `main`."
-    modules,stand_ins = [],()
+    modules:list = []
+    stand_ins:tuple = ()
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(
                 f"no script at {path}: give the path of a published train_gpt.py")
         spec = importlib.util.spec_from_file_location(f"pgolf_peer_{path.stem}", path)
+        if not spec or not spec.loader:
+            raise ValueError(f"{path} is no Python file: give the path of a published train_gpt.py")
         modules.append(importlib.util.module_from_spec(spec))
         with _importing(path.parent) as missing:
             try: spec.loader.exec_module(modules[-1])
-            except ModuleNotFoundError as e:
-                raise ValueError(
-                    f"{path} imports the package {e.name!r}, which is not installed here: install it, or run where it is; if it is Python's own, the script is for a newer Python than {platform.python_version()}") from e
-            except (SyntaxError,ImportError) as e: raise ValueError(f"{path}: {_newer(e)}") from e
-            except (Exception,SystemExit) as e:
-                raise ValueError(
-                    f"{path} cannot be imported: {type(e).__name__}: {e}; it may need a GPU, or other environment variables than are set") from e
+            except (Exception,SystemExit) as e: raise ValueError(_in_words(path, e)) from e
         if missing and "flash_attn" in path.read_text(): stand_ins = missing
     return Peer(Path(paths[0]), tuple(modules), stand_ins)
 
@@ -107,13 +113,12 @@ def call_by_name(
 ):
     "Call a function with those values that its signature names."
     wanted = inspect.signature(fn).parameters.values()
-    missing = [p.name for p in wanted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        and p.name not in offers]
+    needed = [p.name for p in wanted
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [n for n in needed if n not in offers]
     if missing:
-        raise ValueError(
-            f"{fn.__qualname__} of the published script wants {', '.join(missing)}, which the"
-            " benchmark does not know how to give"
-        )
+        raise ValueError(f"{fn.__qualname__} of the published script wants {', '.join(missing)},"
+            " which the benchmark does not know how to give")
     return fn(**{p.name:offers[p.name] for p in wanted if p.name in offers})
 
 def model_offers(
@@ -121,68 +126,79 @@ def model_offers(
 )->dict: # under every name that the scripts use
     "Arguments for a published model."
     mult = int(c.mlp_mult) if c.mlp_mult==int(c.mlp_mult) else c.mlp_mult
-    return asdict(c) | dict(mlp_mult=mult, hidden_mult=mult, tie_embeddings=True,
-        ve_enabled=bool(c.ve_dim), ve_layers=",".join(map(str, c.ve_layers)), smear_gate=c.smear,
+    return asdict(c) | dict(
+        mlp_mult=mult,
+        hidden_mult=mult,
+        tie_embeddings=True,
+        ve_enabled=bool(c.ve_dim),
+        ve_layers=",".join(map(str, c.ve_layers)),
+        smear_gate=c.smear,
         use_smear=c.smear,
-        bigram_vocab=c.bigram_vocab_size, bigram_buckets=c.bigram_vocab_size,
-        bigram_embed_dim=c.bigram_dim, xsa_layers=c.xsa_last_n, partial_rope_dims=c.rope_dims)
+        bigram_vocab=c.bigram_vocab_size,
+        bigram_buckets=c.bigram_vocab_size,
+        bigram_embed_dim=c.bigram_dim,
+        xsa_layers=c.xsa_last_n,
+        partial_rope_dims=c.rope_dims,
+    )
+
 
 # %% ../../nbs/speed/82_peer.ipynb #4038a618
 def peer_model(
     peer:Peer, # the published script
     model:GPT, # ours: its configuration and weights are taken over
-    x:Tensor, y:Tensor, # (B, T) tokens on which both must agree
+    x:Tensor,  # (B, T) tokens on which both must agree
+    y:Tensor,  # (B, T) their targets
     tolerance:float=1e-3, # largest difference of the mean losses, nats
 )->tuple[nn.Module,float]: # their model, and the difference
     "Build the published model, give it our weights, and check that it computes what ours does."
     theirs = call_by_name(peer.need("GPT","HybridQuantGPT"), model_offers(model.cfg)).to(x.device)
-    # names and shapes
-    with torch.device("meta"):
-        load_published(GPT(model.cfg),
-            {n:torch.empty(p.shape) for n,p in theirs.named_parameters()})
+    shapes = {n:torch.empty(p.shape, device="meta") for n,p in theirs.named_parameters()}
+    with torch.device("meta"): load_published(GPT(model.cfg), shapes) # names and shapes
     own = dict(model.named_parameters())
     with torch.no_grad():
         for n,p in theirs.named_parameters(): p.copy_(own[published_name(n)])
     for mode in (False, True):
         with torch.no_grad():
-            a,b = float(model.train(mode).loss(x, y)),float(theirs.train(mode)(x, y))
+            a = float(model.train(mode).loss(x, y))
+            b = float(theirs.train(mode)(x, y))
         if not abs(a-b) <= tolerance:
             raise ValueError(
                 f"{peer.path}: with the same weights, {'training' if mode else 'evaluating'}, the"
                 f" published model has loss {b:.6f}, ours {a:.6f}, a difference of {a-b:+.2g}: they"
                 " are not the same system; name the right --system, or the settings that differ"
-                " with -o"
-            )
-    return theirs,a-b
+                " with -o")
+    return theirs, a-b
+
 
 # %% ../../nbs/speed/82_peer.ipynb #fab897dc
 def _pair(case, name, ours, theirs, what="", **kw):
     "Two rows, ours with its ratio to theirs."
     with _quiet(), torch.compiler.set_stance("default" if case.compile else "force_eager"):
         s = case.time(ours=ours, theirs=theirs)
-    a,b = case.row("peer", f"{name}: ours", s["ours"], what, **kw),case.row("peer",
-        f"{name}: theirs", s["theirs"], what, **kw)
+    a = case.row("peer", f"{name}: ours", s["ours"], what, **kw)
+    b = case.row("peer", f"{name}: theirs", s["theirs"], what, **kw)
     return [a.than(ratio(s["ours"], s["theirs"]), "theirs"), b]
 
 def peer_passes(case:Case, peer:Peer, model:GPT, theirs:nn.Module, note:str)->list[Row]:
     "Forward, and forward and backward."
     x,y = batch(case)
-    loss = [choose_loss(model, case.compile, case.device)[0], torch.compile(theirs, dynamic=False)
-        if case.compile else theirs]
+    ours_fn = choose_loss(model, case.compile, case.device)[0]
+    their_fn = torch.compile(theirs, dynamic=False) if case.compile else theirs
     def forward(fn):
         with torch.no_grad(): fn(x, y)
     def both(m, fn):
         m.zero_grad(set_to_none=True)
         fn(x, y).backward()
     kw = dict(work=x.numel(), unit="tokens")
-    out = _pair(case, "forward", lambda: forward(loss[0]), lambda: forward(loss[1]), note, **kw)
-    pair = _pair(case, "forward and backward", lambda: both(model, loss[0]),
-        lambda: both(theirs, loss[1]), note, **kw)
-    for row,m,fn in zip(pair, (model,theirs), loss):
+    out = _pair(case, "forward", lambda: forward(ours_fn), lambda: forward(their_fn), note, **kw)
+    pair = _pair(case, "forward and backward", lambda: both(model, ours_fn),
+        lambda: both(theirs, their_fn), note, **kw)
+    for row,m,fn in zip(pair, (model,theirs), (ours_fn,their_fn)):
         m.zero_grad(set_to_none=True)
-        row.memory = peak_memory(lambda: both(m, fn),
-            case.device) if case.cuda or not case.compile else None
+        if case.cuda or not case.compile:
+            row.memory = peak_memory(lambda: both(m, fn), case.device)
     return out+pair
+
 
 # %% ../../nbs/speed/82_peer.ipynb #a9f7c3d4
 def peer_muons(
@@ -192,28 +208,28 @@ def peer_muons(
 )->tuple: # our optimizer, theirs, what they move, how far apart their steps are
     "Both Muons on copies of the same matrices with the same gradients; both must move them alike."
     start = list(block_matrices(model).values())
-    sets = [[nn.Parameter(p.detach().clone()) for p in start] for _ in range(2)]
-    ours = Muon(sets[0], lr=.02, momentum=.95, ns_steps=5, row_norm=case.recipe.optim.row_norm)
-    theirs = call_by_name(peer.need("Muon"),
-        dict(params=sets[1], lr=.02, momentum=.95, backend_steps=5, ns_steps=5, nesterov=True,
-            weight_decay=0.))
+    a,b = ([nn.Parameter(p.detach().clone()) for p in start] for _ in range(2))
+    ours = Muon(a, lr=.02, momentum=.95, ns_steps=5, row_norm=case.recipe.optim.row_norm)
+    theirs = call_by_name(peer.need("Muon"), dict(params=b, lr=.02, momentum=.95, backend_steps=5,
+        ns_steps=5, nesterov=True, weight_decay=0.))
     for seed in (0, 1): # two steps: only the second shows the momentum
-        g = torch.Generator().manual_seed(seed)
-        for p,q in zip(*sets):
-            p.grad = torch.randn(p.shape, generator=g).to(p)
-            q.grad = p.grad.clone()
-        ours.step(); theirs.step()
-    moved = lambda s: torch.cat([(p-q).detach().flatten() for p,q in zip(s, start)])
-    a,b = map(moved, sets)
-    off = float((a-b).norm()/b.norm())
+        _same_gradients(a, b, seed)
+        ours.step()
+        theirs.step()
+    def moved(s): return torch.cat([(p-q).detach().flatten() for p,q in zip(s, start)])
+    off = float((moved(a)-moved(b)).norm()/moved(b).norm())
     if not off < .05:
-        raise ValueError(
-            f"{peer.path}: its Muon moves the weights elsewhere, by {off:.0%} of a step: a variant"
-            " that ours was not told of"
-        )
-    for o in (ours, theirs):
-        for g in o.param_groups: g["lr"] = 0.
-    return ours,theirs,start,off
+        raise ValueError(f"{peer.path}: its Muon moves the weights elsewhere, by {off:.0%} of a"
+            " step: a variant that ours was not told of")
+    for g in (*ours.param_groups, *theirs.param_groups): g["lr"] = 0.
+    return ours, theirs, start, off
+
+def _same_gradients(a, b, seed):
+    "Random gradients, the same for both sets of matrices."
+    g = torch.Generator().manual_seed(seed)
+    for p,q in zip(a, b):
+        p.grad = torch.randn(p.shape, generator=g).to(p)
+        q.grad = p.grad.clone()
 
 def peer_muon(case:Case, peer:Peer, model:GPT)->list[Row]:
     "Muon on all matrices of the blocks."
@@ -222,86 +238,120 @@ def peer_muon(case:Case, peer:Peer, model:GPT)->list[Row]:
         f"{len(moved)} matrices, steps {off:.1%} apart",
         work=sum(p.numel() for p in moved), unit="weights")
 
+
 # %% ../../nbs/speed/82_peer.ipynb #6b60c41b
-def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
-    "Sliding-window scoring of the same text."
-    evaluate = peer.find("eval_val_sliding","eval_sliding_window")
-    if evaluate is None: return []
-    r,L,tables = case.recipe,case.recipe.score.eval_seq_len,toy_tables(case.recipe.model.vocab_size)
-    stride,size = r.score.eval_stride,8 if not case.cuda else 32
-    text = ids(case, L+stride*((4 if case.scale=="full" else 32) if not case.cuda else 512)+1)
+def _sliding_offers(case, peer, theirs, text, tables, size):
+    "Arguments for a published evaluation, under every name that the scripts use."
+    L,stride = case.recipe.score.eval_seq_len, case.recipe.score.eval_stride
     args = (peer.find("Hyperparameters") or types.SimpleNamespace)()
     for k,v in dict(train_seq_len=L, eval_seq_len=L, eval_stride=stride, eval_batch_seqs=size,
         sw_stride=stride).items():
         setattr(args, k, v)
-    offers = dict(args=args, base_model=theirs, model=theirs, rank=0, world_size=1,
+    return dict(args=args, base_model=theirs, model=theirs, rank=0, world_size=1,
         device=torch.device(case.device), val_tokens=text, stride=stride, batch_seqs=size,
         eval_seq_len=L, seq_len=L,
         base_bytes_lut=tables.base_bytes.to(case.device),
         has_leading_space_lut=tables.has_leading_space.to(case.device),
         is_boundary_token_lut=tables.is_boundary.to(case.device))
-    found,ran,mine = [],[],1+(len(text)-1-L)//stride # windows: theirs as counted in one call, ours
-    def their(): found.append(call_by_name(evaluate, offers))
-    def our(): found.append(score(model, text, tables, L, stride, size, compile=case.compile))
+
+def _windows_of(theirs, evaluate):
+    "How many windows go through their model in one evaluation."
+    ran:list[int] = []
     hook = theirs.blocks[0].register_forward_pre_hook(lambda m,args: ran.append(len(args[0])))
-    with _quiet(), torch.compiler.set_stance("force_eager"): their()
+    with _quiet(), torch.compiler.set_stance("force_eager"): evaluate()
     hook.remove()
+    return sum(ran)
+
+
+# %% ../../nbs/speed/82_peer.ipynb #c8200002
+def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
+    "Sliding-window scoring of the same text."
+    evaluate = peer.find("eval_val_sliding","eval_sliding_window")
+    if evaluate is None: return []
+    L,stride = case.recipe.score.eval_seq_len, case.recipe.score.eval_stride
+    windows = 512 if case.cuda else 4 if case.scale=="full" else 32
+    size = 32 if case.cuda else 8
+    text,tables = ids(case, L+stride*windows+1), toy_tables(case.recipe.model.vocab_size)
+    offers = _sliding_offers(case, peer, theirs, text, tables, size)
+    found = {} # who -> the last evaluation
+    def their(): found["theirs"] = call_by_name(evaluate, offers)
+    def our(): found["ours"] = score(model, text, tables, L, stride, size, compile=case.compile)
+    ran = _windows_of(theirs, their)
+    mine = 1+(len(text)-1-L)//stride
     rows = _pair(case, "sliding", our, their, work=len(text)-1, unit="targets")
     # a long text has no tail to speak of
     for k in ("ratio","ratio_low","ratio_high","ratio_cpu"):
-        setattr(rows[0], k, getattr(rows[0], k)*sum(ran)/mine)
-    a = next(f.val_loss for f in found if hasattr(f, "val_loss"))
-    b = next(f["val_loss"] if isinstance(f, dict) else f[0] for f in found
-        if not hasattr(f, "val_loss"))
-    for row in rows:
-        row.what = (
-            f"stride {stride}, {mine} windows here, {sum(ran)} there, ratio per window; mean losses"
-            f" {a-b:+.1e} apart"
-        )
+        setattr(rows[0], k, getattr(rows[0], k)*ran/mine)
+    a,b = found["ours"].val_loss, found["theirs"]
+    b = b["val_loss"] if isinstance(b, dict) else b[0]
     if not abs(a-b) < .05:
         raise ValueError(
             f"{peer.path}: sliding scores differ, theirs {b:.4f}, ours {a:.4f} nats per token")
+    for row in rows:
+        row.what = (f"stride {stride}, {mine} windows here, {ran} there, ratio per window; mean"
+            f" losses {a-b:+.1e} apart")
     return rows
 
 # %% ../../nbs/speed/82_peer.ipynb #2431b6d6
+@dataclass
+class _Matrices:
+    "What is to be rounded: the matrices of the blocks, their grids and Hessians."
+    state:dict    # name -> random matrix of the model's shape
+    grid:dict     # name -> Grid
+    hessians:dict # name -> (columns, columns)
+    def error(self, rounded): # Hessian-weighted, summed
+        return sum(float(hessian_error(w, rounded[n], self.hessians[n]))
+            for n,w in self.state.items())
+
+def _matrices(case, model):
+    "Random matrices of the blocks' shapes, with Hessians of the model; gates are not rounded."
+    windows = ids(case, 8*case.seq_len).view(8, -1).split(4)
+    hessians = {n:h.cpu() for n,h in collect_hessians(model, windows).items()}
+    state = {n:torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        for i,(n,p) in enumerate(block_matrices(model).items()) if n in hessians}
+    grid = {n:first_match(n, case.recipe.quant.rules) or Grid() for n in state}
+    return _Matrices(state, grid, hessians)
+
 def _their_values(q): # (codes, steps, ...)
-    codes,scale = q[0].float(),q[1].float()
+    codes,scale = q[0].float(), q[1].float()
     return codes*(scale[:,None] if scale.ndim==1 else scale)
 
 def peer_quantizers(case:Case, peer:Peer, model:GPT)->list[Row]:
     "Round to nearest and GPTQ, all matrices of the blocks."
-    # GPTQ as described: correct, see the chapter gptq
+    m = _matrices(case, model)
+    nearest = peer.find("quantize_int6_per_row","quantize_intN_per_row",
+        "quantize_float_tensor_int6","quantize_float_tensor")
+    gptq = peer.find("gptq_quantize_weight","_gptq_quantize_matrix")
+    return [*(_peer_nearest(case, nearest, m) if nearest else []),
+        *(_peer_gptq(case, gptq, m) if gptq else [])]
+
+
+# %% ../../nbs/speed/82_peer.ipynb #c8200003
+def _work(m): return dict(work=sum(t.numel() for t in m.state.values()), unit="weights")
+
+def _peer_nearest(case, fn, m):
+    "Each weight to the nearest point of its grid."
+    def theirs():
+        return {n:_their_values(call_by_name(fn, dict(t=w, W=w, clip_range=m.grid[n].hi)))
+            for n,w in m.state.items()}
+    def ours(): return {n:quantize(w, m.grid[n]).dequantize() for n,w in m.state.items()}
+    first = next(iter(m.state))
+    def error(rounded): return float((rounded[first]-m.state[first]).square().sum())
+    off = error(ours())/error(theirs())
+    return _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs",
+        **_work(m))
+
+def _peer_gptq(case, fn, m):
+    "Columns one after the other; ours is GPTQ as described: correct, see the chapter gptq."
     described = make_case(case.system.removesuffix("-as-run"), case.scale).recipe
-    hessians = {n:h.cpu()
-        for n,h in collect_hessians(model, ids(case, 8*case.seq_len).view(8, -1).split(4)).items()}
-    # gates are not rounded by a linear layer
-    names = [n for n in block_matrices(model) if n in hessians]
-    state = {n:torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-        for i,(n,p) in enumerate(block_matrices(model).items()) if n in names}
-    grid = {n:first_match(n, case.recipe.quant.rules) or Grid() for n in names}
-    errors = lambda Q: sum(float(hessian_error(state[n], Q[n], hessians[n])) for n in names)
-    out,work = [],sum(t.numel() for t in state.values())
-    if fn := peer.find("quantize_int6_per_row","quantize_intN_per_row","quantize_float_tensor_int6",
-        "quantize_float_tensor"):
-        theirs = lambda: {n:_their_values(call_by_name(fn, dict(t=w, W=w, clip_range=grid[n].hi)))
-            for n,w in state.items()}
-        ours = lambda: {n:quantize(w, grid[n]).dequantize() for n,w in state.items()}
-        off = sum(float((ours()[n]-state[n]).square().sum())
-            for n in names[:1])/sum(float((theirs()[n]-state[n]).square().sum()) for n in names[:1])
-        out += _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs",
-            work=work, unit="weights")
-    if fn := peer.find("gptq_quantize_weight","_gptq_quantize_matrix"):
-        # some add their damping in place
-        theirs = lambda: {
-            n:_their_values(call_by_name(fn,
-                dict(W=w, H=hessians[n].clone(), clip_range=grid[n].hi))) for n,w in state.items()}
-        # theirs prunes before, or not at all
-        quant = replace(described.quant, keep_numel=0, prune=0.)
-        ours = lambda: quantize_state(state, quant, described.gptq, hessians)
-        off = errors(dequantize_state(ours()))/errors(theirs())
-        out += _pair(case, "GPTQ", ours, theirs, f"Hessian error {off:.3f} of theirs",
-            work=work, unit="weights")
-    return out
+    quant = replace(described.quant, keep_numel=0, prune=0.) # theirs prunes before, or not at all
+    def offers(n, w): # some add their damping in place
+        return dict(W=w, H=m.hessians[n].clone(), clip_range=m.grid[n].hi)
+    def theirs():
+        return {n:_their_values(call_by_name(fn, offers(n, w))) for n,w in m.state.items()}
+    def ours(): return quantize_state(m.state, quant, described.gptq, m.hessians)
+    off = m.error(dequantize_state(ours()))/m.error(theirs())
+    return _pair(case, "GPTQ", ours, theirs, f"Hessian error {off:.3f} of theirs", **_work(m))
 
 # %% ../../nbs/speed/82_peer.ipynb #fbf8e7e6
 def _both_models(case, peer):
@@ -312,7 +362,7 @@ def _both_models(case, peer):
     model = new_model(case)
     with _quiet():
         theirs,off = peer_model(peer, model, *batch(case), tolerance=.03 if case.cuda else 1e-3)
-    return case,model,theirs,off
+    return case, model, theirs, off
 
 def bench_peer(
     case:Case, # of the system that the script belongs to, as run
@@ -320,11 +370,16 @@ def bench_peer(
 )->list[Row]: # pairs
     "Time a published script beside ours, after checking that both compute the same."
     case,model,theirs,off = _both_models(case, peer)
-    note = f"{case.rows} x {case.seq_len} tokens, losses {off:+.1e} apart" + "".join(
-        f", {n} replaced by torch's attention" for n in peer.stand_ins)
-    return peer_passes(case, peer, model, theirs, note)+peer_muon(case, peer,
-        model)+peer_sliding(case, peer, model.eval(), theirs)+peer_quantizers(case, peer, model)
+    note = f"{case.rows} x {case.seq_len} tokens, losses {off:+.1e} apart"
+    note += "".join(f", {n} replaced by torch's attention" for n in peer.stand_ins)
+    return [
+        *peer_passes(case, peer, model, theirs, note),
+        *peer_muon(case, peer, model),
+        *peer_sliding(case, peer, model.eval(), theirs),
+        *peer_quantizers(case, peer, model),
+    ]
 
+# %% ../../nbs/speed/82_peer.ipynb #c8200004
 def profile_peer(
     case:Case, # as of `bench_peer`
     peer:Peer,
@@ -332,11 +387,13 @@ def profile_peer(
     "Where the time of a step goes in a published script, and where in ours; both eager."
     case,model,theirs,_ = _both_models(case, peer)
     x,y = batch(case)
-    muon = dict(zip(("ours","theirs"), peer_muons(case, peer, model)))
-    passes = dict(theirs=lambda: theirs(x, y).backward(), ours=lambda: model.loss(x, y).backward())
-    phases = {f"{what}: {who}":fn
-        for what,fns in (("passes",passes),("Muon",{w:muon[w].step for w in passes}))
-        for who,fn in fns.items()}
+    ours_muon,their_muon,*_ = peer_muons(case, peer, model)
+    phases = {
+        "passes: theirs": lambda: theirs(x, y).backward(),
+        "passes: ours": lambda: model.loss(x, y).backward(),
+        "Muon: theirs": their_muon.step,
+        "Muon: ours": ours_muon.step,
+    }
     with _quiet(), torch.compiler.set_stance("force_eager"): return profile_phases(case, phases)
 
 # %% ../../nbs/speed/82_peer.ipynb #f79e5795
@@ -351,7 +408,8 @@ def peer_bench(
 )->dict: # to be added to `BENCHES`; empty without a path
     "A bench of published scripts."
     if not paths: return {}
-    case,peer = make_case(system.removesuffix("-as-run")+"-as-run", scale, device, quick, compile,
-        overrides),load_peer(*paths)
+    as_run = system.removesuffix("-as-run")+"-as-run"
+    case = make_case(as_run, scale, device, quick, compile, overrides)
+    peer = load_peer(*paths)
     return dict(peer=lambda _: bench_peer(case, peer),
         peer_profile=lambda _: dict(peer_profile=profile_peer(case, peer)))

@@ -108,7 +108,8 @@ def search_scale(
     "The candidate with the smallest squared error; the first wins a tie."
     scales = candidate_scales(W, grid)
     if len(scales) == 1: return scales[0]
-    best = least = None
+    best = scales[0]
+    least:Tensor|None = None
     for s in scales:
         err = to_codes(W, s, grid).mul_(s).sub_(W).square_()
         if rows is not None: err = err * rows[:,None]
@@ -159,9 +160,8 @@ def store(
     "Cast codes and step to their stored types."
     if not scale.half().isfinite().all():
         raise ValueError(
-            f"step={scale.abs().max().item():.3g} does not fit float16 (NaN, Inf or weights beyond"
-            " 65504): check the weights"
-        )
+            f"step={scale.abs().max().item():.3g} does not fit float16 (NaN,"
+            " Inf or weights beyond 65504): check the weights")
     return Quantized(codes.to(torch.int8), scale.half())
 
 # %% ../../nbs/squeeze/30_quant.ipynb #6c456dcc
@@ -198,11 +198,11 @@ def set_fake_quant(
         done.append(f"{name}.weight")
     if not done:
         raise ValueError(
-            f"grids={[p for p,_ in grids]}: no linear layer's weight matches; print the names with"
-            " model.named_parameters()"
-        )
+            f"grids={[p for p,_ in grids]}: no linear layer's weight matches;"
+            " print the names with model.named_parameters()")
     return tuple(done)
 
+# %% ../../nbs/squeeze/30_quant.ipynb #4e6265bf
 def set_eval_quant(
     model:nn.Module, # holds modules with an attribute `eval_quant` (see `CastLinear`)
     grids:tuple,     # (pattern on the weight's name, Grid or None), first match wins; (): none
@@ -214,24 +214,21 @@ def set_eval_quant(
 
 # %% ../../nbs/squeeze/30_quant.ipynb #2d5fb47e
 class LateQAT:
-    """Listener: switch fake quantization on once the learning-rate scale has fallen below
-    `threshold`."""
+    "Listener: fake quantization from when the learning-rate scale is below `threshold`."
     def __init__(self,
         threshold:float, # on when run.lr_scale < threshold; above 1: from the first step
         grids:tuple,     # (pattern on the weight's name, Grid or None), first match wins
     ):
-        self.threshold,self.grids,self.switched = threshold,tuple(grids),()
-
+        self.threshold,self.grids = threshold,tuple(grids)
+        self.switched = () # names of the weights, once it is on
     def on_start(self, run):
         "Be on in the warm-up if the first step will be, so that no other graph is compiled."
         run.lr_scale = run.schedule.lr_scale(run.step, run.agreed)
         self.before_step(run)
-
     def before_step(self, run):
         "Switch on at the first step below the threshold."
         if not self.switched and run.lr_scale < self.threshold:
             self.switched = set_fake_quant(run.model, self.grids)
-
     def on_end(self, run):
         "Switch off, so that later training (test-time training) sees the stored weights."
         for m in run.model.modules():
@@ -267,20 +264,22 @@ class QuantConfig:
         object.__setattr__(self, "rules", rules)
         if self.keep_numel < 0: raise ValueError(f"keep_numel={self.keep_numel} must be 0 or more")
         if not 0 <= self.prune < 1: raise ValueError(f"prune={self.prune} not in [0, 1)")
-
     def grid(self,
         name:str, # tensor's name
         t:Tensor, # its value, for shape and type
     ):# Grid, or the dtype it is kept in
         "How a tensor is stored."
         if not t.is_floating_point(): return t.dtype
-        if t.numel() <= self.keep_numel or t.dim() != 2:
-            return torch.float32 if self.keep_float32 and re.search(self.keep_float32,
-                name) else torch.float16
-        grid = first_match(name, self.rules, "none")
-        if grid == "none":
-            raise ValueError(
-                f"{name}: no rule matches; add (pattern, grid), or (pattern, None) to keep it as"
-                " float16"
-            )
-        return grid or torch.float16
+        if t.numel() > self.keep_numel and t.dim() == 2: return _grid_of(name, self.rules)
+        exact = self.keep_float32 and re.search(self.keep_float32, name)
+        return torch.float32 if exact else torch.float16
+
+# %% ../../nbs/squeeze/30_quant.ipynb #6b5726c6
+def _grid_of(name, rules):
+    "Grid of a large matrix, or float16 where a rule says None."
+    grid = first_match(name, rules, "none")
+    if grid == "none":
+        raise ValueError(
+            f"{name}: no rule matches;"
+            " add (pattern, grid), or (pattern, None) to keep it as float16")
+    return grid or torch.float16

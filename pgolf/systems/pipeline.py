@@ -10,7 +10,7 @@ __all__ = ['MADE', 'pick_device', 'open_corpus', 'Job', 'start', 'check_start', 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b764e3b6
 import json, subprocess, sys, time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from .recipe import Recipe, brief, diff, load_recipe
 from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
-from ..train.loop import make_loader, read_checkpoint, train, write_checkpoint
+from ..train.loop import make_loader, train
+from ..train.checkpoint import read_checkpoint, write_checkpoint
 from ..train.schedule import check_schedules
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
@@ -50,7 +51,7 @@ def open_corpus(
     data:str="data",    # where the embedded corpus is unpacked
 )->Dataset:
     "Data by name or folder."
-    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(corpus)
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -64,7 +65,7 @@ class Job:
     nproc:int=1         # processes that train
     lines:bool=False    # training reports in lines instead of a bar, for notebooks
     progress:bool=True  # show any
-    report:Report=None  # filled stage by stage
+    report:Report=field(default_factory=Report.blank) # filled stage by stage
     @property
     def weights(self)->Path: return self.out/"weights.safetensors"
     @property
@@ -280,12 +281,13 @@ def launch(
 def _stream(command, lines):
     "Show what a command prints; its exit code, and whether Ctrl-C was pressed."
     heard = False
+    to = sys.stdout if lines else sys.stderr
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         bufsize=1) as p:
         while True:
             try:
                 for line in p.stdout: # after Ctrl-C only torchrun speaks, of its own end
-                    if not heard: print(line, end="", file=None if lines else sys.stderr, flush=True)
+                    if not heard: print(line, end="", file=to, flush=True)
                 break
             except KeyboardInterrupt:
                 heard = True # the processes have heard it too; they write a checkpoint and end

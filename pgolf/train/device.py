@@ -67,8 +67,8 @@ def best_dtype(
     device:str, # e.g. "cpu", "cuda:1"
 )->torch.dtype: # bfloat16 or float32
     "Dtype to compute in on `device`."
-    bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False)
+    if torch.device(device).type != "cuda": return torch.float32
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float32
 
 # %% ../../nbs/train/23_device.ipynb #ce66432e
@@ -108,6 +108,7 @@ def wait_for(device:str):
     "Wait until `device` has done all work given to it."
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
 
+# %% ../../nbs/train/23_device.ipynb #40f67b4d
 class Clock:
     "Seconds of training; stands still while paused."
     def __init__(self,
