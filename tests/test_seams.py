@@ -5,16 +5,26 @@ import re
 import sys
 import textwrap
 import types
+import zlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from torch import nn
 
+from pgolf.game.data import build_dataset, check_bytes, open_dataset
+from pgolf.game.tokenizer import TRANSFORMS, TextTransform
 from pgolf.model import gpt
 from pgolf.model.gpt import BASE_GROUPS, GPT, OUTPUT_PARTS, Group, ModelConfig, stored
+from pgolf.score import windows
+from pgolf.score.lora import ADAPTATIONS
+from pgolf.squeeze.artifact import CODERS, ArtifactError, Coder, pack, unpack
+from pgolf.submit import script
+from pgolf.systems import pipeline
 from pgolf.systems.published import PR610
+from pgolf.systems.recipes import at_scale
 from pgolf.train import schedule
 from pgolf.train.loop import TrainConfig, train
 from pgolf.train.muon import OptimConfig
@@ -132,8 +142,6 @@ def test_a_part_that_no_group_takes_is_named(outside):
 
 
 def test_an_unknown_schedule_is_an_error_before_any_work(novels, tmp_path):
-    from pgolf.systems import pipeline
-    from pgolf.systems.recipes import at_scale
     odd = at_scale(PR610, "tiny").but(groups=(replace(BASE_GROUPS[0], schedule="half"),
         *BASE_GROUPS[1:]))
     with pytest.raises(ValueError, match="schedule='half' of group 'matrices'"):
@@ -209,3 +217,85 @@ def test_one_compilation_per_order():
         for _ in range(2):
             torch.testing.assert_close(loss(x[:, :-1], x[:, 1:]), model.loss(x[:, :-1], x[:, 1:]))
     assert len(graphs) == 2
+
+
+# ---- text transforms, coders, adaptation
+
+class Swapped(TextTransform):
+    "Capitals and small letters change places; the tokens say where the bytes of a document end."
+    counts = True
+    def encode(self, text): return text.swapcase()
+    def decode(self, text): return text.swapcase()
+    def token_bytes(self, sp, text):
+        n = len(sp.encode(self.encode(text)))
+        return np.array([0]*n+[len(text.encode())], dtype=np.uint16)
+
+
+def test_a_dataset_of_a_transformed_text_carries_its_sidecar(monkeypatch, tmp_path):
+    monkeypatch.setitem(TRANSFORMS, "swapped", Swapped())
+    train_docs, val = ["Anne Elliot, with all her claims."]*9, ["Captain Wentworth.", "Lyme"]
+    data = build_dataset(train_docs, val, tmp_path/"data", 300, shard_size=16, transform="swapped")
+    again = open_dataset(tmp_path/"data")
+    assert again == data and data.transform == "swapped"
+    assert len(data.val_bytes) == len(data.val_shards) > 1
+    tokens, sp = data.val_tokens(), data.tokenizer()
+    spelt = sp.decode(tokens.tolist())
+    assert spelt == "cAPTAIN wENTWORTH.lYME"
+    assert TRANSFORMS[data.transform].decode(spelt) == "".join(val)
+    assert int(data.byte_tables().count(tokens[:-1], tokens[1:]).sum()) == len("".join(val))
+    check_bytes(data)
+    for path in data.val_bytes: path.unlink()
+    with pytest.raises(FileNotFoundError, match="'swapped'.*no .*_val_bytes_"):
+        open_dataset(tmp_path/"data")
+    monkeypatch.delitem(TRANSFORMS, "swapped")
+    with pytest.raises(ValueError, match="text transform 'swapped' is none of"):
+        open_dataset(tmp_path/"data")
+
+
+def test_a_dataset_without_a_transform_says_nothing_of_one(novels):
+    assert "text_transform" not in (novels.path/"manifest.json").read_text()
+    assert novels.transform == "" and novels.val_bytes == ()
+
+
+def test_a_coder_from_outside_writes_and_reads_an_artifact(monkeypatch):
+    def undo(data, size, what):
+        out = zlib.decompress(data)
+        assert len(out) == size, what
+        return out
+    monkeypatch.setitem(CODERS, "zlib",
+        Coder(lambda array, level, long: zlib.compress(array.tobytes(), 9), undo))
+    tensors = {"a": torch.zeros(40, 8), "b": torch.arange(64, dtype=torch.int8).view(8, 8)}
+    packed = pack(tensors, codec="zlib")
+    assert all(torch.equal(t, unpack(packed)[0][n]) for n, t in tensors.items())
+    assert len(pack(tensors, codec="best")) <= len(packed)
+    assert PR610.but(codec="zlib").stages.codec == "zlib"
+    monkeypatch.delitem(CODERS, "zlib")
+    with pytest.raises(ArtifactError, match="must be a codec, zstd or rans, and a size"):
+        unpack(packed)
+    with pytest.raises(ValueError, match="codec='zlib': choose one of zstd, rans, best"):
+        PR610.but(codec="zlib")
+
+
+def test_an_adaptation_is_named_by_the_recipe(monkeypatch):
+    class Never:
+        what = "learning nothing"
+        def __init__(self, model, recipe): self.model = model
+        def score(self, tokens, tables, cfg, progress=False):
+            return windows.score(self.model, tokens, tables, cfg.eval_seq_len, cfg.eval_stride)
+    monkeypatch.setitem(ADAPTATIONS, "never", Never)
+    assert PR610.but(adaptation="never").stages.adaptation == "never"
+    with pytest.raises(ValueError, match="adaptation='sometimes': choose one of chunks, documents"):
+        PR610.but(adaptation="sometimes")
+    with pytest.raises(ValueError, match="rescore_temperature=1.0 needs weights that"):
+        PR610.but(adaptation="documents", rescore_temperature=1.)
+    with pytest.raises(ValueError, match="the script cannot do that yet"):
+        script.entry_script(at_scale(PR610.but(adaptation="documents"), "tiny"))
+
+
+@pytest.mark.slow
+def test_a_run_adapts_by_document(novels, tmp_path):
+    small = at_scale(PR610, "tiny").but(iterations=2, warmup_steps=0, adaptation="documents",
+        ttt_lora_chunk_tokens=64)
+    report = pipeline.run(pipeline.start(small, novels, tmp_path/"run", "cpu", 256, progress=False))
+    assert report.result["stage"] == "adapted" and report.result["targets"] == 256
+    assert "each document by itself" in report.result["what"]

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, get_origin
 from tabulate import tabulate
 from ..model.gpt import Group, ModelConfig
+from ..squeeze.artifact import check_codec
 from ..squeeze.gptq import GPTQConfig
 from ..train.muon import OptimConfig
 from ..squeeze.quant import Grid, QuantConfig
@@ -69,8 +70,7 @@ class StageConfig:
         if self.rescore_temperature and not hasattr(ADAPTATIONS[self.adaptation], "rescore"):
             raise ValueError(f"rescore_temperature={self.rescore_temperature} needs weights that"
                 f" learn the whole text, which adaptation={self.adaptation!r} has not: set it to 0")
-        if self.codec not in ("zstd","rans","best"):
-            raise ValueError(f"codec={self.codec!r}: choose 'zstd', 'rans' or 'best'")
+        check_codec(self.codec)
 
 # %% ../../nbs/systems/48_recipe.ipynb #b143dad9
 @dataclass(frozen=True)
