@@ -411,6 +411,7 @@ def _counts(sp, docs, wrote, change):
         stats[f"{kind}_total"] = stats[f"{kind}_train"]+stats[f"{kind}_val"]
     return stats
 
+# %% ../../nbs/game/06_data.ipynb #5ea3f106
 def _manifest(name, sp, model, docs, wrote, shard_size, transform):
     ids = dict(vocab_size=sp.vocab_size(), bos_id=sp.bos_id(), eos_id=sp.eos_id(),
         recommended_bigram_vocab_size=640*-(-sp.vocab_size()//128))
@@ -504,6 +505,7 @@ def _fill(root, name, sp, model, docs, shard_size, transform):
     write_json(root/"manifest.json", _manifest(name, sp, model, docs, wrote, shard_size, transform))
     write_sums(root, [model, *sorted(folder.glob("*.bin"))])
 
+# %% ../../nbs/game/06_data.ipynb #5ea3f105
 def _claim(tmp, path): # give a finished folder its name, unless another process was faster
     try: tmp.rename(path)
     except OSError as e:

@@ -117,6 +117,7 @@ class TextTransform:
         "Bytes of the original text that each token of a document stands for."
         raise NotImplementedError(f"{type(self).__name__}: the byte tables count its tokens")
 
+# %% ../../nbs/game/03_tokenizer.ipynb #5ea3f104
 TRANSFORMS = {"": TextTransform()}
 
 def text_transform(
@@ -124,8 +125,9 @@ def text_transform(
 )->TextTransform:
     "Look a transform up."
     if name in TRANSFORMS: return TRANSFORMS[name]
-    raise ValueError(f"text transform {name!r} is none of {', '.join(map(repr, TRANSFORMS))}: take a"
-        " version of pgolf that has it, or other data")
+    known = ", ".join(map(repr, TRANSFORMS))
+    raise ValueError(f"text transform {name!r} is none of {known}: take a version of pgolf that has"
+        " it, or other data")
 
 # %% ../../nbs/game/03_tokenizer.ipynb #f9e0a5be
 def encode_document(

@@ -172,8 +172,7 @@ class _Ends(nn.Module):
     "The way in, ids to stream, and the way out, states to logits to loss."
     def __init__(self, cfg:ModelConfig):
         super().__init__()
-        self.cfg = cfg
-        self.compute_dtype = torch.float32
+        self.cfg, self.compute_dtype = cfg, torch.float32
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.inputs = tuple(parts := made(INPUT_PARTS, cfg))
         for name in parts: self.add_module(name, parts[name])
@@ -203,15 +202,9 @@ class GPT(_Ends):
         seed:int=0, # of the initial weights
     ):
         super().__init__(cfg)
-        c,skips = cfg,(len(cfg.order)//2, cfg.model_dim)
-        self.order = c.order # block numbers; may be set to another one between two passes
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
-        self.skip_weights = (nn.Parameter(torch.full(skips, float(c.skip_init)))
-            if c.skip_init else None)
-        self.skip_gates = nn.Parameter(torch.zeros(skips)) if c.skip_gate else None
-        self.ve_shared = ValueEmbedding(c.vocab_size, c.ve_dim, c.kv_dim,
-            c.ve_zero_init) if c.ve_dim else None
-        self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in c.ve_layers)
+        self.order = cfg.order # block numbers; may be set to another one between two passes
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
+        _add_between(self, cfg)
         _draw_weights(self, seed)
 
     def forward(self, ids:Tensor)->Tensor: return self.logits(self.hidden(ids))
@@ -227,6 +220,23 @@ class GPT(_Ends):
         return self
 
 # %% ../../nbs/model/19_gpt.ipynb #4a3a59c4
+def _add_between(model:GPT, cfg:ModelConfig):
+    "What stands between blocks: skips, a row per entry of the encoder, and value embeddings."
+    rows = len(cfg.order)//2, cfg.model_dim
+    start = torch.full(rows, float(cfg.skip_init))
+    model.skip_weights = nn.Parameter(start) if cfg.skip_init else None
+    model.skip_gates = nn.Parameter(torch.zeros(rows)) if cfg.skip_gate else None
+    model.ve_shared = ValueEmbedding(cfg.vocab_size, cfg.ve_dim, cfg.kv_dim,
+        cfg.ve_zero_init) if cfg.ve_dim else None
+    model.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in cfg.ve_layers)
+
+def _take_skip(model:GPT, x:Tensor, s:Tensor, j:int)->Tensor:
+    "Bring encoder output `s` into decoder entry `j`, as a sum or as a gated mix."
+    s = model.skip_weights[j].to(x.dtype)*s
+    if model.skip_gates is None: return x + s
+    return torch.lerp(s, x, torch.sigmoid(model.skip_gates[j]).to(x.dtype))
+
+# %% ../../nbs/model/19_gpt.ipynb #5ea3b014
 def _through_blocks(model:GPT, ids:Tensor, last:int|None)->Tensor:
     "The stream behind the last block, (B, T or last, C)."
     x = x0 = model.embed(ids)
@@ -239,12 +249,6 @@ def _through_blocks(model:GPT, ids:Tensor, last:int|None)->Tensor:
         if at == 0: first = v
         if at < half and model.skip_weights is not None: skips.append(x)
     return x
-
-def _take_skip(model:GPT, x:Tensor, s:Tensor, j:int)->Tensor:
-    "Bring encoder output `s` into decoder entry `j`, as a sum or as a gated mix."
-    s = model.skip_weights[j].to(x.dtype)*s
-    if model.skip_gates is None: return x + s
-    return torch.lerp(s, x, torch.sigmoid(model.skip_gates[j]).to(x.dtype))
 
 # %% ../../nbs/model/19_gpt.ipynb #5ea3b011
 def _rotary(model:GPT, ids:Tensor)->tuple[Tensor,Tensor]|None:
@@ -298,24 +302,18 @@ class Group:
             raise ValueError(f"lr='' of group {self.name!r} must name a learning rate")
 
 # %% ../../nbs/model/19_gpt.ipynb #14b3b7e7
+_MATRICES = (r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$"
+    r"|^(bigram|ve_shared)\.proj\.weight$")
+_SCALARS = (r"(scale|resid_mix|q_gain|vr_lambda|gate|bias|skip_weights|skip_gates"
+    r"|ve_layer_scales\.\d+)$")
 BASE_GROUPS = (  # as PR #610 forms them; attn_gate as in PR #601
-    Group(
-        "matrices",
-        r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^(bigram|ve_shared)\.proj\.weight$",
-        "muon",
-        "matrix_lr",
-    ),
-    Group(
-        "tables", r"^(tok_emb|bigram\.embed|ve_shared\.embed)\.weight$", "adamw", "tied_embed_lr"
-    ),
-    Group(
-        "scalars",
-        r"(scale|resid_mix|q_gain|vr_lambda|gate|bias|skip_weights|skip_gates|ve_layer_scales\.\d+)$",
-        "adamw",
-        "scalar_lr",
-    ),
+    Group("matrices", _MATRICES, "muon", "matrix_lr"),
+    Group("tables", r"^(tok_emb|bigram\.embed|ve_shared\.embed)\.weight$", "adamw",
+        "tied_embed_lr"),
+    Group("scalars", _SCALARS, "adamw", "scalar_lr"),
 )
 
+# %% ../../nbs/model/19_gpt.ipynb #5ea3b015
 def param_groups(
     model:nn.Module, # whose parameters are shared out
     groups:tuple[Group,...]=BASE_GROUPS, # tried in order; the first match takes the parameter

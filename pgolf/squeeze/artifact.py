@@ -101,6 +101,7 @@ def _smallest(array, codec, level, long):
     found = [(name, CODERS[name].encode(array, level, long)) for name in names]
     return min(found, key=lambda f: len(f[1]))
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #5ea3f003
 def _compress(tensors, kind, codec, level, long):
     "Streams of a frame, each with its codec: one in all, or one per plane, whichever is smaller."
     check_codec(codec)
