@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..files import find_results
-from ..game.data import open_corpus
+from .ownership import open_corpus
 from . import pipeline
 from ..squeeze.artifact import by_family, ledger
 from ..game.bpb import compressor_bpb

@@ -174,9 +174,10 @@ class OptimConfig:
             if (v := getattr(self, name)) >= 1: raise ValueError(f"{name}={v} must be below 1")
         if self.ns_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"ns_dtype={self.ns_dtype!r} must be bfloat16 or float32")
-        for g in self.groups:
-            if g.kind != "none" and g.lr not in (f.name for f in fields(self)):
-                raise ValueError(f"lr={g.lr!r} of group {g.name!r} is no field of OptimConfig")
+        known = {"", *(f.name for f in fields(self))}
+        for g,field in ((g, f) for g in self.groups for f in ("lr","weight_decay")):
+            if g.kind != "none" and (name := getattr(g, field)) not in known:
+                raise ValueError(f"{field}={name!r} of group {g.name!r} is no field of OptimConfig")
 
 # %% ../../nbs/train/20_muon.ipynb #1a8ce943
 def make_optimizers(
@@ -190,8 +191,7 @@ def make_optimizers(
     by_kind = dict(muon=[], adamw=[], none=[])
     for g in cfg.groups:
         params = [p for _,p in named[g.name]]
-        lr = getattr(cfg, g.lr)*g.lr_mult if g.kind != "none" else 0.
-        if params: by_kind[g.kind].append(dict(params=params, name=g.name, lr=lr, base_lr=lr))
+        if params: by_kind[g.kind].append(dict(params=params, **_group_options(g, cfg)))
     out:list[torch.optim.Optimizer] = []
     if by_kind["muon"]:
         out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay,
@@ -202,3 +202,10 @@ def make_optimizers(
         out.append(torch.optim.AdamW(by_kind["adamw"], betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps, weight_decay=cfg.adam_weight_decay, fused=fused))
     return out
+
+# %% ../../nbs/train/20_muon.ipynb #5ea3d001
+def _group_options(g, cfg):
+    "What a group has of its own; the rest is the optimizer's."
+    lr = getattr(cfg, g.lr)*g.lr_mult if g.kind != "none" else 0.
+    out = dict(name=g.name, lr=lr, base_lr=lr, schedule=g.schedule)
+    return out | dict(weight_decay=getattr(cfg, g.weight_decay)) if g.weight_decay else out
