@@ -199,10 +199,12 @@ RANKS = """if 1:
     from pgolf.score.compare import save_scores, describe
     from pgolf.train.device import Ranks, close_ranks, setup_ranks
     ranks, n = setup_ranks("cpu"), 64
-    model = GPT(ModelConfig(vocab_size=n, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=2, rope_dims=8), 3)
+    model = GPT(ModelConfig(vocab_size=n, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=2,
+        rope_dims=8), 3)
     torch.nn.init.normal_(model.tok_emb.weight, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(n, (501,), generator=torch.Generator().manual_seed(1))
-    tables = ByteTables(torch.ones(n, dtype=torch.int16), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+    never = torch.zeros(n, dtype=torch.bool)
+    tables = ByteTables(torch.ones(n, dtype=torch.int16), never, never)
     begun = score(model, tokens, tables, 32, 8, batch=4, ranks=Ranks()).first(40)
     s = score(model, tokens, tables, 32, 8, batch=4, begun=begun, ranks=ranks)
     save_scores(f"{sys.argv[1]}/{ranks.world}-{ranks.rank}.npz", describe(s, tokens))

@@ -20,7 +20,8 @@ from ..score.windows import document_starts
 from ..score.record import ALPHA, BYTES_PER_TOKEN, MARGIN, read_seeds
 from ..score.record import record as compare_seeds
 from ..systems.ownership import keep_free
-from ..systems.pipeline import pick_device, read_artifact
+from ..systems.pipeline import read_artifact
+from ..train.device import pick_device
 from ..systems.verdict import (audit_run, check_tokenizer, data_for, open_subject,
                                    verdict_line, verdict_rows)
 from ..speed.timing import bench_figure, bench_table
@@ -184,8 +185,8 @@ Only = Annotated[list[str], typer.Option(help="measure this alone; repeat for mo
     f"{', '.join(BENCHES|SECTIONS)}, peer, peer_profile")]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, growth, ranks "
     "and profile only if named: under a minute")]
-Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, timed "
-    "beside ours; it is executed; repeat for files beside it")]
+Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, "
+    "timed beside ours; it is executed; repeat for files beside it")]
 Compiled = Annotated[bool,
     typer.Option("--compile", help="compile models, ours and the peer's")]
 Measurements = Annotated[Path|None, typer.Option(help="file for the measurements")]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'Dataset', 'check_charge', 'check_bytes',
-           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen']
+           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen', 'open_corpus']
 
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
 import json, re, shutil, uuid
@@ -80,7 +80,7 @@ class Dataset:
         "The first tokens of the training stream."
         return _head(self.train_shards, n, self.vocab_size)
     def val_tokens(self,
-        limit:int=None, # at most so many; None: the whole split
+        limit:int|None=None, # at most so many; None: the whole split
     )->Tensor: # (n,) int64
         "The validation stream, all its shards one behind the other."
         return _head(self.val_shards, limit, self.vocab_size)
@@ -365,9 +365,9 @@ def data_notes(
 def _counts(sp, docs, wrote):
     "Documents, files and tokens by split and in all, and what `text_stats` counts."
     stats = {}
-    for split,(files,tokens) in wrote.items():
+    for split,(n_files,tokens) in wrote.items():
         stats[f"docs_{split}"] = len(docs[split])
-        stats[f"files_{split}"] = files
+        stats[f"files_{split}"] = n_files
         stats[f"tokens_{split}"] = tokens
     stats |= text_stats(sp, docs)
     for kind in ("docs", "files", "tokens"):
@@ -424,8 +424,8 @@ def build_dataset(
     train_docs:Iterable[str], # training documents
     val_docs:Iterable[str],   # held-out documents
     path:Path,                # folder to make; must not exist or be empty
-    vocab_size:int=None,      # pieces of the tokenizer; None: 1024, or what `tokenizer` has
-    tokenizer:Path=None,      # SentencePiece model to use instead of training one
+    vocab_size:int|None=None,      # pieces of the tokenizer; None: 1024, or what `tokenizer` has
+    tokenizer:Path|None=None,      # SentencePiece model to use instead of training one
     shard_size:int=100_000_000, # tokens per shard; the last of a split is shorter
     long_entries:str="cut",   # lines above 4,192 bytes in the tokenizer's training, or "skip"
 )->Dataset: # opened
@@ -467,7 +467,7 @@ def _claim(tmp, path): # give a finished folder its name, unless another process
 
 # %% ../../nbs/game/06_data.ipynb #f19ba88e
 def austen(
-    path:Path="data/austen_sp1024", # folder; made on the first call, opened on later ones
+    path:Path|str="data/austen_sp1024", # folder; made on the first call, opened on later ones
     vocab_size:int=1024,            # pieces of its tokenizer
 )->Dataset: # opened
     "The embedded novels as a dataset."
@@ -484,3 +484,12 @@ def austen(
             f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}:"
             " choose another path")
     return data
+
+# %% ../../nbs/game/06_data.ipynb #c5200101
+def open_corpus(
+    corpus:str,         # "austen", or the folder of a dataset
+    data:str="data",    # where the embedded corpus is unpacked
+)->Dataset:
+    "Data by name or folder."
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
+

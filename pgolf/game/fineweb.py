@@ -72,9 +72,9 @@ REPO = "willdepueoai/parameter-golf" # where the challenge's shards are
 def download_fineweb(
     variant:str="sp1024",   # tokenizer variant: sp and its vocabulary size
     train_shards:int=1,     # training shards, the first ones; 100,000,000 tokens and 200 MB each
-    path:Path="data/fineweb", # folder to fill
+    path:Path|str="data/fineweb", # folder to fill
     repo_id:str=REPO,       # hub dataset, or a folder that mirrors it
-    endpoint:str=None,      # address of another hub; None: the public one
+    endpoint:str|None=None, # address of another hub; None: the public one
 )->Dataset: # opened
     "Download the challenge's tokens and verify them; call it again to resume or to add shards."
     root = Path(path)

@@ -70,7 +70,7 @@ def _announced(path):
 # %% ../../nbs/game/04_shards.ipynb #7dfc2856
 def read_shard(
     path:Path,           # shard file
-    vocab_size:int=None, # every id must be below it; None: not checked
+    vocab_size:int|None=None, # every id must be below it; None: not checked
 )->np.memmap: # (n,) uint16, mapped from the file, read only
     "Open a shard by memory map and check it."
     path = Path(path)
@@ -91,7 +91,7 @@ class TokenStream:
     "All shards as one endless row of tokens, read at any position."
     def __init__(self,
         shards:Iterable[Path], # shard files, in order
-        vocab_size:int=None,   # ids must be below it; checked as they are read
+        vocab_size:int|None=None,   # ids must be below it; checked as they are read
     ):
         self.paths = [Path(p) for p in shards]
         self.vocab_size = vocab_size
@@ -135,7 +135,7 @@ class BatchLoader:
         rank:int=0,            # this process
         world:int=1,           # processes; divides num_spans
         position:int=0,        # tokens consumed so far by all ranks together
-        vocab_size:int=None,   # ids must be below it
+        vocab_size:int|None=None,   # ids must be below it
     ):
         _check_deal(batch_tokens, seq_len, num_spans, rank, world, position)
         self.stream = TokenStream(shards, vocab_size)

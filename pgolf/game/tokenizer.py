@@ -10,6 +10,7 @@ import hashlib, re
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -46,7 +47,8 @@ def train_tokenizer(
     **trainer_overrides,   # SentencePiece trainer options, merged last
 )->SentencePieceProcessor: # the trained tokenizer, loaded from `path`
     "Train a tokenizer with the challenge's options."
-    options = TRAINER_OPTIONS | dict(vocab_size=vocab_size, minloglevel=2) | trainer_overrides
+    options:dict[str,Any] = dict(TRAINER_OPTIONS, vocab_size=vocab_size, minloglevel=2)
+    options |= trainer_overrides
     clean = [s for t in texts if (s := t.replace("\0", " ").strip())]
     if long_entries == "cut":
         clean = [p for s in clean for p in cut_long(s, options.get("max_sentence_length", 4192))]
@@ -84,7 +86,7 @@ def _reason(e):
 # %% ../../nbs/game/03_tokenizer.ipynb #0f00a776
 def load_tokenizer(
     path:Path,           # a SentencePiece *.model file
-    vocab_size:int=None, # number of pieces it must have; None: any
+    vocab_size:int|None=None, # number of pieces it must have; None: any
 )->SentencePieceProcessor: # the tokenizer
     "Load a tokenizer and check its size."
     path = Path(path)

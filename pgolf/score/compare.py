@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'token_kinds', 'SavedScores', 'describe', 'text_fingerprint'
 import hashlib, json, math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ KINDS = ("control", "word start", "inside a word", "digits", "punctuation", "byt
 def token_kinds(
     sp, # SentencePiece processor
     # rows of the model's embedding; ids beyond the tokenizer are control tokens
-    vocab_size:int=None,
+    vocab_size:int|None=None,
 )->Tensor: # (V,) uint8, index into `KINDS`
     "Tell the tokens of a vocabulary apart."
     kinds = torch.zeros(max(sp.vocab_size(), vocab_size or 0), dtype=torch.uint8)
@@ -84,7 +85,8 @@ def save_scores(
     "Write scores to an npz file."
     s, small = saved.scores, saved.scores.nll.float()
     exact = torch.equal(small.double(), s.nll)
-    arrays = dict(nll=small if exact else s.nll, bytes=s.bytes.int(), target=saved.target.int(),
+    arrays:dict[str,Any] = dict(nll=small if exact else s.nll, bytes=s.bytes.int(),
+        target=saved.target.int(),
         position=saved.position.int(), kind=saved.kind)
     about = json.dumps(dict(text=saved.text, available=s.available, legal=s.legal,
         about=saved.about))

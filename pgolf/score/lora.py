@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
+from ..model.attention import many_lengths
 from ..model.layers import CastLinear
+from ..train.device import Ranks
 from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
                                  evaluating, token_nll)
 
@@ -64,6 +68,11 @@ def document_plan(
 def _plans(tokens, bos_id, seq_len, chunk):
     ends = [*document_starts(tokens, bos_id).tolist(), len(tokens)-1]
     return [document_plan(a, b, seq_len, chunk) for a, b in zip(ends, ends[1:])]
+
+def _mine(plans, most, ranks):
+    "Documents that learn side by side, `most` at once: this rank's share."
+    return [plans[i:i+most] for i in range(0, len(plans), most)][ranks.rank::ranks.world]
+
 
 # %% ../../nbs/score/43_lora.ipynb #bd2f5515
 class _Factors:
@@ -133,7 +142,7 @@ class GradedRows:
     nll:Tensor     # (n,) float32, nats, with gradient
 
 def grade_rows(
-    model:nn.Module,      # has `hidden(ids)` and `logits(hidden)`, as `GPT`
+    model:Any,            # has `hidden(ids)` and `logits(hidden)`, as `GPT`
     adapters:Adapters,    # of this model
     tokens:Tensor,        # (N+1,) int64, on the model's device
     windows:list,         # one (start, stop, first scored) per row
@@ -181,20 +190,20 @@ def score_documents(
     cfg:LoRAConfig,        # what learns, and how
     bos_id:int=1,          # token that opens a document
     progress:bool=False,   # show a bar with time left and running bpb
+    ranks:Ranks=Ranks(),   # processes that share the documents; each gets all scores
 )->Scores: # every target once, in the order of the text, graded before it was learnt from
     "Score each document while adapters of its own learn from what has been scored of it."
     tokens, n_bytes = check_stream(tokens, tables)
     plans = _plans(tokens, bos_id, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
     x = tokens.to(next(model.parameters()).device)
-    done, nll = 0, torch.full((len(n_bytes),), math.nan, device=x.device)
-    at_once = range(0, len(plans), cfg.ttt_lora_docs)
-    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
+    nll = torch.full((len(n_bytes),), math.nan if ranks.world == 1 else 0., device=x.device)
+    with evaluating(model), many_lengths(x.device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
         _bar(n_bytes, progress) as tick:
-        for some in (plans[i:i+cfg.ttt_lora_docs] for i in at_once):
+        for some in _mine(plans, cfg.ttt_lora_docs, ranks):
             for graded in _rounds(model, x, some, cfg, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
-                done += len(graded.at)
-            tick(nll, done)
+            tick(nll, some[-1][-1][1])
+    if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 
 # %% ../../nbs/score/43_lora.ipynb #753d52af

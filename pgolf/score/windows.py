@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +120,7 @@ def token_nll(
 
 # %% ../../nbs/score/40_windows.ipynb #9a679e16
 def window_logits(
-    model:nn.Module, # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`
+    model:Any,       # has `hidden(ids, last)` and `logits(hidden)`, as `GPT`
     tokens:Tensor,   # (N+1,) int64, on the model's device
     windows:list,    # windows of one shape, from `batches`
     hidden=None,     # compiled form of `model.hidden`; None: the plain one
@@ -231,7 +232,7 @@ def stream(
     tokens, n_bytes = check_stream(tokens, tables)
     x = tokens.to(next(model.parameters()).device)
     table = window_table(len(n_bytes), cfg.eval_seq_len, cfg.eval_stride, documents)
-    hidden, compiled, _ = maybe_compile(model.hidden, cfg.eval_compile, x.device)
+    hidden, compiled, _ = maybe_compile(model.hidden, cfg.eval_compile, str(x.device))
     long = 8 if compiled and not distribution else 1 # long pieces, so that most batches are full
     for span in deal(table, cfg.eval_batch*long, *part):
         first, stop = int(span[0, 2]), int(span[-1, 1])

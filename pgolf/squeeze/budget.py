@@ -117,9 +117,10 @@ def metrics(
         if W.dim() != 2: continue
         H = (hessians or {}).get(n)
         usable = H is not None and H.shape == (W.shape[1],)*2 and H.float().diagonal().mean() > 0
-        H = H.float() if usable else None
+        H = H.float() if H is not None and usable else None
         mean = 1. if H is None else H.diagonal().mean()
-        cost = torch.full((len(W),), float(mean)) if rows is None else rows[n].float()
+        cost = torch.full((len(W),), float(mean), device=W.device)
+        if rows is not None: cost = rows[n].float()
         out[n] = Metric(cost, None if H is None else H/mean)
     return out
 

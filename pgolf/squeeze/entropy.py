@@ -422,7 +422,7 @@ def _read_plan(data, at, shape, size):
         raise EntropyError(f"header: {bits} bits, {k} by {l} groups: damaged")
     place = None
     if k*l > 1:
-        m, r, c = math.prod(shape[:-2]), *shape[-2:]
+        m, (r, c) = math.prod(shape[:-2]), shape[-2:]
         rows, at = _read_labels(data, at, m*r, k)
         columns, at = _read_labels(data, at, m*c, l)
         place = _places(rows, columns, l, m).ravel()

@@ -276,9 +276,9 @@ def quantize_state(
     if gptq_cfg and not hessians:
         raise ValueError("gptq_cfg is given but hessians are not: call collect_hessians first")
     hessians = hessians or {}
-    groups = _groups(state, cfg, hessians) if gptq_cfg else {}
+    if gptq_cfg is None: return {n: _plain(n, t, cfg, hessians.get(n)) for n,t in state.items()}
     done,known = {},{}
-    for (_,grid),names in groups.items():
+    for (_,grid),names in _groups(state, cfg, hessians).items():
         factors = [_factor_of(n, state[n], hessians[n], gptq_cfg, known) for n in names]
         W = torch.stack([state[n].detach().to(hessians[n].device).float() for n in names])
         if cfg.prune: W = torch.stack([prune(w, cfg.prune) for w in W])

@@ -79,7 +79,7 @@ def _exchange(mine, shapes, owner, rank, world, like):
         own = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
         row[:len(own)] = own
     rows = row.new_empty(world*width)
-    dist.all_gather(list(rows.view(world, width)), row)
+    dist.all_gather_into_tensor(rows, row)
     at = [k*width for k in range(world)]  # where the next update of each rank begins
     out = []
     for (r,c),o in zip(shapes, owner):
@@ -192,7 +192,7 @@ def make_optimizers(
         params = [p for _,p in named[g.name]]
         lr = getattr(cfg, g.lr)*g.lr_mult if g.kind != "none" else 0.
         if params: by_kind[g.kind].append(dict(params=params, name=g.name, lr=lr, base_lr=lr))
-    out = []
+    out:list[torch.optim.Optimizer] = []
     if by_kind["muon"]:
         out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay,
             ns_steps=cfg.ns_steps, row_norm=cfg.row_norm, ns_dtype=getattr(torch, cfg.ns_dtype),
