@@ -37,8 +37,8 @@ from .speed.growth import SECTIONS
 from .squeeze.formats import LIMIT,describe,fitting,import_weights,read_published
 from .scale.notebook import execute,notebook_of,own_notebooks
 from .speed.peer import peer_bench
-from .systems.plan import plan_run
-from .systems.recipes import RECIPES,SCALES,at_scale,diff,get_recipe,in_steps,load_recipe
+from .systems.plan import plan_run,settings_text
+from .systems.recipes import RECIPES,SCALES,at_scale,get_recipe,in_steps,load_recipe
 from .submit.script import script_bytes
 from .squeeze.budget import SqueezeConfig,bits_table,open_checkpoint,squeeze_model
 from .squeeze.calibration import calibration_windows
@@ -231,16 +231,15 @@ def plan(
     override:Overrides=[],
     device:Device="auto",
     against:Annotated[str, typer.Option(help="another recipe: list the settings that differ")]=None,
-    settings:Annotated[bool, typer.Option("--settings", help="list every setting")]=False,
+    settings:Annotated[bool, typer.Option("--settings", help="list every setting, by section; a star where it is not the parent's")]=False,
     run:Annotated[Path,
         typer.Option(
             help="finished run, its folder or an artifact: show the measured ledger")]=None,
 ):
     "Say what a run will cost, before any training."
     r = resolve(recipe, scale, parse_overrides(override))
-    if settings: return _table(r.settings().items(), ["setting","value"])
-    if against:
-        return _table(diff(r, at_scale(get_recipe(against), scale)), ["setting",r.name,against])
+    other = at_scale(get_recipe(against), scale) if against else None
+    if settings or against: return print(settings_text(r, other, every=settings))
     p = plan_run(r, pipeline.pick_device(device))
     print_plan(r, p)
     if run:

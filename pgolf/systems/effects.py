@@ -16,6 +16,7 @@ from tabulate import tabulate
 from ..game.data import Dataset
 from .ownership import set_aside
 from .pipeline import Report,run,start
+from .phrases import say
 from .recipes import CLIPS,Recipe,SCALES,at_scale,diff,get_recipe
 
 # %% ../../nbs/systems/55_effects.ipynb #9ead6654
@@ -188,7 +189,7 @@ def effect_table(
     def bytes_(r): return f"{np.mean(np.subtract(r['bytes'], base['bytes'])):+,.0f}"
     scores = [f"{np.mean(base['stages'][k]):.4f}" if k in found else "-" for k in stages]
     body = [["as described", *scores, f"{np.mean(base['bytes']):,.0f}"]]
-    body += [[r["change"], *(cell(r, k) for k in stages), bytes_(r)] for r in rows[1:]]
+    body += [[say(r["change"], r["system"]), *(cell(r, k) for k in stages), bytes_(r)] for r in rows[1:]]
     head = ["change", "sliding, bpb ± 95 %", "adapted, bpb ± 95 %", "artifact, bytes"]
     return tabulate(body, headers=head, tablefmt="pipe", disable_numparse=True,
                     colalign=("left",)+("right",)*3)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'FORMS', 'PATTERNS', 'SEEDS', 'CLIPS', 'PR610', 'PR610_AS_RUN', 'INT8_FLOOR', 'PR576', 'PR576_AS_RUN',
            'GROUPS_598', 'PR598', 'PR598_AS_RUN', 'GRIDS_1123', 'PR1123', 'PR1123_AS_RUN', 'GROUPS_601', 'PR601',
-           'PR601_AS_RUN', 'VARIANTS', 'RECIPES', 'SCALES', 'StageConfig', 'Claim', 'claim_table', 'Recipe',
+           'PR601_AS_RUN', 'VARIANTS', 'RECIPES', 'SCALES', 'PARENTS', 'StageConfig', 'Claim', 'claim_table', 'Recipe',
            'load_recipe', 'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'diff_table', 'expand', 'per_row',
-           'in_float32', 'get_recipe', 'Scale', 'in_steps', 'at_scale']
+           'in_float32', 'get_recipe', 'Scale', 'in_steps', 'at_scale', 'parent_of']
 
 # %% ../../nbs/systems/50_recipes.ipynb #31feb3d9
 import ast,difflib,json,math,re
@@ -24,6 +24,7 @@ from ..train.schedule import ScheduleConfig
 from ..score.windows import ScoreConfig
 from ..train.loop import TrainConfig
 from ..score.ttt import TTTConfig
+from .phrases import GRID, setting
 
 # %% ../../nbs/systems/50_recipes.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -273,9 +274,10 @@ def brief(
     "Say a setting in few words."
     if isinstance(value,Grid):
         base = Grid(value.lo, value.hi, rule=value.rule)
-        return " ".join([f"{value.lo}..{value.hi}",
-            *(f"{f.name}={brief(getattr(value,f.name))}" for f in fields(Grid)
-                if getattr(value,f.name)!=getattr(base,f.name))])
+        parts = [(phrase, getattr(value, part)) for part, phrase in GRID.items()
+                 if getattr(value, part) != getattr(base, part)]
+        words = [phrase.format(brief(x).replace("; ", "/")) for phrase, x in parts]
+        return ", ".join([f"{value.lo}..{value.hi}", *words])
     if isinstance(value,Group):
         return f"{value.name}: {value.kind}" + (f" {value.lr}" if value.lr
             else "") + (f" x{value.lr_mult:g}" if value.lr_mult!=1 else "")
@@ -283,7 +285,8 @@ def brief(
     if isinstance(value,tuple):
         return "; ".join(f"`{brief(v[0])}` {brief(v[1])}" if isinstance(v,tuple) and len(v)==2
             else brief(v) for v in value) or "none"
-    return str(value).replace("|", "\\|")
+    # a rule without a grid keeps the tensor as it is
+    return "float16" if value is None else str(value).replace("|", "\\|")
 
 def diff_table(
     a:Recipe, # left
@@ -292,8 +295,8 @@ def diff_table(
     """The differences between two recipes, for readers; a setting of ours is none between
     description and run."""
     ours = a.ours if b.name==f"{a.name}-as-run" else ()
-    body = [[k.split(".")[1],brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
-    own = [f"`{k.split('.')[1]}` {brief(x)} (described and run: {brief(y)})"
+    body = [[setting(k),brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
+    own = [f"{setting(k)} {brief(x)} (described and run: {brief(y)})"
         for k,x,y in diff(a, b) if k in ours]
     table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
     return table + (f"\n\nSet by us, where description and run agree: {'; '.join(own)}." if own
@@ -656,3 +659,17 @@ def _expanded(recipe):
     names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules",
         "stages.eval_rules","stages.ttt_rules")
     return recipe.but(**{n:expand(recipe.settings()[n], recipe.model.num_layers) for n in names})
+
+# %% ../../nbs/systems/50_recipes.ipynb #a7b10002
+PARENTS = {name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
+           for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601")
+
+def parent_of(
+    recipe:Recipe, # at its scale
+)->Recipe: # at the same scale
+    "The recipe that this one changes; for the first one the defaults."
+    if name := PARENTS.get(recipe.name): return at_scale(get_recipe(name), recipe.scale)
+    # other scales set the length of a run, so it is no difference there
+    schedule = ScheduleConfig() if recipe.scale == "full" else PR610.schedule
+    first = Recipe("defaults", "no recipe", full_steps=recipe.full_steps, schedule=schedule)
+    return at_scale(first, recipe.scale)
