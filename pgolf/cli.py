@@ -231,7 +231,8 @@ def plan(
     override:Overrides=[],
     device:Device="auto",
     against:Annotated[str, typer.Option(help="another recipe: list the settings that differ")]=None,
-    settings:Annotated[bool, typer.Option("--settings", help="list every setting, by section; a star where it is not the parent's")]=False,
+    settings:Annotated[bool, typer.Option("--settings",
+        help="list every setting, by section; a star where it is not the parent's")]=False,
     run:Annotated[Path,
         typer.Option(
             help="finished run, its folder or an artifact: show the measured ledger")]=None,

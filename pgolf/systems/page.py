@@ -26,7 +26,8 @@ from ..model.gpt import GPT, param_groups
 from .pipeline import Job
 from .phrases import setting
 from .plan import plan_run, read_settings
-from .recipes import RECIPES, SCALES, at_scale, claim_table, diff_table, get_recipe, parent_of
+from .recipes import RECIPES, SCALES, at_scale, claim_table, diff_table
+from .recipes import get_recipe, parent_of
 from ..score.windows import paired_difference
 from ..show import Table, show
 from .verdict import audit_run, verdict_line, verdict_rows
