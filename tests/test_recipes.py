@@ -274,7 +274,7 @@ def test_every_change_measured_has_a_name_that_fits():
 
 # ---- in words
 
-ADD = "add one to nbs/systems/49_phrases.ipynb"
+ADD = "add one to nbs/systems/46_phrases.ipynb"
 
 
 def test_every_setting_has_a_phrase():
