@@ -12,8 +12,8 @@ from pgolf.systems.effects import PROBES, changes, effect_table
 from pgolf.systems.phrases import CHANGES, PHRASES, SECTIONS, say
 from pgolf.systems.plan import settings_text
 from pgolf.squeeze.quant import Grid, LateQAT, first_match, quantize
-from pgolf.systems.recipes import (RECIPES, SCALES, VARIANTS, at_scale, claim_table, diff,
-                                   diff_table, get_recipe, load_recipe, parent_of)
+from pgolf.systems.recipe import claim_table, diff, diff_table, load_recipe
+from pgolf.systems.recipes import RECIPES, SCALES, VARIANTS, at_scale, get_recipe, parent_of
 from pgolf.score.ttt import Learner, ScoredChunk, adapt
 
 SYSTEMS = ("pr610", "pr576", "pr598", "pr1123", "pr601")

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from ..squeeze.artifact import family
 from ..model.gpt import GPT,count_parameters,flops_per_token,param_groups
-from .pipeline import code_bytes
+from .report import code_bytes
 from ..squeeze.quant import Grid,quantize
 from .phrases import SECTIONS, say
-from .recipes import Recipe, brief, parent_of
+from .recipe import Recipe, brief
+from .recipes import parent_of
 
 # %% ../../nbs/systems/53_plan.ipynb #03fa2087
 def saved_bytes(
