@@ -6,7 +6,7 @@
 __all__ = ['PARAMETERS', 'FORMS', 'SMALL', 'STEPS', 'Page', 'twin_of', 'check_parameters', 'open_page', 'about', 'groups_table',
            'settings_table', 'share_weights', 'train', 'smooth', 'curve_figure', 'squeeze', 'bytes_figure',
            'draw_errors', 'score', 'same_targets', 'score_table', 'compressors', 'compressors_table', 'score_figure',
-           'draw_gain', 'gains_table', 'claims', 'differences', 'measured', 'audit', 'files_table']
+           'draw_stages', 'draw_gain', 'gains_table', 'claims', 'differences', 'measured', 'audit', 'files_table']
 
 # %% ../../nbs/systems/57_page.ipynb #a991f230
 import difflib, json, re, shutil
@@ -242,24 +242,30 @@ def same_targets(a, b):
     n = min(a.n_targets, b.n_targets)
     return paired_difference(a.first(n), b.first(n))
 
-def _bpb(row, most): # a score of a part of the text says so
-    part = row["targets"]/most
-    return f"{row['val_bpb']:.4f}" + (f" ({part:.0%} of the targets)" if part < 1 else "")
+def _part(targets, most): # a score of a part of the text says so
+    return f" ({targets/most:.0%} of the targets)" if targets < most else ""
 
+def _most(page): # targets of the whole
+    return max(r["targets"] for j in page.jobs() for r in j.report.rows)
+
+def _bpb(row, most): return f"{row['val_bpb']:.4f}{_part(row['targets'], most)}"
+
+# %% ../../nbs/systems/57_page.ipynb #a7b10041
 def score_table(page:Page)->Table:
     "Bits per byte after each stage, as described and as run, on the same targets."
-    job, twin = page.job, page.twin
-    most = max(r["targets"] for j in page.jobs() for r in j.report.rows)
-    other = {r["stage"]: r for r in twin.report.rows} if twin else {}
-    rows = []
-    for r in job.report.rows:
-        row = {"stage": r["stage"], "what": r["what"], f"{job.recipe.name}, bpb": _bpb(r, most)}
-        if beside := other.get(r["stage"]):
-            d = same_targets(page.beside[r["stage"]], page.scores[r["stage"]])
-            row |= {"as run, bpb": _bpb(beside, most),
-                    "as run − described": f"{d.bpb:+.4f} ({d.low:+.4f} to {d.high:+.4f})"}
-        rows.append(row | {"seconds": f"{r['seconds']:.0f}"})
-    return show(rows)
+    runs, most = page.jobs(), _most(page)
+    found = [{r["stage"]: r for r in job.report.rows} for job in runs]
+    def row(stage):
+        here, there = found[0].get(stage), found[-1].get(stage) if page.twin else None
+        either = here or there
+        cells = {"stage": stage, "what": either["what"],
+                 f"{runs[0].recipe.name}, bpb": here and _bpb(here, most)}
+        if page.twin: cells["as run, bpb"] = there and _bpb(there, most)
+        if here and there:
+            d = same_targets(page.beside[stage], page.scores[stage])
+            cells["as run − described"] = f"{d.bpb:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
+        return cells | {"seconds": f"{either['seconds']:.0f}"}
+    return show(map(row, dict.fromkeys(s for rows in found for s in rows)))
 
 # %% ../../nbs/systems/57_page.ipynb #188d3753
 def compressors(page:Page)->dict: # name -> bits per byte
@@ -271,16 +277,16 @@ def compressors(page:Page)->dict: # name -> bits per byte
 
 def compressors_table(page:Page)->Table:
     "The best of them against the run."
-    zips = compressors(page) | {"this run": page.job.report.result["val_bpb"]}
+    result = page.job.report.result
+    name = "this run" + _part(result["targets"], page.scores["sliding"].n_targets)
+    zips = compressors(page) | {name: result["val_bpb"]}
     return show(zips, headers=["compressor, or this run", "bpb"], best="bpb")
 
 def score_figure(page:Page):
     "Bits per byte after each stage, and what adaptation has gained so far, chunk by chunk."
     import matplotlib.pyplot as plt
     fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    for job, style in zip(page.jobs(), ("o-", "s--")):
-        stages, values = zip(*((r["stage"], r["val_bpb"]) for r in job.report.rows))
-        a.plot(stages, values, style, ms=4, label=job.recipe.name)
+    for job, style in zip(page.jobs(), ("o-", "s--")): draw_stages(a, job, style, _most(page))
     a.tick_params(axis="x", labelrotation=30, labelsize=7)
     a.set(ylabel="bits per byte", title=f"final {page.job.report.result['val_bpb']:.4f} bpb")
     a.legend(fontsize=7)
@@ -288,6 +294,17 @@ def score_figure(page:Page):
     else: b.set_axis_off()
     fig.savefig(page.job.out/"figures"/"scores.png", dpi=120)
     return fig
+
+# %% ../../nbs/systems/57_page.ipynb #a7b10043
+def draw_stages(ax, job, style, most):
+    "Scores after each stage; that of a part of the text stands apart and says so."
+    def points(rows): return [r["stage"] for r in rows], [r["val_bpb"] for r in rows]
+    whole = [r for r in job.report.rows if r["targets"] == most]
+    line, = ax.plot(*points(whole), style, ms=4, label=job.recipe.name)
+    for r in job.report.rows:
+        if r in whole: continue
+        label = f"the same{_part(r['targets'], most)}"
+        ax.plot(*points([r]), style[0], ms=5, mfc="none", color=line.get_color(), label=label)
 
 def draw_gain(ax, page):
     "The gain of adaptation over the chunks graded so far."
@@ -306,26 +323,31 @@ STEPS = (("averaged", "raw"), ("artifact", "averaged"), ("sliding", "artifact"),
 
 def gains_table(page:Page)->Table:
     "What each stage changed, and whether it paid."
+    most = _most(page)
     def row(scores, x, y):
         d = same_targets(scores[x], scores[y])
         verdict = "pays" if d.high < 0 else "costs" if d.low > 0 else "no clear difference"
-        return [f"{d.bpb:+.4f} ({d.low:+.4f} to {d.high:+.4f})", verdict]
+        part = _part(min(scores[x].n_targets, scores[y].n_targets), most)
+        return [f"{d.bpb:+.4f} ({d.low:+.4f} to {d.high:+.4f}){part}", verdict]
     rows = []
     for x, y in STEPS:
-        if x not in page.scores: continue
-        beside = row(page.beside, x, y) if x in page.beside else ["-", "-"]
-        rows.append([f"{y} → {x}", *row(page.scores, x, y), *(beside if page.twin else [])])
+        both = [row(s, x, y) if x in s else ["-", "-"] for s in (page.scores, page.beside)]
+        if x in page.scores or x in page.beside:
+            rows.append([f"{y} → {x}", *both[0], *(both[1] if page.twin else [])])
     heads = ["step", "bpb (95 %)", "verdict"]
     if page.twin: heads += ["as run, bpb (95 %)", "as run"]
     return show(rows, headers=heads)
 
+# %% ../../nbs/systems/57_page.ipynb #a7b10042
 def claims(page:Page)->Table:
     "What was claimed, what was logged, what came out here."
     job, report = page.job, page.job.report
     ours = {x["stage"]: x["val_bpb"] for x in report.rows}
     same = job.recipe.scale == "full" and "fineweb" in job.dataset.name
-    part = report.result["coverage"] < 1
-    comparable = "no: other data and size" if not same else "no: partial" if part else "yes"
+    why = [] if same else ["other data and size"]
+    if (part := report.result["coverage"]) < 1:
+        why.append(f"here {part:.0%} of the targets ({report.result['stage']})")
+    comparable = "no: " + ", ".join(why) if why else "yes"
     total = report.bytes_artifact + report.bytes_code
     return Table(claim_table(job.recipe, ours, total, comparable))
 
