@@ -23,6 +23,8 @@ from ..score.windows import ScoreConfig
 from ..train.loop import TrainConfig
 from ..score.ttt import TTTConfig
 from ..score.lora import ADAPTATIONS, LoRAConfig
+from .phrases import GRID, setting
+
 
 # %% ../../nbs/systems/48_recipe.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -281,7 +283,8 @@ def brief(
         return f"{value.name}: {value.kind}{rate}{times}{''.join(own)}"
     if isinstance(value,float): return f"{value:.6g}"
     if isinstance(value,tuple): return "; ".join(map(_brief_item, value)) or "none"
-    return str(value).replace("|", "\\|")
+    # a rule without a grid keeps the tensor as it is
+    return "float16" if value is None else str(value).replace("|", "\\|")
 
 def _brief_item(item):
     "A pattern and what it means, or another item of a list."
@@ -291,9 +294,10 @@ def _brief_item(item):
 def _brief_grid(grid):
     "A grid's ends, and what differs from the default of these."
     base = Grid(grid.lo, grid.hi, rule=grid.rule)
-    own = [f"{f.name}={brief(getattr(grid, f.name))}" for f in fields(Grid)
-        if getattr(grid, f.name)!=getattr(base, f.name)]
-    return " ".join([f"{grid.lo}..{grid.hi}", *own])
+    own = [(phrase, getattr(grid, part)) for part, phrase in GRID.items()
+        if getattr(grid, part) != getattr(base, part)]
+    words = [phrase.format(brief(value).replace("; ", "/")) for phrase, value in own]
+    return ", ".join([f"{grid.lo}..{grid.hi}", *words])
 
 def diff_table(
     a:Recipe, # left
@@ -302,9 +306,9 @@ def diff_table(
     """The differences between two recipes, for readers; a setting of ours is none between
     description and run."""
     ours = a.ours if b.name==f"{a.name}-as-run" else ()
-    body = [[k.split(".")[1],brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
+    body = [[setting(k),brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
     table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
-    own = [f"`{k.split('.')[1]}` {brief(x)} (described and run: {brief(y)})"
+    own = [f"{setting(k)} {brief(x)} (described and run: {brief(y)})"
         for k,x,y in diff(a, b) if k in ours]
     if not own: return table
     return f"{table}\n\nSet by us, where description and run agree: {'; '.join(own)}."
