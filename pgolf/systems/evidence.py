@@ -6,9 +6,9 @@
 __all__ = ['QUESTIONS', 'ASKED', 'SCRIPT', 'read_file', 'read_rows', 'Measured', 'which_stage', 'from_table', 'measured', 'gains',
            'prefix', 'leak', 'fixed_temperature', 'worth', 'say', 'worth_text', 'value_of', 'looks_like', 'has', 'book',
            'see', 'pull', 'findings_table', 'short', 'as_set', 'lines_table', 'quoted', 'techniques_table',
-           'systems_table', 'filterable']
+           'systems_table', 'system_text', 'stories', 'counts', 'small_effects', 'filterable']
 
-# %% ../../nbs/systems/58_evidence.ipynb #5d6452f5
+# %% ../../nbs/systems/58_evidence.ipynb #0eaea7c3
 import json, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .adaptation import GRID, bpb, gain, of
 from .effects import Effect, differences, effects, paired
 from .recipes import RECIPES, brief, get_recipe
 
-# %% ../../nbs/systems/58_evidence.ipynb #42b4b672
+# %% ../../nbs/systems/58_evidence.ipynb #e5866f4d
 def read_file(
     path:Path, # of rows, TOML
 )->dict: # kind -> rows
@@ -41,7 +41,7 @@ def read_rows(
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
 
-# %% ../../nbs/systems/58_evidence.ipynb #b106e60d
+# %% ../../nbs/systems/58_evidence.ipynb #09397979
 @dataclass(frozen=True)
 class Measured:
     "One difference, measured over seeds."
@@ -64,7 +64,7 @@ def which_stage(
     if moved > 1e-5 or "adapted" not in row["stages"]: return "sliding"
     return "adapted" if min(row["coverage"]) == 1 else ""
 
-# %% ../../nbs/systems/58_evidence.ipynb #d40fc9ae
+# %% ../../nbs/systems/58_evidence.ipynb #fd8e02c8
 def from_table(
     rows:list[dict], # one table of effects, the description first
 )->list[Measured]:
@@ -90,7 +90,7 @@ def measured(
     found = [m for p in files for m in from_table(json.loads(p.read_text()))]
     return sorted(found, key=lambda m: m.scale != "pocket")
 
-# %% ../../nbs/systems/58_evidence.ipynb #80d8354b
+# %% ../../nbs/systems/58_evidence.ipynb #36fc69cd
 def gains(rows, case, against=""):
     "Adapted less plain; with another case, the difference of the two."
     def of_case(name): return np.array([-gain(r) for r in of(rows, name)])
@@ -114,7 +114,7 @@ QUESTIONS = dict(gain=gains, prefix=prefix, leak=leak, temperature=fixed_tempera
 ASKED = dict(gain=", adapting", prefix=", the part against the whole",
     leak=", the second pass against the first", temperature=", {1} against 1")
 
-# %% ../../nbs/systems/58_evidence.ipynb #19de1cf9
+# %% ../../nbs/systems/58_evidence.ipynb #eac90d43
 def worth(
     key:list[str],         # ["pr610", "QAT"], or a question and its case: ["gain", "#601"]
     folder:Path|None=None, # of results; None: the book's own
@@ -132,7 +132,7 @@ def worth(
     effect = paired(d, together)
     return [Measured(key[1], key[0], "mini", "adapted", len(d), effect)]
 
-# %% ../../nbs/systems/58_evidence.ipynb #309dbcbb
+# %% ../../nbs/systems/58_evidence.ipynb #b6ddbe85
 def say(
     m:Measured,
     reverse:bool=False, # the measurement is of leaving the thing out: turn the sign
@@ -140,7 +140,8 @@ def say(
     "One measurement in a few words; a clear one in bold."
     e = Effect(-m.effect.mean, m.effect.half) if reverse else m.effect
     share = -m.share if reverse else m.share
-    size = f", {share:+.0%} bytes" if abs(share) >= .005 else ""
+    size = f", {abs(share):.0%} {'fewer' if share < 0 else 'more'} bytes".replace("%", " %")
+    if abs(share) < .005: size = ""
     return re.sub(r"[+-]0\.0000", "0.0000", f"{e}{size} ({m.scale}, {m.seeds} seeds)")
 
 def worth_text(
@@ -155,7 +156,7 @@ def worth_text(
     said = "; ".join(say(m, row.get("reverse", False)) for m in found) or "not measured yet"
     return said + ASKED.get(key[0], "").format(*key[1:])
 
-# %% ../../nbs/systems/58_evidence.ipynb #524d8012
+# %% ../../nbs/systems/58_evidence.ipynb #04e30343
 def value_of(
     recipe,      # as described
     as_run,      # the same as run
@@ -182,7 +183,7 @@ def has(
     ran = all(looks_like(b.settings()[k[0]], *k[1:]) for k in technique["has"])
     return {(1, 1): "yes", (1, 0): "described only", (0, 1): "ran only"}.get((said, ran), "")
 
-# %% ../../nbs/systems/58_evidence.ipynb #6fed8ae5
+# %% ../../nbs/systems/58_evidence.ipynb #1e29b904
 def book(
     folder:Path|None=None, # with the notebooks; None: the book's own
 )->dict[str, Path]: # page -> notebook, below the folder
@@ -207,7 +208,7 @@ def pull(number)->str: # Markdown
     "A pull request of the challenge, as a link."
     return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
 
-# %% ../../nbs/systems/58_evidence.ipynb #7b62032b
+# %% ../../nbs/systems/58_evidence.ipynb #2c63e523
 def findings_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -225,16 +226,16 @@ def short(value)->str: # Markdown
 
 def as_set(
     row:dict, # a line, with `setting`
-)->str: # Markdown
+)->list[str]: # Markdown
     "Settings of a line, as described, and as run where that differs."
     a, b = get_recipe(row["file"]), get_recipe(row["file"]+"-as-run")
     def one(k):
         x, y = value_of(a, b, k), b.settings()[k]
         ran = "" if x == y else f" (ran: {short(y)})"
         return f"`{k.split('.')[1]}` {short(x)}{ran}"
-    return "; ".join(map(one, row.get("setting", []))) or "-"
+    return list(map(one, row.get("setting", [])))
 
-# %% ../../nbs/systems/58_evidence.ipynb #618e109b
+# %% ../../nbs/systems/58_evidence.ipynb #8f6184a9
 def lines_table(
     system:str,            # "pr610"
     folder:Path|None=None, # of results; None: the book's own
@@ -245,8 +246,9 @@ def lines_table(
     def row(r):
         t = techniques.get(r.get("technique"), {})
         test = t.get("test") or "tests/test_recipes.py"
-        return {"line": quoted(r), "ran": r["ran"], "what it is": r["truth"], "setting": as_set(r),
-            "where": see(r.get("see") or t["see"]), "test": f"`{test.removeprefix('tests/')}`",
+        where = [see(r.get("see") or t["see"]), f"`{test.removeprefix('tests/')}`"]
+        return {"line": quoted(r), "ran": r["ran"], "what it is": r["truth"],
+            "where: chapter, test, setting": "; ".join([*where, *as_set(r)]),
             "worth here, bpb ± 95 %": worth_text(r if "worth" in r else t, folder, known)}
     return show([row(r) for r in read_rows("line") if r["file"] == system])
 
@@ -261,7 +263,7 @@ def quoted(
     if fields: text += f" `{'; '.join(fields)}`"
     return text.replace("|", "\\|")
 
-# %% ../../nbs/systems/58_evidence.ipynb #4d2a652b
+# %% ../../nbs/systems/58_evidence.ipynb #11c6cd02
 def techniques_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -278,17 +280,66 @@ def techniques_table(
     return show(map(row, read_rows("technique")))
 
 def systems_table()->Table:
-    "Who, when, what was claimed, what is new."
-    def row(s): return {"system": pull(s["file"][2:]), "by": s["author"], "when": s["date"],
-        "title": s["title"], "track": s["track"], "score": s["rank"], "new in it": s["new"],
-        "built on": ", ".join(map(pull, s["built_on"])), "the run": see(s["file"])}
+    "The systems in one line each."
+    def row(s): return {"system": pull(s["file"][2:]), "by": s["author"], "in one line": s["says"],
+        "score": s["rank"], "the run": see(s["file"])}
     return show(map(row, read_rows("system")))
 
-# %% ../../nbs/systems/58_evidence.ipynb #b5d2cc68
+# %% ../../nbs/systems/58_evidence.ipynb #9c0d98af
+def system_text(
+    system:dict, # a row
+)->Table: # Markdown
+    "One system: who, when, what is new, what was found, where each idea lives."
+    name = system["file"]
+    ideas = [t for t in read_rows("technique") if has(t, name)]
+    mark = {"yes": "", "described only": " (described only)", "ran only": " (ran only)"}
+    links = ", ".join(see(t["see"], text=t["name"]) + mark[has(t, name)] for t in ideas)
+    facts = [("who", system["author"]), ("when", system["date"]), ("track", system["track"]),
+        ("score", system["rank"]), ("new in it", system["new"]),
+        ("built on", ", ".join(map(pull, system["built_on"]))), ("found here", system["found"]),
+        ("its ideas", links), ("its run", see(name))]
+    listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
+    return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
+
+# %% ../../nbs/systems/58_evidence.ipynb #5cacda5b
+def stories(
+    folder:Path|None=None, # of results; None: the book's own
+)->Table: # Markdown
+    "The findings that are told in a paragraph, with their numbers."
+    known = measured(folder)
+    def row(label, *key):
+        at = {m.scale: say(m).rpartition(" (")[0] for m in worth(key, folder, known)}
+        return {"bpb ± 95 %, above 0 worse": label, "pocket": at.get("pocket", "-"),
+                "mini": at.get("mini", "-")}
+    def told(s):
+        table = show([row(*w) for w in s["worth"]])
+        return f"### {s['title']}\n\n{s['text']} ({see(s['see'])})\n\n{table}"
+    return Table("\n\n".join(map(told, read_rows("story"))))
+
+def counts()->Table:
+    "How many claims hold, of each system."
+    rows, verdicts = read_rows("claim"), ("holds", "does not hold", "not measurable here")
+    def row(name, mine): return [name, len(mine), *(sum(r["verdict"] == v for r in mine)
+        for v in verdicts)]
+    systems = [s["file"] for s in read_rows("system")]
+    body = [row(pull(s[2:]), [r for r in rows if r["file"] == s]) for s in systems]
+    return show([*body, row("all", rows)], headers=["system", "claims", *verdicts])
+
+def small_effects(
+    limit:float,           # bpb
+    folder:Path|None=None, # of results; None: the book's own
+)->list[Measured]: # smallest reach first
+    "Differences that are surely smaller than a limit: the whole interval lies within it."
+    kept = [m for m in measured(folder) if m.change != "as run" and not m.zero]
+    def reach(m): return abs(m.effect.mean) + m.effect.half
+    return sorted((m for m in kept if reach(m) < limit), key=reach)
+
+# %% ../../nbs/systems/58_evidence.ipynb #eaff5e7f
 SCRIPT = """<script>
 for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   box.classList.add('ready');
-  const rows = [...box.querySelectorAll('tbody tr')], bar = document.createElement('div'), menus = [];
+  const rows = [...box.querySelectorAll('tbody tr')], menus = [];
+  const bar = document.createElement('div');
   const heads = [...box.querySelectorAll('thead th')].map(h => h.textContent);
   const text = (row, i) => row.cells[i].textContent.trim();
   const count = document.createElement('span');
@@ -310,7 +361,7 @@ for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   bar.append(field, count); box.prepend(bar); show() }
 </script>"""
 
-# %% ../../nbs/systems/58_evidence.ipynb #11f17db4
+# %% ../../nbs/systems/58_evidence.ipynb #ef6917f0
 def filterable(
     table:Table,       # from `show`
     columns:list[str], # heads of the columns that get a menu

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INK', 'SOFT', 'WORSE', 'BETTER', 'svg', 'text', 'stroke', 'to_draw', 'finding_of', 'phrase', 'dot_row', 'dots_svg',
-           'beside', 'wing_box', 'arrow', 'map_svg', 'pictures', 'wings_table']
+           'beside', 'wing_box', 'arrow', 'map_svg', 'lineage_svg', 'pictures', 'wings_table']
 
-# %% ../../nbs/systems/59_pictures.ipynb #c7d4f96e
+# %% ../../nbs/systems/59_pictures.ipynb #9eddfc4a
 import textwrap
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from .evidence import Measured, book, measured, read_rows, see
 from ..show import Table, show
 
-# %% ../../nbs/systems/59_pictures.ipynb #b88474e2
+# %% ../../nbs/systems/59_pictures.ipynb #526bdb02
 INK, SOFT, WORSE, BETTER = "#222", "#8a8a8a", "#b3392f", "#2f7d4f"
 
 def svg(
@@ -38,7 +38,7 @@ def stroke(x1, y1, x2, y2, color=SOFT, width=1.)->str:
     return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
             f'stroke="{color}" stroke-width="{width}"/>')
 
-# %% ../../nbs/systems/59_pictures.ipynb #344ced3e
+# %% ../../nbs/systems/59_pictures.ipynb #bbecb248
 def to_draw(
     found:list[Measured],
 )->list[Measured]: # best first
@@ -61,7 +61,7 @@ def phrase(
     words = phrases.get(m.system, {}).get(m.change, m.change.replace("_", " "))
     return f"#{m.system[2:]} {words}"
 
-# %% ../../nbs/systems/59_pictures.ipynb #97d6a184
+# %% ../../nbs/systems/59_pictures.ipynb #a983d48b
 def dot_row(
     m:Measured,
     y:float,      # of the row
@@ -76,12 +76,12 @@ def dot_row(
     parts = [stroke(at(lo), y, at(hi), y, color)]
     for end, sign in ((lo, -1), (hi, 1)):
         if abs(end) == reach: # it goes on
-            x = at(end)
-            parts.append(f'<path d="M{x:.1f} {y-3:.1f} l{4*sign} 3 l{-4*sign} 3z" fill="{color}"/>')
+            head = f"M{at(end):.1f} {y-3:.1f} l{4*sign} 3 l{-4*sign} 3z"
+            parts.append(f'<path d="{head}" fill="{color}"/>')
     dot = f'<circle cx="{at(e.mean):.1f}" cy="{y:.1f}" r="3.2" fill="{fill}" stroke="{color}"/>'
     return [*parts, dot]
 
-# %% ../../nbs/systems/59_pictures.ipynb #1cb0247d
+# %% ../../nbs/systems/59_pictures.ipynb #2d0a4b82
 def dots_svg(
     found:list[Measured],  # from `measured`
     every:bool=False,      # name every row; False: only the clear ones
@@ -90,13 +90,12 @@ def dots_svg(
     "All measured differences."
     rows = to_draw(found)
     phrases = {s["file"]: s for s in read_rows("phrases")}
-    step, left, width = (17, 350, 780) if every else (10, 30, 580)
+    step, left, width = (17, 370, 790) if every else (10, 30, 580)
     top, bottom = 62, 62 + step*len(rows)
     mid = left + (width-36-left)/2
     def at(v): return mid + v/reach*(width-40-left)/2
     parts = [text(16, 26, finding_of(rows), size=16, weight="bold"),
-        text(16, 46, "bits per byte more or less, as it ran; right of 0: worse; lines: 95 %", "start",
-             SOFT)]
+        text(16, 46, "bits per byte, as it ran; right of 0: worse; lines: 95 %", "start", SOFT)]
     for v in (-reach, -reach/2, 0, reach/2, reach):
         parts += [stroke(at(v), top-6, at(v), bottom, "#222" if v == 0 else "#e4e4e4"),
                   text(at(v), bottom+16, f"{v:+.3f}" if v else "0", "middle", SOFT, 12)]
@@ -109,7 +108,7 @@ def dots_svg(
     parts.append(text(16, bottom+36, legend, fill=SOFT, size=12))
     return svg(width, bottom+44, finding_of(rows), parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #398a36f9
+# %% ../../nbs/systems/59_pictures.ipynb #6257373e
 def beside(
     at,        # bits per byte -> x
     m:Measured,
@@ -119,10 +118,10 @@ def beside(
     "The name of a clear row, where it leaves the middle free."
     right = m.effect.mean < .008
     x = at(m.effect.mean + m.effect.half)+8 if right else at(m.effect.mean - m.effect.half)-8
-    return text(x, y+4, name, "start" if right else "end",
-                size=11)
+    return text(x, y+4, name, "start" if right else "end", size=11).replace("<text ",
+        '<text paint-order="stroke" stroke="#fff" stroke-width="3" ')
 
-# %% ../../nbs/systems/59_pictures.ipynb #2906c9f6
+# %% ../../nbs/systems/59_pictures.ipynb #847019fb
 def wing_box(
     wing:dict, # a row
     x:float, y:float, width:float, height:float,
@@ -142,13 +141,13 @@ def arrow(x1, y1, x2, y2)->str:
     head = f"M{x2-6*ux-4*uy} {y2-6*uy-4*ux} L{x2} {y2} L{x2-6*ux+4*uy} {y2-6*uy+4*ux}z"
     return stroke(x1, y1, x2-5*ux, y2-5*uy, INK, 1.3) + f'<path d="{head}" fill="{INK}"/>' 
 
-# %% ../../nbs/systems/59_pictures.ipynb #7baba353
+# %% ../../nbs/systems/59_pictures.ipynb #31810201
 def map_svg()->str:
     "The wings, and the way of the data through them."
     wings = read_rows("wing")
     width, height, gap, down = 212, 92, 54, 40
     def place(i): return 20 + (i % 3)*(width+gap), 48 + (i//3)*(height+down)
-    parts = [text(20, 30, "text goes in at the left; a report of bits per byte comes out", fill=SOFT)]
+    parts = [text(20, 30, "text goes in, a report of bits per byte comes out", fill=SOFT)]
     for i, wing in enumerate(wings):
         x, y = place(i)
         wide = 3*width + 2*gap if i == len(wings)-1 else width
@@ -157,8 +156,9 @@ def map_svg()->str:
         if i % 3 < 2:
             mid = y + height/2
             words = textwrap.wrap(wing["gives"], 8)
-            parts += [arrow(x+width+4, mid, x+width+gap-4, mid), *(text(x+width+gap/2,
-                mid-8-13*(len(words)-1-j), w, "middle", SOFT, 11) for j, w in enumerate(words))]
+            parts.append(arrow(x+width+4, mid, x+width+gap-4, mid))
+            for j, w in enumerate(reversed(words)):
+                parts.append(text(x+width+gap/2, mid-8-13*j, w, "middle", SOFT, 11))
         else:
             turn = y + height + down/2
             x2 = place(i+1)[0] + width/2
@@ -168,7 +168,23 @@ def map_svg()->str:
     bottom = place(len(wings)-1)[1] + 56
     return svg(20*2+3*width+2*gap, bottom+18, "Ten wings and the way of the data", parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #19052ee1
+# %% ../../nbs/systems/59_pictures.ipynb #d9f99588
+def lineage_svg()->str:
+    "The systems on the right, what they are built on to the left."
+    systems = read_rows("system")
+    parents = sorted({p for s in systems for p in s["built_on"]})
+    def y_of(i, n): return 60 + 230*(i+.5)/n
+    left = {p: y_of(i, len(parents)) for i, p in enumerate(parents)}
+    parts = [text(20, 30, "built on", fill=SOFT), text(300, 30, "systems of this book", fill=SOFT)]
+    for i, s in enumerate(systems):
+        y = y_of(i, len(systems))
+        parts.append(text(300, y+4, f"#{s['file'][2:]}", weight="bold"))
+        parts.append(text(352, y+4, s["title"], size=12))
+        parts += [stroke(76, left[p], 292, y, BETTER, 1.2) for p in s["built_on"]]
+    parts += [text(20, y+4, f"#{p}") for p, y in left.items()]
+    return svg(740, 310, "What each system is built on", parts)
+
+# %% ../../nbs/systems/59_pictures.ipynb #0a95c604
 def pictures()->dict[str, str]: # name of the file -> SVG
     "The pictures of the first page."
     return {"differences.svg": dots_svg(measured()), "map.svg": map_svg()}
