@@ -6,9 +6,10 @@
 __all__ = ['QUESTIONS', 'ASKED', 'SCRIPT', 'read_file', 'read_rows', 'Measured', 'which_stage', 'from_table', 'measured', 'gains',
            'prefix', 'leak', 'fixed_temperature', 'worth', 'say', 'worth_text', 'value_of', 'looks_like', 'has', 'book',
            'see', 'pull', 'findings_table', 'short', 'as_set', 'lines_table', 'quoted', 'techniques_table',
-           'systems_table', 'system_text', 'stories', 'counts', 'small_effects', 'filterable']
+           'systems_table', 'system_text', 'stories', 'headline_table', 'counts', 'small_effects', 'slug',
+           'glossary_table', 'filterable']
 
-# %% ../../nbs/systems/58_evidence.ipynb #0eaea7c3
+# %% ../../nbs/systems/58_evidence.ipynb #d3055f99
 import json, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .adaptation import GRID, bpb, gain, of
 from .effects import Effect, differences, effects, paired
 from .recipes import RECIPES, brief, get_recipe
 
-# %% ../../nbs/systems/58_evidence.ipynb #e5866f4d
+# %% ../../nbs/systems/58_evidence.ipynb #73e5dd4d
 def read_file(
     path:Path, # of rows, TOML
 )->dict: # kind -> rows
@@ -41,7 +42,7 @@ def read_rows(
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
 
-# %% ../../nbs/systems/58_evidence.ipynb #09397979
+# %% ../../nbs/systems/58_evidence.ipynb #0a9a9809
 @dataclass(frozen=True)
 class Measured:
     "One difference, measured over seeds."
@@ -64,7 +65,7 @@ def which_stage(
     if moved > 1e-5 or "adapted" not in row["stages"]: return "sliding"
     return "adapted" if min(row["coverage"]) == 1 else ""
 
-# %% ../../nbs/systems/58_evidence.ipynb #fd8e02c8
+# %% ../../nbs/systems/58_evidence.ipynb #4471dbbe
 def from_table(
     rows:list[dict], # one table of effects, the description first
 )->list[Measured]:
@@ -90,7 +91,7 @@ def measured(
     found = [m for p in files for m in from_table(json.loads(p.read_text()))]
     return sorted(found, key=lambda m: m.scale != "pocket")
 
-# %% ../../nbs/systems/58_evidence.ipynb #36fc69cd
+# %% ../../nbs/systems/58_evidence.ipynb #ff1742e2
 def gains(rows, case, against=""):
     "Adapted less plain; with another case, the difference of the two."
     def of_case(name): return np.array([-gain(r) for r in of(rows, name)])
@@ -114,7 +115,7 @@ QUESTIONS = dict(gain=gains, prefix=prefix, leak=leak, temperature=fixed_tempera
 ASKED = dict(gain=", adapting", prefix=", the part against the whole",
     leak=", the second pass against the first", temperature=", {1} against 1")
 
-# %% ../../nbs/systems/58_evidence.ipynb #eac90d43
+# %% ../../nbs/systems/58_evidence.ipynb #f79b7ee3
 def worth(
     key:list[str],         # ["pr610", "QAT"], or a question and its case: ["gain", "#601"]
     folder:Path|None=None, # of results; None: the book's own
@@ -132,7 +133,7 @@ def worth(
     effect = paired(d, together)
     return [Measured(key[1], key[0], "mini", "adapted", len(d), effect)]
 
-# %% ../../nbs/systems/58_evidence.ipynb #b6ddbe85
+# %% ../../nbs/systems/58_evidence.ipynb #20bb8927
 def say(
     m:Measured,
     reverse:bool=False, # the measurement is of leaving the thing out: turn the sign
@@ -156,7 +157,7 @@ def worth_text(
     said = "; ".join(say(m, row.get("reverse", False)) for m in found) or "not measured yet"
     return said + ASKED.get(key[0], "").format(*key[1:])
 
-# %% ../../nbs/systems/58_evidence.ipynb #04e30343
+# %% ../../nbs/systems/58_evidence.ipynb #4bb06127
 def value_of(
     recipe,      # as described
     as_run,      # the same as run
@@ -183,7 +184,7 @@ def has(
     ran = all(looks_like(b.settings()[k[0]], *k[1:]) for k in technique["has"])
     return {(1, 1): "yes", (1, 0): "described only", (0, 1): "ran only"}.get((said, ran), "")
 
-# %% ../../nbs/systems/58_evidence.ipynb #1e29b904
+# %% ../../nbs/systems/58_evidence.ipynb #5afb3ece
 def book(
     folder:Path|None=None, # with the notebooks; None: the book's own
 )->dict[str, Path]: # page -> notebook, below the folder
@@ -208,7 +209,7 @@ def pull(number)->str: # Markdown
     "A pull request of the challenge, as a link."
     return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
 
-# %% ../../nbs/systems/58_evidence.ipynb #2c63e523
+# %% ../../nbs/systems/58_evidence.ipynb #25a07a3d
 def findings_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -235,7 +236,7 @@ def as_set(
         return f"`{k.split('.')[1]}` {short(x)}{ran}"
     return list(map(one, row.get("setting", [])))
 
-# %% ../../nbs/systems/58_evidence.ipynb #8f6184a9
+# %% ../../nbs/systems/58_evidence.ipynb #2c2695a2
 def lines_table(
     system:str,            # "pr610"
     folder:Path|None=None, # of results; None: the book's own
@@ -263,7 +264,7 @@ def quoted(
     if fields: text += f" `{'; '.join(fields)}`"
     return text.replace("|", "\\|")
 
-# %% ../../nbs/systems/58_evidence.ipynb #11c6cd02
+# %% ../../nbs/systems/58_evidence.ipynb #42f33495
 def techniques_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -285,7 +286,7 @@ def systems_table()->Table:
         "score": s["rank"], "the run": see(s["file"])}
     return show(map(row, read_rows("system")))
 
-# %% ../../nbs/systems/58_evidence.ipynb #9c0d98af
+# %% ../../nbs/systems/58_evidence.ipynb #2917a3dc
 def system_text(
     system:dict, # a row
 )->Table: # Markdown
@@ -301,7 +302,7 @@ def system_text(
     listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
     return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
 
-# %% ../../nbs/systems/58_evidence.ipynb #5cacda5b
+# %% ../../nbs/systems/58_evidence.ipynb #01453900
 def stories(
     folder:Path|None=None, # of results; None: the book's own
 )->Table: # Markdown
@@ -315,6 +316,15 @@ def stories(
         table = show([row(*w) for w in s["worth"]])
         return f"### {s['title']}\n\n{s['text']} ({see(s['see'])})\n\n{table}"
     return Table("\n\n".join(map(told, read_rows("story"))))
+
+def headline_table(
+    folder:Path|None=None, # of results; None: the book's own
+)->Table:
+    "The claims of the first page: those with a `headline`."
+    known = measured(folder)
+    def row(r): return {"claim": f"{r['headline']} ({pull(r['file'][2:])})", "what ran": r["short"],
+        "worth here, bpb ± 95 %": worth_text(r, folder, known), "chapter": see(r["see"], "")}
+    return show([row(r) for r in read_rows("claim") if "headline" in r])
 
 def counts()->Table:
     "How many claims hold, of each system."
@@ -334,7 +344,20 @@ def small_effects(
     def reach(m): return abs(m.effect.mean) + m.effect.half
     return sorted((m for m in kept if reach(m) < limit), key=reach)
 
-# %% ../../nbs/systems/58_evidence.ipynb #eaff5e7f
+# %% ../../nbs/systems/58_evidence.ipynb #8880d9f1
+def slug(
+    term:str,
+)->str: # "term-late-qat"
+    "The name of a term's place in the glossary."
+    return "term-" + re.sub(r"[^a-z0-9]+", "-", term.lower()).strip("-")
+
+def glossary_table()->Table:
+    "Every term, what it means, and where it is explained."
+    def row(t): return {"term": f'<a id="{slug(t["term"])}"></a>**{t["term"]}**',
+        "meaning": t["means"], "where": see(t["see"]) if "see" in t else "-"}
+    return show(map(row, sorted(read_rows("term"), key=lambda t: t["term"].lower())))
+
+# %% ../../nbs/systems/58_evidence.ipynb #6d84fcf4
 SCRIPT = """<script>
 for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   box.classList.add('ready');
@@ -361,7 +384,7 @@ for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   bar.append(field, count); box.prepend(bar); show() }
 </script>"""
 
-# %% ../../nbs/systems/58_evidence.ipynb #ef6917f0
+# %% ../../nbs/systems/58_evidence.ipynb #01aa255d
 def filterable(
     table:Table,       # from `show`
     columns:list[str], # heads of the columns that get a menu

@@ -6,7 +6,7 @@
 __all__ = ['INK', 'SOFT', 'WORSE', 'BETTER', 'svg', 'text', 'stroke', 'to_draw', 'finding_of', 'phrase', 'dot_row', 'dots_svg',
            'beside', 'wing_box', 'arrow', 'map_svg', 'lineage_svg', 'pictures', 'wings_table']
 
-# %% ../../nbs/systems/59_pictures.ipynb #9eddfc4a
+# %% ../../nbs/systems/59_pictures.ipynb #36c7d8d6
 import textwrap
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from .evidence import Measured, book, measured, read_rows, see
 from ..show import Table, show
 
-# %% ../../nbs/systems/59_pictures.ipynb #526bdb02
+# %% ../../nbs/systems/59_pictures.ipynb #98ba28f5
 INK, SOFT, WORSE, BETTER = "#222", "#8a8a8a", "#b3392f", "#2f7d4f"
 
 def svg(
@@ -38,7 +38,7 @@ def stroke(x1, y1, x2, y2, color=SOFT, width=1.)->str:
     return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
             f'stroke="{color}" stroke-width="{width}"/>')
 
-# %% ../../nbs/systems/59_pictures.ipynb #bbecb248
+# %% ../../nbs/systems/59_pictures.ipynb #a9bd4729
 def to_draw(
     found:list[Measured],
 )->list[Measured]: # best first
@@ -61,7 +61,7 @@ def phrase(
     words = phrases.get(m.system, {}).get(m.change, m.change.replace("_", " "))
     return f"#{m.system[2:]} {words}"
 
-# %% ../../nbs/systems/59_pictures.ipynb #a983d48b
+# %% ../../nbs/systems/59_pictures.ipynb #19d116af
 def dot_row(
     m:Measured,
     y:float,      # of the row
@@ -81,15 +81,16 @@ def dot_row(
     dot = f'<circle cx="{at(e.mean):.1f}" cy="{y:.1f}" r="3.2" fill="{fill}" stroke="{color}"/>'
     return [*parts, dot]
 
-# %% ../../nbs/systems/59_pictures.ipynb #2d0a4b82
+# %% ../../nbs/systems/59_pictures.ipynb #2fd6de4b
 def dots_svg(
     found:list[Measured],  # from `measured`
     every:bool=False,      # name every row; False: only the clear ones
     reach:float=.03,       # bpb to either side
+    folder:Path|None=None, # of results; None: the book's own
 )->str:
     "All measured differences."
     rows = to_draw(found)
-    phrases = {s["file"]: s for s in read_rows("phrases")}
+    phrases = {s["file"]: s for s in read_rows("phrases", folder and folder.parent/"findings")}
     step, left, width = (17, 370, 790) if every else (10, 30, 580)
     top, bottom = 62, 62 + step*len(rows)
     mid = left + (width-36-left)/2
@@ -108,7 +109,7 @@ def dots_svg(
     parts.append(text(16, bottom+36, legend, fill=SOFT, size=12))
     return svg(width, bottom+44, finding_of(rows), parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #6257373e
+# %% ../../nbs/systems/59_pictures.ipynb #0d075229
 def beside(
     at,        # bits per byte -> x
     m:Measured,
@@ -121,7 +122,7 @@ def beside(
     return text(x, y+4, name, "start" if right else "end", size=11).replace("<text ",
         '<text paint-order="stroke" stroke="#fff" stroke-width="3" ')
 
-# %% ../../nbs/systems/59_pictures.ipynb #847019fb
+# %% ../../nbs/systems/59_pictures.ipynb #460c3933
 def wing_box(
     wing:dict, # a row
     x:float, y:float, width:float, height:float,
@@ -141,10 +142,12 @@ def arrow(x1, y1, x2, y2)->str:
     head = f"M{x2-6*ux-4*uy} {y2-6*uy-4*ux} L{x2} {y2} L{x2-6*ux+4*uy} {y2-6*uy+4*ux}z"
     return stroke(x1, y1, x2-5*ux, y2-5*uy, INK, 1.3) + f'<path d="{head}" fill="{INK}"/>' 
 
-# %% ../../nbs/systems/59_pictures.ipynb #31810201
-def map_svg()->str:
+# %% ../../nbs/systems/59_pictures.ipynb #842515a9
+def map_svg(
+    folder:Path|None=None, # of results; None: the book's own
+)->str:
     "The wings, and the way of the data through them."
-    wings = read_rows("wing")
+    wings = read_rows("wing", folder and folder.parent/"findings")
     width, height, gap, down = 212, 92, 54, 40
     def place(i): return 20 + (i % 3)*(width+gap), 48 + (i//3)*(height+down)
     parts = [text(20, 30, "text goes in, a report of bits per byte comes out", fill=SOFT)]
@@ -168,7 +171,7 @@ def map_svg()->str:
     bottom = place(len(wings)-1)[1] + 56
     return svg(20*2+3*width+2*gap, bottom+18, "Ten wings and the way of the data", parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #d9f99588
+# %% ../../nbs/systems/59_pictures.ipynb #c3594592
 def lineage_svg()->str:
     "The systems on the right, what they are built on to the left."
     systems = read_rows("system")
@@ -184,10 +187,13 @@ def lineage_svg()->str:
     parts += [text(20, y+4, f"#{p}") for p, y in left.items()]
     return svg(740, 310, "What each system is built on", parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #0a95c604
-def pictures()->dict[str, str]: # name of the file -> SVG
+# %% ../../nbs/systems/59_pictures.ipynb #a66c222f
+def pictures(
+    folder:Path|None=None, # of results; None: the book's own
+)->dict[str, str]: # name of the file -> SVG
     "The pictures of the first page."
-    return {"differences.svg": dots_svg(measured()), "map.svg": map_svg()}
+    return {"differences.svg": dots_svg(measured(folder), folder=folder),
+            "map.svg": map_svg(folder)}
 
 def wings_table(
     up:str="", # from the page to the folder of notebooks
