@@ -6,7 +6,7 @@
 The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names, marks exported cells and links names
 to them (build/site/); the renderer makes HTML; `finish` turns the maths into MathML and refuses anything that would need a network.
 """
-import ast, hashlib, html, json, re, shutil, subprocess, sys, tomllib, unicodedata
+import ast, functools, hashlib, html, json, re, shutil, subprocess, sys, tomllib, unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -94,27 +94,34 @@ def link_pulls(text, seen):
 
 
 GLOSSARY = ROOT/'nbs'/'findings'/'glossary.toml'
+# what keeps its words: code, headings, divs, links, formulas, HTML, addresses
+KEPT = (r'^```.*?^```[ \t]*$|^#.*$|^:::.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)'
+    r'|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]*>|https?://\S+')
+
+
+@functools.cache
+def glossary():
+    "The terms, and one pattern with a group for each."
+    terms = tomllib.loads(GLOSSARY.read_text(encoding='utf-8'))['term']
+    def form(t):
+        term, first = t['term'], t['term'][0]
+        start = f'[{first.upper()}{first}]' if first.islower() else first
+        return '(' + t.get('match', start + re.escape(term[1:])) + ')'
+    words = rf'(?<![\w/.-])(?:{"|".join(map(form, terms))})(?![\w/-])'
+    return [t['term'] for t in terms], re.compile(f'{KEPT}|{words}', re.M | re.S)
 
 
 def link_terms(text, seen):
     """Link a term of the glossary where the page first uses it; code, headings, formulas, HTML and
     existing links stay as they are."""
-    terms = [t for t in tomllib.loads(GLOSSARY.read_text(encoding='utf-8'))['term']
-        if t['term'] not in seen]
-    def form(t):
-        term = t['term']
-        plain = f'[{term[0].upper()}{term[0]}]' + re.escape(term[1:]) if term[0].islower() else ''
-        return '(' + t.get('match', plain or re.escape(term)) + ')'
-    keep = (r'^```.*?^```[ \t]*$|^#.*$|^:::.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)'
-        r'|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]*>|https?://\S+')
+    terms, pattern = glossary()
     def link(m):
-        i = (m.lastindex or 0) - 1
-        if i < 0 or terms[i]['term'] in seen: return m[0]
-        seen.add(terms[i]['term'])
-        place = re.sub(r'[^a-z0-9]+', '-', terms[i]['term'].lower()).strip('-')
+        term = terms[m.lastindex - 1] if m.lastindex else None
+        if term is None or term in seen: return m[0]
+        seen.add(term)
+        place = re.sub(r'[^a-z0-9]+', '-', term.lower()).strip('-')
         return f'[{m[0]}](glossary.html#term-{place})'
-    return re.sub(rf'{keep}|(?<![\w/.-])(?:{"|".join(map(form, terms))})(?![\w/-])', link, text,
-        flags=re.M | re.S) if terms else text
+    return pattern.sub(link, text)
 
 
 def relink(text):
