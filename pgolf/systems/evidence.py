@@ -9,7 +9,7 @@ __all__ = ['QUESTIONS', 'ASKED', 'SCRIPT', 'read_file', 'read_rows', 'Measured',
            'systems_table', 'system_text', 'stories', 'headline_table', 'counts', 'small_effects', 'slug',
            'glossary_table', 'filterable']
 
-# %% ../../nbs/systems/58_evidence.ipynb #d3055f99
+# %% ../../nbs/systems/58_evidence.ipynb #7c3fbf5c
 import json, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from ..files import find_results
 from ..show import Table, show
 from .adaptation import GRID, bpb, gain, of
 from .effects import Effect, differences, effects, paired
-from .recipes import RECIPES, brief, get_recipe
+from .recipe import brief
+from .recipes import get_recipe
 
-# %% ../../nbs/systems/58_evidence.ipynb #73e5dd4d
+# %% ../../nbs/systems/58_evidence.ipynb #64e66c2c
 def read_file(
     path:Path, # of rows, TOML
 )->dict: # kind -> rows
@@ -42,7 +43,7 @@ def read_rows(
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
 
-# %% ../../nbs/systems/58_evidence.ipynb #0a9a9809
+# %% ../../nbs/systems/58_evidence.ipynb #81b9b58e
 @dataclass(frozen=True)
 class Measured:
     "One difference, measured over seeds."
@@ -65,7 +66,7 @@ def which_stage(
     if moved > 1e-5 or "adapted" not in row["stages"]: return "sliding"
     return "adapted" if min(row["coverage"]) == 1 else ""
 
-# %% ../../nbs/systems/58_evidence.ipynb #4471dbbe
+# %% ../../nbs/systems/58_evidence.ipynb #c436de28
 def from_table(
     rows:list[dict], # one table of effects, the description first
 )->list[Measured]:
@@ -91,7 +92,7 @@ def measured(
     found = [m for p in files for m in from_table(json.loads(p.read_text()))]
     return sorted(found, key=lambda m: m.scale != "pocket")
 
-# %% ../../nbs/systems/58_evidence.ipynb #ff1742e2
+# %% ../../nbs/systems/58_evidence.ipynb #5972f18e
 def gains(rows, case, against=""):
     "Adapted less plain; with another case, the difference of the two."
     def of_case(name): return np.array([-gain(r) for r in of(rows, name)])
@@ -115,7 +116,7 @@ QUESTIONS = dict(gain=gains, prefix=prefix, leak=leak, temperature=fixed_tempera
 ASKED = dict(gain=", adapting", prefix=", the part against the whole",
     leak=", the second pass against the first", temperature=", {1} against 1")
 
-# %% ../../nbs/systems/58_evidence.ipynb #f79b7ee3
+# %% ../../nbs/systems/58_evidence.ipynb #778d105b
 def worth(
     key:list[str],         # ["pr610", "QAT"], or a question and its case: ["gain", "#601"]
     folder:Path|None=None, # of results; None: the book's own
@@ -133,7 +134,7 @@ def worth(
     effect = paired(d, together)
     return [Measured(key[1], key[0], "mini", "adapted", len(d), effect)]
 
-# %% ../../nbs/systems/58_evidence.ipynb #20bb8927
+# %% ../../nbs/systems/58_evidence.ipynb #1a938307
 def say(
     m:Measured,
     reverse:bool=False, # the measurement is of leaving the thing out: turn the sign
@@ -157,7 +158,7 @@ def worth_text(
     said = "; ".join(say(m, row.get("reverse", False)) for m in found) or "not measured yet"
     return said + ASKED.get(key[0], "").format(*key[1:])
 
-# %% ../../nbs/systems/58_evidence.ipynb #4bb06127
+# %% ../../nbs/systems/58_evidence.ipynb #7c1ff80f
 def value_of(
     recipe,      # as described
     as_run,      # the same as run
@@ -184,7 +185,7 @@ def has(
     ran = all(looks_like(b.settings()[k[0]], *k[1:]) for k in technique["has"])
     return {(1, 1): "yes", (1, 0): "described only", (0, 1): "ran only"}.get((said, ran), "")
 
-# %% ../../nbs/systems/58_evidence.ipynb #5afb3ece
+# %% ../../nbs/systems/58_evidence.ipynb #2b587b70
 def book(
     folder:Path|None=None, # with the notebooks; None: the book's own
 )->dict[str, Path]: # page -> notebook, below the folder
@@ -209,7 +210,7 @@ def pull(number)->str: # Markdown
     "A pull request of the challenge, as a link."
     return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
 
-# %% ../../nbs/systems/58_evidence.ipynb #25a07a3d
+# %% ../../nbs/systems/58_evidence.ipynb #047f7962
 def findings_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -236,7 +237,7 @@ def as_set(
         return f"`{k.split('.')[1]}` {short(x)}{ran}"
     return list(map(one, row.get("setting", [])))
 
-# %% ../../nbs/systems/58_evidence.ipynb #2c2695a2
+# %% ../../nbs/systems/58_evidence.ipynb #c5203fb6
 def lines_table(
     system:str,            # "pr610"
     folder:Path|None=None, # of results; None: the book's own
@@ -264,7 +265,7 @@ def quoted(
     if fields: text += f" `{'; '.join(fields)}`"
     return text.replace("|", "\\|")
 
-# %% ../../nbs/systems/58_evidence.ipynb #42f33495
+# %% ../../nbs/systems/58_evidence.ipynb #86b41f08
 def techniques_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -286,7 +287,7 @@ def systems_table()->Table:
         "score": s["rank"], "the run": see(s["file"])}
     return show(map(row, read_rows("system")))
 
-# %% ../../nbs/systems/58_evidence.ipynb #2917a3dc
+# %% ../../nbs/systems/58_evidence.ipynb #6b7f4daa
 def system_text(
     system:dict, # a row
 )->Table: # Markdown
@@ -302,7 +303,7 @@ def system_text(
     listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
     return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
 
-# %% ../../nbs/systems/58_evidence.ipynb #01453900
+# %% ../../nbs/systems/58_evidence.ipynb #00f0d10e
 def stories(
     folder:Path|None=None, # of results; None: the book's own
 )->Table: # Markdown
@@ -344,7 +345,7 @@ def small_effects(
     def reach(m): return abs(m.effect.mean) + m.effect.half
     return sorted((m for m in kept if reach(m) < limit), key=reach)
 
-# %% ../../nbs/systems/58_evidence.ipynb #8880d9f1
+# %% ../../nbs/systems/58_evidence.ipynb #a1c52ea1
 def slug(
     term:str,
 )->str: # "term-late-qat"
@@ -357,7 +358,7 @@ def glossary_table()->Table:
         "meaning": t["means"], "where": see(t["see"]) if "see" in t else "-"}
     return show(map(row, sorted(read_rows("term"), key=lambda t: t["term"].lower())))
 
-# %% ../../nbs/systems/58_evidence.ipynb #6d84fcf4
+# %% ../../nbs/systems/58_evidence.ipynb #503831fe
 SCRIPT = """<script>
 for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   box.classList.add('ready');
@@ -384,7 +385,7 @@ for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   bar.append(field, count); box.prepend(bar); show() }
 </script>"""
 
-# %% ../../nbs/systems/58_evidence.ipynb #01aa255d
+# %% ../../nbs/systems/58_evidence.ipynb #a1c016b2
 def filterable(
     table:Table,       # from `show`
     columns:list[str], # heads of the columns that get a menu
