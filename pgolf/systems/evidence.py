@@ -9,7 +9,7 @@ __all__ = ['QUESTIONS', 'ASKED', 'SCRIPT', 'read_file', 'read_rows', 'Measured',
            'systems_table', 'system_text', 'stories', 'headline_table', 'counts', 'small_effects', 'slug',
            'glossary_table', 'filterable']
 
-# %% ../../nbs/systems/58_evidence.ipynb #7c3fbf5c
+# %% ../../nbs/systems/58_evidence.ipynb #2132d10b
 import json, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy as np
 from ..files import find_results
 from ..show import Table, show
 from .adaptation import GRID, bpb, gain, of
-from .effects import Effect, differences, effects, paired
+from .effects import PROBES, Effect, differences, effects, paired
 from .recipe import brief
 from .recipes import get_recipe
 
-# %% ../../nbs/systems/58_evidence.ipynb #64e66c2c
+# %% ../../nbs/systems/58_evidence.ipynb #d69f4b27
 def read_file(
     path:Path, # of rows, TOML
 )->dict: # kind -> rows
@@ -43,7 +43,7 @@ def read_rows(
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
 
-# %% ../../nbs/systems/58_evidence.ipynb #81b9b58e
+# %% ../../nbs/systems/58_evidence.ipynb #3145a9f3
 @dataclass(frozen=True)
 class Measured:
     "One difference, measured over seeds."
@@ -66,7 +66,7 @@ def which_stage(
     if moved > 1e-5 or "adapted" not in row["stages"]: return "sliding"
     return "adapted" if min(row["coverage"]) == 1 else ""
 
-# %% ../../nbs/systems/58_evidence.ipynb #c436de28
+# %% ../../nbs/systems/58_evidence.ipynb #203d0588
 def from_table(
     rows:list[dict], # one table of effects, the description first
 )->list[Measured]:
@@ -92,7 +92,7 @@ def measured(
     found = [m for p in files for m in from_table(json.loads(p.read_text()))]
     return sorted(found, key=lambda m: m.scale != "pocket")
 
-# %% ../../nbs/systems/58_evidence.ipynb #5972f18e
+# %% ../../nbs/systems/58_evidence.ipynb #cd3dd4f6
 def gains(rows, case, against=""):
     "Adapted less plain; with another case, the difference of the two."
     def of_case(name): return np.array([-gain(r) for r in of(rows, name)])
@@ -116,7 +116,7 @@ QUESTIONS = dict(gain=gains, prefix=prefix, leak=leak, temperature=fixed_tempera
 ASKED = dict(gain=", adapting", prefix=", the part against the whole",
     leak=", the second pass against the first", temperature=", {1} against 1")
 
-# %% ../../nbs/systems/58_evidence.ipynb #778d105b
+# %% ../../nbs/systems/58_evidence.ipynb #61ccd512
 def worth(
     key:list[str],         # ["pr610", "QAT"], or a question and its case: ["gain", "#601"]
     folder:Path|None=None, # of results; None: the book's own
@@ -134,7 +134,7 @@ def worth(
     effect = paired(d, together)
     return [Measured(key[1], key[0], "mini", "adapted", len(d), effect)]
 
-# %% ../../nbs/systems/58_evidence.ipynb #1a938307
+# %% ../../nbs/systems/58_evidence.ipynb #3d3d8169
 def say(
     m:Measured,
     reverse:bool=False, # the measurement is of leaving the thing out: turn the sign
@@ -156,9 +156,10 @@ def worth_text(
     if not key: return "no score in it" if "n" in row else "not measured"
     found = worth(key, folder, known)
     said = "; ".join(say(m, row.get("reverse", False)) for m in found) or "not measured yet"
+    if "what" not in row and key[1] in PROBES.get(key[0], {}): said += f", probe: {key[1]}"
     return said + ASKED.get(key[0], "").format(*key[1:])
 
-# %% ../../nbs/systems/58_evidence.ipynb #7c1ff80f
+# %% ../../nbs/systems/58_evidence.ipynb #77b0a7e1
 def value_of(
     recipe,      # as described
     as_run,      # the same as run
@@ -185,7 +186,7 @@ def has(
     ran = all(looks_like(b.settings()[k[0]], *k[1:]) for k in technique["has"])
     return {(1, 1): "yes", (1, 0): "described only", (0, 1): "ran only"}.get((said, ran), "")
 
-# %% ../../nbs/systems/58_evidence.ipynb #2b587b70
+# %% ../../nbs/systems/58_evidence.ipynb #99d71eda
 def book(
     folder:Path|None=None, # with the notebooks; None: the book's own
 )->dict[str, Path]: # page -> notebook, below the folder
@@ -210,7 +211,7 @@ def pull(number)->str: # Markdown
     "A pull request of the challenge, as a link."
     return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
 
-# %% ../../nbs/systems/58_evidence.ipynb #047f7962
+# %% ../../nbs/systems/58_evidence.ipynb #7e1300b1
 def findings_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -237,7 +238,7 @@ def as_set(
         return f"`{k.split('.')[1]}` {short(x)}{ran}"
     return list(map(one, row.get("setting", [])))
 
-# %% ../../nbs/systems/58_evidence.ipynb #c5203fb6
+# %% ../../nbs/systems/58_evidence.ipynb #6f0c4942
 def lines_table(
     system:str,            # "pr610"
     folder:Path|None=None, # of results; None: the book's own
@@ -265,7 +266,7 @@ def quoted(
     if fields: text += f" `{'; '.join(fields)}`"
     return text.replace("|", "\\|")
 
-# %% ../../nbs/systems/58_evidence.ipynb #86b41f08
+# %% ../../nbs/systems/58_evidence.ipynb #80940ef0
 def techniques_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -287,7 +288,7 @@ def systems_table()->Table:
         "score": s["rank"], "the run": see(s["file"])}
     return show(map(row, read_rows("system")))
 
-# %% ../../nbs/systems/58_evidence.ipynb #6b7f4daa
+# %% ../../nbs/systems/58_evidence.ipynb #998f6a97
 def system_text(
     system:dict, # a row
 )->Table: # Markdown
@@ -303,7 +304,7 @@ def system_text(
     listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
     return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
 
-# %% ../../nbs/systems/58_evidence.ipynb #00f0d10e
+# %% ../../nbs/systems/58_evidence.ipynb #6f04465e
 def stories(
     folder:Path|None=None, # of results; None: the book's own
 )->Table: # Markdown
@@ -345,7 +346,7 @@ def small_effects(
     def reach(m): return abs(m.effect.mean) + m.effect.half
     return sorted((m for m in kept if reach(m) < limit), key=reach)
 
-# %% ../../nbs/systems/58_evidence.ipynb #a1c52ea1
+# %% ../../nbs/systems/58_evidence.ipynb #4a3489da
 def slug(
     term:str,
 )->str: # "term-late-qat"
@@ -358,7 +359,7 @@ def glossary_table()->Table:
         "meaning": t["means"], "where": see(t["see"]) if "see" in t else "-"}
     return show(map(row, sorted(read_rows("term"), key=lambda t: t["term"].lower())))
 
-# %% ../../nbs/systems/58_evidence.ipynb #503831fe
+# %% ../../nbs/systems/58_evidence.ipynb #db3d6131
 SCRIPT = """<script>
 for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   box.classList.add('ready');
@@ -385,7 +386,7 @@ for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   bar.append(field, count); box.prepend(bar); show() }
 </script>"""
 
-# %% ../../nbs/systems/58_evidence.ipynb #a1c016b2
+# %% ../../nbs/systems/58_evidence.ipynb #074f7ea2
 def filterable(
     table:Table,       # from `show`
     columns:list[str], # heads of the columns that get a menu
