@@ -6,7 +6,7 @@
 __all__ = ['INK', 'SOFT', 'WORSE', 'BETTER', 'svg', 'text', 'stroke', 'to_draw', 'finding_of', 'phrase', 'dot_row', 'dots_svg',
            'beside', 'wing_box', 'arrow', 'map_svg', 'lineage_svg', 'pictures', 'wings_table']
 
-# %% ../../nbs/systems/59_pictures.ipynb #f70f2cc5
+# %% ../../nbs/systems/59_pictures.ipynb #37179930
 import textwrap
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from .evidence import Measured, book, measured, read_rows, see
 from ..show import Table, show
 
-# %% ../../nbs/systems/59_pictures.ipynb #f635cf96
+# %% ../../nbs/systems/59_pictures.ipynb #3ee26b2c
 INK, SOFT, WORSE, BETTER = "#222", "#8a8a8a", "#b3392f", "#2f7d4f"
 
 def svg(
@@ -38,7 +38,7 @@ def stroke(x1, y1, x2, y2, color=SOFT, width=1.)->str:
     return (f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
             f'stroke="{color}" stroke-width="{width}"/>')
 
-# %% ../../nbs/systems/59_pictures.ipynb #19fa7db5
+# %% ../../nbs/systems/59_pictures.ipynb #ffad1b95
 def to_draw(
     found:list[Measured],
 )->list[Measured]: # best first
@@ -61,7 +61,7 @@ def phrase(
     words = phrases.get(m.system, {}).get(m.change, m.change.replace("_", " "))
     return f"#{m.system[2:]} {words}"
 
-# %% ../../nbs/systems/59_pictures.ipynb #e867715a
+# %% ../../nbs/systems/59_pictures.ipynb #41690fe5
 def dot_row(
     m:Measured,
     y:float,      # of the row
@@ -81,7 +81,7 @@ def dot_row(
     dot = f'<circle cx="{at(e.mean):.1f}" cy="{y:.1f}" r="3.2" fill="{fill}" stroke="{color}"/>'
     return [*parts, dot]
 
-# %% ../../nbs/systems/59_pictures.ipynb #84a3e94b
+# %% ../../nbs/systems/59_pictures.ipynb #2681e4b9
 def dots_svg(
     found:list[Measured],  # from `measured`
     every:bool=False,      # name every row; False: only the clear ones
@@ -109,7 +109,7 @@ def dots_svg(
     parts.append(text(16, bottom+36, legend, fill=SOFT, size=12))
     return svg(width, bottom+44, finding_of(rows), parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #eb819431
+# %% ../../nbs/systems/59_pictures.ipynb #999753e8
 def beside(
     at,        # bits per byte -> x
     m:Measured,
@@ -122,7 +122,7 @@ def beside(
     return text(x, y+4, name, "start" if right else "end", size=11).replace("<text ",
         '<text paint-order="stroke" stroke="#fff" stroke-width="3" ')
 
-# %% ../../nbs/systems/59_pictures.ipynb #172ca174
+# %% ../../nbs/systems/59_pictures.ipynb #d5eca417
 def wing_box(
     wing:dict, # a row
     x:float, y:float, width:float, height:float,
@@ -142,7 +142,7 @@ def arrow(x1, y1, x2, y2)->str:
     head = f"M{x2-6*ux-4*uy} {y2-6*uy-4*ux} L{x2} {y2} L{x2-6*ux+4*uy} {y2-6*uy+4*ux}z"
     return stroke(x1, y1, x2-5*ux, y2-5*uy, INK, 1.3) + f'<path d="{head}" fill="{INK}"/>' 
 
-# %% ../../nbs/systems/59_pictures.ipynb #be482347
+# %% ../../nbs/systems/59_pictures.ipynb #4cbe1d03
 def map_svg(
     folder:Path|None=None, # of results; None: the book's own
 )->str:
@@ -171,7 +171,7 @@ def map_svg(
     bottom = place(len(wings)-1)[1] + 56
     return svg(20*2+3*width+2*gap, bottom+18, "Ten wings and the way of the data", parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #6c8d64e4
+# %% ../../nbs/systems/59_pictures.ipynb #73e88d33
 def lineage_svg()->str:
     "The systems on the right, what they are built on to the left."
     systems = read_rows("system")
@@ -187,7 +187,7 @@ def lineage_svg()->str:
     parts += [text(20, y+4, f"#{p}") for p, y in left.items()]
     return svg(740, 310, "What each system is built on", parts)
 
-# %% ../../nbs/systems/59_pictures.ipynb #4eb2780f
+# %% ../../nbs/systems/59_pictures.ipynb #51482712
 def pictures(
     folder:Path|None=None, # of results; None: the book's own
 )->dict[str, str]: # name of the file -> SVG
