@@ -9,7 +9,7 @@ __all__ = ['parsed', 'QUESTIONS', 'ASKED', 'BEFORE', 'SCRIPT', 'read_file', 'rea
            'quoted', 'techniques_table', 'systems_table', 'system_text', 'stories', 'headline_table', 'counts',
            'small_effects', 'slug', 'glossary_table', 'filterable']
 
-# %% ../../nbs/systems/58_evidence.ipynb #526c9acf
+# %% ../../nbs/systems/58_evidence.ipynb #75c4b189
 import json, re, tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ from .effects import PROBES, Effect, differences, effects, paired
 from .recipe import brief
 from .recipes import get_recipe
 
-# %% ../../nbs/systems/58_evidence.ipynb #19f27614
+# %% ../../nbs/systems/58_evidence.ipynb #2cd08576
 def read_file(
     path:Path, # of rows, TOML
 )->dict: # kind -> rows
@@ -48,7 +48,7 @@ def read_rows(
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
 
-# %% ../../nbs/systems/58_evidence.ipynb #c06c5ba4
+# %% ../../nbs/systems/58_evidence.ipynb #c3381857
 @dataclass(frozen=True)
 class Measured:
     "One difference, measured over seeds."
@@ -71,7 +71,7 @@ def which_stage(
     if moved > 1e-5 or "adapted" not in row["stages"]: return "sliding"
     return "adapted" if min(row["coverage"]) == 1 else ""
 
-# %% ../../nbs/systems/58_evidence.ipynb #6e016eca
+# %% ../../nbs/systems/58_evidence.ipynb #98383935
 def from_table(
     rows:list[dict], # one table of effects, the description first
 )->list[Measured]:
@@ -97,7 +97,7 @@ def measured(
     found = [m for p in files for m in from_table(json.loads(p.read_text()))]
     return sorted(found, key=lambda m: m.scale != "pocket")
 
-# %% ../../nbs/systems/58_evidence.ipynb #7a83ab25
+# %% ../../nbs/systems/58_evidence.ipynb #a05e620f
 def gains(rows, case, against=""):
     "Adapted less plain; with another case, the difference of the two."
     def of_case(name): return np.array([-gain(r) for r in of(rows, name)])
@@ -121,7 +121,7 @@ QUESTIONS = dict(gain=gains, prefix=prefix, leak=leak, temperature=fixed_tempera
 ASKED = dict(gain=", adapting", prefix=", the part against the whole",
     leak=", the second pass against the first", temperature=", {1} against 1")
 
-# %% ../../nbs/systems/58_evidence.ipynb #903a8d89
+# %% ../../nbs/systems/58_evidence.ipynb #fec3337f
 BEFORE = dict(averaged="raw", artifact="averaged", sliding="artifact", adapted="sliding")
 
 def steps(
@@ -137,7 +137,7 @@ def steps(
         out.append(Measured(system, "step", base["scale"], stage, len(d), paired(d, len(BEFORE))))
     return sorted(out, key=lambda m: m.scale != "pocket")
 
-# %% ../../nbs/systems/58_evidence.ipynb #826a0f5d
+# %% ../../nbs/systems/58_evidence.ipynb #9009b6ab
 def worth(
     key:list[str],         # ["pr610", "QAT"], or a question and its case: ["gain", "#601"]
     folder:Path|None=None, # of results; None: the book's own
@@ -156,7 +156,7 @@ def worth(
     effect = paired(d, together)
     return [Measured(key[1], key[0], "mini", "adapted", len(d), effect)]
 
-# %% ../../nbs/systems/58_evidence.ipynb #b16f1d27
+# %% ../../nbs/systems/58_evidence.ipynb #deeca840
 def say(
     m:Measured,
     reverse:bool=False, # the measurement is of leaving the thing out: turn the sign
@@ -181,7 +181,7 @@ def worth_text(
     if "what" not in row and key[1] in PROBES.get(key[0], {}): said += f", probe: {key[1]}"
     return said + ASKED.get(key[0], "").format(*key[1:])
 
-# %% ../../nbs/systems/58_evidence.ipynb #08c3c913
+# %% ../../nbs/systems/58_evidence.ipynb #05a1d7ec
 def value_of(
     recipe,      # as described
     as_run,      # the same as run
@@ -208,7 +208,7 @@ def has(
     ran = all(looks_like(b.settings()[k[0]], *k[1:]) for k in technique["has"])
     return {(1, 1): "yes", (1, 0): "described only", (0, 1): "ran only"}.get((said, ran), "")
 
-# %% ../../nbs/systems/58_evidence.ipynb #55b33f67
+# %% ../../nbs/systems/58_evidence.ipynb #207aa329
 @cache
 def _pages(folder):
     "Every notebook of a folder by the name of its page; a folder is listed once."
@@ -237,7 +237,7 @@ def pull(number)->str: # Markdown
     "A pull request of the challenge, as a link."
     return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
 
-# %% ../../nbs/systems/58_evidence.ipynb #cdd8c51a
+# %% ../../nbs/systems/58_evidence.ipynb #e2c28d3b
 def findings_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -265,7 +265,7 @@ def as_set(
         return f"`{k.split('.')[1]}` {short(x)}{ran}"
     return list(map(one, row.get("setting", [])))
 
-# %% ../../nbs/systems/58_evidence.ipynb #67056ca6
+# %% ../../nbs/systems/58_evidence.ipynb #92560a48
 def lines_table(
     system:str,            # "pr610"
     folder:Path|None=None, # of results; None: the book's own
@@ -293,7 +293,7 @@ def quoted(
     if fields: text += f" `{'; '.join(fields)}`"
     return text.replace("|", "\\|")
 
-# %% ../../nbs/systems/58_evidence.ipynb #98012f1b
+# %% ../../nbs/systems/58_evidence.ipynb #93e8d65c
 def techniques_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
@@ -315,7 +315,7 @@ def systems_table()->Table:
         "score": s["rank"], "the run": see(s["file"])}
     return show(map(row, read_rows("system")))
 
-# %% ../../nbs/systems/58_evidence.ipynb #d7b19ef4
+# %% ../../nbs/systems/58_evidence.ipynb #2c3300d2
 def system_text(
     system:dict, # a row
 )->Table: # Markdown
@@ -331,7 +331,7 @@ def system_text(
     listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
     return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
 
-# %% ../../nbs/systems/58_evidence.ipynb #41d70636
+# %% ../../nbs/systems/58_evidence.ipynb #b7c74a17
 def stories(
     folder:Path|None=None, # of results; None: the book's own
 )->Table: # Markdown
@@ -374,7 +374,7 @@ def small_effects(
     def reach(m): return abs(m.effect.mean) + m.effect.half
     return sorted((m for m in kept if reach(m) < limit), key=reach)
 
-# %% ../../nbs/systems/58_evidence.ipynb #9be4f283
+# %% ../../nbs/systems/58_evidence.ipynb #d837e91c
 def slug(
     term:str,
 )->str: # "term-late-qat"
@@ -387,7 +387,7 @@ def glossary_table()->Table:
         "meaning": t["means"], "where": see(t["see"]) if "see" in t else "-"}
     return show(map(row, sorted(read_rows("term"), key=lambda t: t["term"].lower())))
 
-# %% ../../nbs/systems/58_evidence.ipynb #f5481c39
+# %% ../../nbs/systems/58_evidence.ipynb #b447fb04
 SCRIPT = """<script>
 for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   box.classList.add('ready');
@@ -414,7 +414,7 @@ for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
   bar.append(field, count); box.prepend(bar); show() }
 </script>"""
 
-# %% ../../nbs/systems/58_evidence.ipynb #62846fca
+# %% ../../nbs/systems/58_evidence.ipynb #0f52e4d1
 def filterable(
     table:Table,       # from `show`
     columns:list[str], # heads of the columns that get a menu
