@@ -8,7 +8,7 @@ The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pag
 marks exported cells and links names to them (build/site/); the renderer makes HTML; `finish` turns
 the maths into MathML and refuses anything that would need a network.
 """
-import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
+import ast, functools, hashlib, html, json, re, shutil, subprocess, sys, tomllib, unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -95,6 +95,37 @@ def link_pulls(text, seen):
         link, text, flags=re.M | re.S)
 
 
+GLOSSARY = ROOT/'nbs'/'findings'/'glossary.toml'
+# what keeps its words: code, headings, divs, links, formulas, HTML, addresses
+KEPT = (r'^```.*?^```[ \t]*$|^#.*$|^:::.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)'
+    r'|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]*>|https?://\S+')
+
+
+@functools.cache
+def glossary():
+    "The terms, and one pattern with a group for each."
+    terms = tomllib.loads(GLOSSARY.read_text(encoding='utf-8'))['term']
+    def form(t):
+        term, first = t['term'], t['term'][0]
+        start = f'[{first.upper()}{first}]' if first.islower() else first
+        return '(' + t.get('match', start + re.escape(term[1:])) + ')'
+    words = rf'(?<![\w/.-])(?:{"|".join(map(form, terms))})(?![\w/-])'
+    return [t['term'] for t in terms], re.compile(f'{KEPT}|{words}', re.M | re.S)
+
+
+def link_terms(text, seen):
+    """Link a term of the glossary where the page first uses it; code, headings, formulas, HTML and
+    existing links stay as they are."""
+    terms, pattern = glossary()
+    def link(m):
+        term = terms[m.lastindex - 1] if m.lastindex else None
+        if term is None or term in seen: return m[0]
+        seen.add(term)
+        place = re.sub(r'[^a-z0-9]+', '-', term.lower()).strip('-')
+        return f'[{m[0]}](glossary.html#term-{place})'
+    return pattern.sub(link, text)
+
+
 def relink(text):
     "Turn links between notebooks into links between pages."
     return re.sub(r'\]\(([\w./]+\.ipynb)(#[^)]*)?\)',
@@ -107,7 +138,7 @@ def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}
 
 def stage_notebook(nb, index):
     "Write one processed notebook under its page name, exported cells framed and anchored."
-    page, done, pulls = page_name(nb), load(PROC/nb), set()
+    page, done, pulls, terms = page_name(nb), load(PROC/nb), set(), set()
     mine = {c.get('id') for c in load(ROOT/'nbs'/nb)['cells'] if exported(c)}
     cells = []
     for cell in done['cells']:
@@ -116,7 +147,9 @@ def stage_notebook(nb, index):
         if cell['cell_type'] == 'raw':
             cell['source'] = re.sub(r'^output-file: .*\n', '', source(cell), flags=re.M)
         if cell['cell_type'] == 'markdown':
-            cell['source'] = link_names(link_pulls(relink(source(cell)), pulls), page, index)
+            text = link_pulls(relink(source(cell)), pulls)
+            if page != 'glossary': text = link_terms(text, terms)
+            cell['source'] = link_names(text, page, index)
         for data in (o['data'] for o in cell.get('outputs', [])
             if 'text/markdown' in o.get('data', {})):
             data['text/markdown'] = relink(''.join(data['text/markdown']))
@@ -307,22 +340,26 @@ def site():
 def readme_text():
     "Turn nbs/index.ipynb into Markdown for README.md: its prose and the Markdown its cells show."
     parts = []
+    def below(text): return re.sub(r'\]\(([\w/]+\.(?:ipynb|svg))', r'](nbs/\1', text).strip()
     for cell in load(ROOT/'nbs'/'index.ipynb')['cells']:
-        if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', source(cell)).strip())
+        if cell['cell_type'] == 'markdown': parts.append(below(source(cell)))
         if cell['cell_type'] != 'code' or re.match(r'#\|\s*hide\b', source(cell)): continue
         if not re.search(r'^#\|\s*echo:\s*false', source(cell), re.M):
             parts.append(f'```python\n{source(cell).strip()}\n```')
         for out in cell['outputs']:
             shown = out.get('data', {})
-            if 'text/markdown' in shown: parts.append(''.join(shown['text/markdown']).strip())
+            if 'text/markdown' in shown: parts.append(below(''.join(shown['text/markdown'])))
             elif 'text/plain' in shown:
                 parts.append('```\n' + ''.join(shown['text/plain']).strip() + '\n```')
     return '\n\n'.join(parts) + '\n'
 
 
 def readme():
-    "Write README.md."
+    "Write README.md and the pictures that it and the first page show."
+    sys.path.insert(0, str(ROOT))
+    from pgolf.systems.pictures import pictures
+    for name, picture in pictures(ROOT/'nbs'/'results').items():
+        (ROOT/'nbs'/name).write_text(picture, encoding='utf-8')
     (ROOT/'README.md').write_text(readme_text(), encoding='utf-8')
 
 
