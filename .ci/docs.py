@@ -150,7 +150,9 @@ def framed(cell):
 def stage_sources(entries, used):
     "Write the appendix: the sheets of the systems, the bibliography, and the page for lost readers."
     for path in sorted(reader.SOURCES.glob('*.md')):
-        (STAGE/f'{path.stem}.qmd').write_text(reader.sheet_page(path, entries), encoding='utf-8')
+        text, named = reader.sheet_page(path, entries)
+        (STAGE/f'{path.stem}.qmd').write_text(text, encoding='utf-8')
+        for key in named: used.setdefault(key, []).append(path.stem)
     (STAGE/'bibliography.qmd').write_text(reader.bibliography_page(entries, used), encoding='utf-8')
     shutil.copy(reader.BIBLIOGRAPHY, STAGE)
     for path in PARTS.iterdir():

@@ -28,7 +28,7 @@ def fill(text):
 
 # ---- prose: what may be linked, and what stays as it is
 
-KEPT = (r'^```.*?^```[ \t]*$|^#.*$|`[^`]*`|!?\[[^\]]*\]\([^)\n]*\)|\$\$.*?\$\$|\$[^$\n]+\$'
+KEPT = (r'^```.*?^```[ \t]*$|^#[^\n]*$|`[^`]*`|!?\[[^\]]*\]\([^)\n]*\)|\$\$.*?\$\$|\$[^$\n]+\$'
     r'|<[^>\n]+>|https?://\S+')
 
 
@@ -59,8 +59,8 @@ def link_pulls(text, seen):
 # ---- sheets: facts about the systems, section by section
 
 NUMBER = r'\d+(?:\.\d+)*'
-SHEET = (rf"(?:sections?\s+(?P<first>{NUMBER})(?:\s+and\s+{NUMBER})?\s+of\s+)?"
-    r"(?:(?:the|its|their|PR\s+#(?P<own>\d+)'s)\s+)?(?:five\s+)?"
+SHEET = (rf"(?:[Ss]ections?\s+(?P<first>{NUMBER})(?:\s+and\s+{NUMBER})?\s+of\s+)?"
+    r"(?:(?:[Tt]he|[Ii]ts|[Tt]heir|PR\s+#(?P<own>\d+)'s)\s+)?(?:five\s+)?"
     r"(?:(?P<name>challenge|frontier|fact)\s+)?\b(?P<sheet>sheets?)\b"
     r"(?:\s+of\s+(?P<list>(?:the\s+)?PRs?\s+#\d+(?:(?:,\s+|\s+and\s+)(?:PR\s+)?#\d+)*))?"
     rf"(?:,?\s+section\s+(?P<after>{NUMBER})|\s+(?P<point>\d+\.\d+))?")
@@ -98,7 +98,7 @@ def link_sheets(text, page, heard):
         elif m['own'] or m['sheet'] == 'sheet' and sections(f'sheet_pr{own}'): sheet = f'sheet_pr{own}'
         else: sheet = 'sheets'
         return f'[{m[0]}]({place(sheet, section)})'
-    return replace(text, rf"{SHEET}|PRs?\s+#(?P<pr>\d+)", link)
+    return replace(text, rf"{SHEET}|(?:PRs?\s+)?(?<!\w)#(?P<pr>\d+)", link)
 
 
 def link_own_sections(text, sheet):
@@ -116,8 +116,9 @@ def literal(text):
 
 
 def sheet_page(path, papers):
-    "Make the page of one sheet: numbered sections get their anchors, every mention its link."
-    title, summary, text = re.match(r'# (.*)\n\n> (.*)\n\n(.*)', path.read_text(encoding='utf-8'),
+    """Make the page of one sheet: numbered sections get their anchors, every mention its link; gives
+    the papers that it names, too."""
+    title, summary, text = re.match(r'# ([^\n]*)\n\n> ([^\n]*)\n\n(.*)', path.read_text(encoding='utf-8'),
         re.S).groups()
     text, heard, seen = literal(text), [path.stem.removeprefix('sheet_pr')], set()
     text = re.sub(rf'^(##+ ({NUMBER})\.? .*)$',
@@ -126,7 +127,7 @@ def sheet_page(path, papers):
     text = link_own_sections(link_sheets(text, path.stem, heard), path.stem)
     parts = re.split(r'(?m)^(?=## )', text)        # a long page: links anew in each section
     text = ''.join(link_papers(link_pulls(part, set()), seen, papers) for part in parts)
-    return front(title, summary) + tools(path.relative_to(ROOT)) + text
+    return front(title, summary) + tools(path.relative_to(ROOT)) + text, seen
 
 
 def front(title, summary='', **more):
