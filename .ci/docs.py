@@ -1,7 +1,7 @@
 """Build what readers see from the notebooks: the site in _docs/ and README.md. Nothing is downloaded.
 
   python .ci/docs.py site     _docs/, with Quarto if it is installed, else with smalldocs; reused when no input has changed
-  python .ci/docs.py readme   README.md from nbs/index.ipynb
+  python .ci/docs.py readme   README.md from nbs/index.ipynb, CITATION.cff from settings.ini
 
 The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names, marks exported cells and links names
 to them (build/site/); the renderer makes HTML; `finish` turns the maths into MathML and refuses anything that would need a network.
@@ -371,9 +371,13 @@ def readme_text():
     return '\n\n'.join(parts) + '\n'
 
 
+def citation_text(): return reader.fill((PARTS/'CITATION.cff').read_text(encoding='utf-8'))
+
+
 def readme():
-    "Write README.md."
+    "Write README.md, and how to cite with what settings.ini says."
     (ROOT/'README.md').write_text(readme_text(), encoding='utf-8')
+    (ROOT/'CITATION.cff').write_text(citation_text(), encoding='utf-8')
 
 
 if __name__ == '__main__':
