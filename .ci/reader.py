@@ -302,6 +302,7 @@ def tools(path, module='', dates=None):
 class Sections(HTMLParser):
     "Collect what stands under each heading of a page, prose apart from code."
     SKIPPED = {'script', 'style', 'nav', 'svg', 'math'}
+    APART = {'br', 'p', 'li', 'td', 'th', 'tr', 'div'}
     EMPTY = {'meta', 'link', 'img', 'br', 'input', 'hr', 'source', 'wbr', 'col'}
 
     def __init__(self):
@@ -313,6 +314,7 @@ class Sections(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        if tag in self.APART: self.handle_data(' ')
         if tag in self.EMPTY: return
         role = 'nav' if 'page-tools' in (attrs.get('class') or '').split() else tag
         self.inside.append((tag, role))
