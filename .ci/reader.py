@@ -171,10 +171,16 @@ def people(authors):
     return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 
+def said(page):
+    "How a page is called in a list of pages."
+    return re.sub(r'^sheet_(pr|after)?(\w+)', lambda m: f'sheet of PR #{m[2]}' if m[1] == 'pr'
+        else f'sheet of what came after PR #{m[2]}' if m[1] else f'{m[2]} sheet', page)
+
+
 def bibliography_page(entries, used):
     "List the papers with their addresses and the pages that name them."
     def row(p):
-        where = ', '.join(f'[{page}]({page}.html)' for page in used.get(p['key'], []))
+        where = ', '.join(f'[{said(page)}]({page}.html)' for page in used.get(p['key'], []))
         venue = f" {p['journal']}," if 'journal' in p else ''
         title = p['title'].replace('``', '“').replace("''", '”')
         return (f"[]{{#{p['key']}}} {people(p['author'])}: [{title}]({address(p)}).{venue} {p['year']}."
@@ -351,8 +357,10 @@ def search_index(site):
 
 
 def head(page, name):
-    "Name the address under which a page is meant to be found."
+    """Name the address under which a page is meant to be found; the page for lost readers is shown
+    under any, so its links start from the address of the site."""
     known = settings()
-    if name == '404.html' or 'rel="canonical"' in page: return page
+    if name == '404.html': return page.replace('<head>', f'<head><base href="{known["doc_baseurl"]}/">', 1)
+    if 'rel="canonical"' in page: return page
     address = f"{known['site_url']}/{'' if name == 'index.html' else name}"
     return page.replace('</head>', f'<link rel="canonical" href="{html.escape(address)}"></head>', 1)

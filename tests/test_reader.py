@@ -188,7 +188,8 @@ def test_a_page_names_its_address():
     page = reader.head("<head></head>", "muon.html")
     assert f'<link rel="canonical" href="{reader.settings()["site_url"]}/muon.html">' in page
     assert reader.head(page, "muon.html") == page
-    assert reader.head("<head></head>", "404.html") == "<head></head>"
+    base = reader.settings()["doc_baseurl"]
+    assert reader.head("<head></head>", "404.html") == f'<head><base href="{base}/"></head>'
 
 
 def test_search_index_keeps_prose_and_code_apart(tmp_path):

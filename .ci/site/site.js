@@ -16,12 +16,13 @@
     box.setAttribute("aria-label", `Table ${number + 1}`);
     table.before(box);
     box.append(table);
+    box.classList.toggle("many-rows", table.rows.length > 40);
     table.classList.toggle("many-columns", columns > 6);
     if (columns < 5 && table.rows.length < 12) return;
     const link = make("a", { className: "table-csv", textContent: "CSV", download: `${page}-${number + 1}.csv`,
       title: "Download this table as CSV", href: "#" });
     link.addEventListener("click", () => { link.href = "data:text/csv;charset=utf-8," + encodeURIComponent(csv(table)); });
-    box.before(link);
+    box.after(link);
   });
 
   // ---- contents of the page where there is no margin for them
@@ -34,5 +35,14 @@
     folded.append(make("summary", { textContent: "On this page" }), list);
     list.addEventListener("click", () => { folded.open = false; });
     title.after(folded);
+  }
+
+  // ---- the search of the built-in renderer folds away on a phone: it moves under the bar
+  const search = document.querySelector(".smalldocs-search"), bar = document.querySelector(".quarto-secondary-nav");
+  if (search && bar) {
+    const home = search.parentElement, narrow = window.matchMedia("(max-width: 991.98px)");
+    const settle = () => (narrow.matches ? bar : home).append(search);
+    narrow.addEventListener("change", settle);
+    settle();
   }
 })();
