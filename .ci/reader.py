@@ -153,15 +153,23 @@ def address(paper):
 
 
 def link_papers(text, seen, entries):
-    "Link the name of a method or its authors to the bibliography, once a page for each paper."
+    """Link the name of a method or its authors to the bibliography, once a page for each paper, and
+    once more where a line lists `Papers:`."""
     names = {n.strip(): p['key'] for p in entries for n in p['names'].split(';')}
-    longest = sorted(names, key=len, reverse=True)
-    def link(m):
+    longest = '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
+    pattern = rf"(?<![\w#*-])(?P<name>{longest})(?![\w-])"
+    def link(m, done):
         key = names[m['name']]
-        if key in seen: return m[0]
-        seen.add(key)
+        if key in done: return m[0]
+        done.add(key)
         return f"[{m['name']}](bibliography.html#{key})"
-    return replace(text, rf"(?<![\w#*-])(?P<name>{'|'.join(map(re.escape, longest))})(?![\w-])", link)
+    def listed(m):
+        done = set()
+        line = replace(m[0], pattern, lambda n: link(n, done))
+        seen.update(done)
+        return line
+    text = re.sub(r'^(?:- )?Papers: [^\n]*$', listed, text, flags=re.M)
+    return replace(text, pattern, lambda m: link(m, seen))
 
 
 def people(authors):
@@ -265,7 +273,7 @@ def card(path):
         axes.plot([mean - half, mean + half], [i, i], color='#2f7d4f' if sure else '#bbbbbb', lw=2)
         axes.plot(mean, i, 'o', color='#2f7d4f' if sure else '#888888', ms=5)
     axes.axvline(0, color='#333333', lw=1)
-    axes.set(yticks=[], xlim=(-.03, .03))
+    axes.set(yticks=[])
     axes.set_xlabel('what ran against what was described, bits per byte, 95 % intervals', size=16)
     axes.tick_params(labelsize=13)
     axes.spines[['top', 'right', 'left']].set_visible(False)

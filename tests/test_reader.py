@@ -111,6 +111,13 @@ def test_a_paper_is_linked_once_a_page_and_not_inside_a_word():
     assert reader.link_papers("GPTQ again", seen, PAPERS) == "GPTQ again"
 
 
+def test_a_list_of_papers_is_all_links():
+    seen = {"jordan2024muon"}
+    text = reader.link_papers("Muon.\n\n- Papers: Muon (Jordan et al., 2024), AdamW.\n- AdamW", seen, PAPERS)
+    assert addresses(text) == ["bibliography.html#jordan2024muon",
+        "bibliography.html#loshchilov2019adamw"] and text.startswith("Muon.")
+
+
 def test_references_are_whole():
     keys = [p["key"] for p in PAPERS]
     assert len(keys) == len(set(keys)) == reader.BIBLIOGRAPHY.read_text().count("\n@")

@@ -446,10 +446,7 @@ def test_contents_and_search_are_at_hand_on_a_phone(site, browser):
         folded.find_element("css selector", "summary").click()
         links = folded.find_elements("css selector", "a")
         assert len(links) == len(browser.find_elements("css selector", "#TOC a")) and links[0].is_displayed()
-        box = browser.find_element("css selector", "#quarto-search")
-        if not box.is_displayed():
-            browser.find_element("css selector", ".navbar-toggler").click()
-            WebDriverWait(browser, HANG).until(lambda b: box.is_displayed())
+        assert browser.find_element("css selector", "#quarto-search").is_displayed()
     finally:
         browser.set_window_size(size["width"], size["height"])
     assert not browser.find_element("css selector", "details.contents-here").is_displayed()

@@ -18,6 +18,7 @@
     box.append(table);
     box.classList.toggle("many-rows", table.rows.length > 40);
     table.classList.toggle("many-columns", columns > 6);
+    all("td", table).forEach((c) => c.classList.toggle("long", c.textContent.length > 40));
     if (columns < 5 && table.rows.length < 12) return;
     const link = make("a", { className: "table-csv", textContent: "CSV", download: `${page}-${number + 1}.csv`,
       title: "Download this table as CSV", href: "#" });
