@@ -5,7 +5,8 @@
 
 The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names, marks exported cells and links names
 to them (build/site/); the renderer makes HTML; `finish` turns the maths into MathML and refuses anything that would need a network.
-What a reader expects around a chapter (sheets, papers, captions, the line under the title) is in reader.py, style and script in site/.
+What a reader expects around a chapter (sheets, papers, captions, the line under the title) is in
+reader.py; scripts and pages of the site alone are in site/.
 """
 import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
 import xml.etree.ElementTree as ET
@@ -126,7 +127,8 @@ def stage_notebook(nb, index, entries, dates):
             cell['source'] = stage_prose(source(cell), page, index, heard, seen)
         for data in (o['data'] for o in cell.get('outputs', [])
             if 'text/markdown' in o.get('data', {})):
-            data['text/markdown'] = reader.link_pulls(relink(''.join(data['text/markdown'])), seen[0])
+            shown = relink(''.join(data['text/markdown']))
+            data['text/markdown'] = reader.link_pulls(shown, seen[0])
         if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell)
         else: cells += framed(cell)
         if i == 0: cells.append(markdown(line, 'page-tools'))
@@ -148,7 +150,7 @@ def framed(cell):
 
 
 def stage_sources(entries, used):
-    "Write the appendix: the sheets of the systems, the bibliography, and the page for lost readers."
+    "Write the appendix: sheets, bibliography, and the page for lost readers."
     for path in sorted(reader.SOURCES.glob('*.md')):
         text, named = reader.sheet_page(path, entries)
         (STAGE/f'{path.stem}.qmd').write_text(text, encoding='utf-8')

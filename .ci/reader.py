@@ -1,7 +1,8 @@
-"""What a reader finds around a chapter: sources that open, papers, captions, the way to the notebook.
+"""What a reader finds around a chapter: sources that open, papers, captions, where the notebook is.
 
-docs.py calls these while it lays out the pages (text in, text out) and once more on the finished HTML. The sheets of the
-systems are nbs/sources/*.md, the papers nbs/references.bib; the address of the repository stands in settings.ini alone.
+docs.py calls these while it lays out the pages (text in, text out) and once more on the finished
+HTML. The sheets of the systems are nbs/sources/*.md, the papers nbs/references.bib; the address of
+the repository stands in settings.ini alone.
 """
 import base64, configparser, html, json, re, struct, subprocess
 from html.parser import HTMLParser
@@ -45,7 +46,8 @@ def link_pulls(text, seen):
     "Link pull requests and issues of the challenge where the page first names them."
     state = dict(end=-1, kind='pull')
     def link(m):
-        first = not (m['word'] is None and re.fullmatch(r',? (?:and )?|/', text[state['end']:m.start()]))
+        first = not (m['word'] is None
+            and re.fullmatch(r',? (?:and )?|/', text[state['end']:m.start()]))
         if first: state['kind'] = 'issues' if (m['word'] or '').startswith('issue') else 'pull'
         state['end'] = m.end()
         if m['n'] in seen: return m[0]
@@ -82,8 +84,8 @@ def place(sheet, section=''):
 
 
 def link_sheets(text, page, heard):
-    """Link each mention of a sheet to the section it names. `heard` is a list: its last entry is the
-    pull request that "its sheet" means."""
+    """Link each mention of a sheet to the section it names. `heard` is a list: its last entry is
+    the pull request that "its sheet" means."""
     def link(m):
         if m['pr']:
             if sections(f"sheet_pr{m['pr']}") is not None: heard.append(m['pr'])
@@ -95,7 +97,8 @@ def link_sheets(text, page, heard):
                 lambda n: f"[{n[0]}]({place('sheet_pr' + n[2], section)})", pulls)
         own = m['own'] or (heard[-1] if heard else page.removeprefix('pr'))
         if m['name'] in ('challenge', 'frontier'): sheet = f"sheet_{m['name']}"
-        elif m['own'] or m['sheet'] == 'sheet' and sections(f'sheet_pr{own}'): sheet = f'sheet_pr{own}'
+        elif m['own'] or m['sheet'] == 'sheet' and sections(f'sheet_pr{own}'):
+            sheet = f'sheet_pr{own}'
         else: sheet = 'sheets'
         return f'[{m[0]}]({place(sheet, section)})'
     return replace(text, rf"{SHEET}|(?:PRs?\s+)?(?<!\w)#(?P<pr>\d+)", link)
@@ -116,10 +119,10 @@ def literal(text):
 
 
 def sheet_page(path, papers):
-    """Make the page of one sheet: numbered sections get their anchors, every mention its link; gives
-    the papers that it names, too."""
-    title, summary, text = re.match(r'# ([^\n]*)\n\n> ([^\n]*)\n\n(.*)', path.read_text(encoding='utf-8'),
-        re.S).groups()
+    """Make the page of one sheet: numbered sections get their anchors, every mention its link.
+    Gives the papers that it names, too."""
+    parts = re.match(r'# ([^\n]*)\n\n> ([^\n]*)\n\n(.*)', path.read_text(encoding='utf-8'), re.S)
+    title, summary, text = parts.groups()
     text, heard, seen = literal(text), [path.stem.removeprefix('sheet_pr')], set()
     text = re.sub(rf'^(##+ ({NUMBER})\.? .*)$',
         lambda m: f"{m[1]} {{#section-{m[2].replace('.', '-')}}}", text, flags=re.M)
@@ -133,7 +136,8 @@ def sheet_page(path, papers):
 def front(title, summary='', **more):
     "Write the head of a page."
     rows = dict(title=title, **({'description': summary} if summary else {}), **more)
-    return '---\n' + ''.join(f'{k}: {json.dumps(v, ensure_ascii=False)}\n' for k, v in rows.items()) + '---\n\n'
+    lines = [f'{k}: {json.dumps(v, ensure_ascii=False)}\n' for k, v in rows.items()]
+    return '---\n' + ''.join(lines) + '---\n\n'
 
 
 # ---- papers
@@ -179,7 +183,7 @@ def people(authors):
     return ' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))
 
 
-def said(page):
+def called(page):
     "How a page is called in a list of pages."
     return re.sub(r'^sheet_(pr|after)?(\w+)', lambda m: f'sheet of PR #{m[2]}' if m[1] == 'pr'
         else f'sheet of what came after PR #{m[2]}' if m[1] else f'{m[2]} sheet', page)
@@ -188,11 +192,11 @@ def said(page):
 def bibliography_page(entries, used):
     "List the papers with their addresses and the pages that name them."
     def row(p):
-        where = ', '.join(f'[{said(page)}]({page}.html)' for page in used.get(p['key'], []))
+        where = ', '.join(f'[{called(page)}]({page}.html)' for page in used.get(p['key'], []))
         venue = f" {p['journal']}," if 'journal' in p else ''
         title = p['title'].replace('``', '“').replace("''", '”')
-        return (f"[]{{#{p['key']}}} {people(p['author'])}: [{title}]({address(p)}).{venue} {p['year']}."
-            + (f"<br>Named in {where}." if where else ''))
+        said = f"{people(p['author'])}: [{title}]({address(p)}).{venue} {p['year']}."
+        return f"[]{{#{p['key']}}} {said}" + (f"<br>Named in {where}." if where else '')
     order = sorted(entries, key=lambda p: (people(p['author']), p['year']))
     return front('Bibliography', 'Papers and notes that the book builds on, and where it does') + (
         'As BibTeX: [references.bib](references.bib).\n\n' + '\n\n'.join(map(row, order)) + '\n')
@@ -229,7 +233,7 @@ def number_figures(cells):
 
 
 def drawn_width(png):
-    "How wide a picture means to be, in pixels of the page: its own width, unless it was drawn denser."
+    "How wide a picture means to be, in pixels of the page; one drawn denser is not wider."
     width = struct.unpack('>I', png[16:20])[0]
     at = png.find(b'pHYs')
     dots = struct.unpack('>I', png[at+4:at+8])[0]*.0254 if at > 0 else 100
@@ -241,7 +245,8 @@ def sharpen(page):
     def sized(m):
         head = base64.b64decode(m[2][:400])
         return m[0].replace('<img ', f'<img width="{drawn_width(head)}" ', 1)
-    return re.sub(r'<img (?![^>]*width=)([^>]*)src="data:image/png;base64,([^"]*)"[^>]*>', sized, page)
+    picture = r'<img (?![^>]*width=)([^>]*)src="data:image/png;base64,([^"]*)"[^>]*>'
+    return re.sub(picture, sized, page)
 
 
 def differences():
@@ -294,7 +299,7 @@ def changed():
 
 
 def tools(path, module='', dates=None):
-    "Write the line under a title: the module, where the source is, how to run it, version and date."
+    "Write the line under a title: module, source, ways to run it, version and date."
     known, notebook = settings(), path.suffix == '.ipynb'
     blob = f"{known['git_url']}/blob/{known['branch']}/{path}"
     colab = blob.replace('https://github.com/', 'https://colab.research.google.com/github/')
@@ -368,7 +373,9 @@ def head(page, name):
     """Name the address under which a page is meant to be found; the page for lost readers is shown
     under any, so its links start from the address of the site."""
     known = settings()
-    if name == '404.html': return page.replace('<head>', f'<head><base href="{known["doc_baseurl"]}/">', 1)
+    if name == '404.html':
+        return page.replace('<head>', f'<head><base href="{known["doc_baseurl"]}/">', 1)
     if 'rel="canonical"' in page: return page
     address = f"{known['site_url']}/{'' if name == 'index.html' else name}"
-    return page.replace('</head>', f'<link rel="canonical" href="{html.escape(address)}"></head>', 1)
+    return page.replace('</head>',
+        f'<link rel="canonical" href="{html.escape(address)}"></head>', 1)

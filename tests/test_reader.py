@@ -1,4 +1,6 @@
-"What the site adds around a chapter, as text: links to sheets, papers and pull requests, captions, the index of search."
+"""What the site adds around a chapter, as text: links to sheets, papers and pull requests,
+captions, the index of search."""
+
 import io
 import json
 import re
@@ -104,7 +106,8 @@ def test_links_are_made_below_a_heading_and_once():
 
 def test_a_paper_is_linked_once_a_page_and_not_inside_a_word():
     seen = set()
-    text = reader.link_papers("GPTQ-lite, GPTQ (Frantar et al., 2022), AdamW and $GPTQ$", seen, PAPERS)
+    text = reader.link_papers("GPTQ-lite, GPTQ (Frantar et al., 2022), AdamW and $GPTQ$", seen,
+        PAPERS)
     assert addresses(text) == ["bibliography.html#frantar2023gptq",
         "bibliography.html#loshchilov2019adamw"]
     assert text.startswith("GPTQ-lite, [GPTQ]") and text.endswith("$GPTQ$")
@@ -113,7 +116,8 @@ def test_a_paper_is_linked_once_a_page_and_not_inside_a_word():
 
 def test_a_list_of_papers_is_all_links():
     seen = {"jordan2024muon"}
-    text = reader.link_papers("Muon.\n\n- Papers: Muon (Jordan et al., 2024), AdamW.\n- AdamW", seen, PAPERS)
+    text = reader.link_papers("Muon.\n\n- Papers: Muon (Jordan et al., 2024), AdamW.\n- AdamW",
+        seen, PAPERS)
     assert addresses(text) == ["bibliography.html#jordan2024muon",
         "bibliography.html#loshchilov2019adamw"] and text.startswith("Muon.")
 
@@ -218,7 +222,8 @@ def test_citation_and_changes_speak_of_this_version():
     assert (ROOT/"CITATION.cff").read_text() == docs.citation_text(), "run: make readme"
     cited = yaml.safe_load((ROOT/"CITATION.cff").read_text())
     assert cited["cff-version"] == "1.2.0" and cited["version"] == reader.settings()["version"]
-    assert re.search(rf"^## {re.escape(cited['version'])}\b", (ROOT/"CHANGELOG.md").read_text(), re.M)
+    assert re.search(rf"^## {re.escape(cited['version'])}\b",
+        (ROOT/"CHANGELOG.md").read_text(), re.M)
 
 
 def test_workflows_run_what_a_change_must_pass_and_publish_the_site():
@@ -229,4 +234,5 @@ def test_workflows_run_what_a_change_must_pass_and_publish_the_site():
     assert any(s.get("run") == ".ci/run" for s in steps["test"])
     assert any(s.get("run", "").endswith(" docs") for s in steps["pages"])
     assert any(s.get("with", {}).get("path") == docs.SITE.name for s in steps["pages"])
-    assert flows["pages"]["permissions"] == {"contents": "read", "pages": "write", "id-token": "write"}
+    assert flows["pages"]["permissions"] == {"contents": "read", "pages": "write",
+        "id-token": "write"}

@@ -21,6 +21,7 @@ from PIL import Image
 from conftest import HANG, ROOT
 
 sys.path.insert(0, str(ROOT / ".ci"))
+import reader
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -337,7 +338,6 @@ def test_source_page(site, browser, page):
 
 
 def test_each_paper_of_the_bibliography_can_be_opened(site):
-    import reader
     page = (SITE/"bibliography.html").read_text()
     for paper in reader.papers():
         assert f'id="{paper["key"]}"' in page and f'href="{reader.address(paper)}"' in page
@@ -347,21 +347,22 @@ def test_each_paper_of_the_bibliography_can_be_opened(site):
 
 def test_each_page_says_where_it_comes_from(site):
     for page, path in notebooks().items():
-        line = re.search(r'<div class="page-tools">(.*?)</div>', (SITE/f"{page}.html").read_text(), re.S)
+        line = re.search(r'<div class="page-tools">(.*?)</div>',
+            (SITE/f"{page}.html").read_text(), re.S)
         name = path.relative_to(ROOT)
-        for part in (f"/blob/main/{name}", f'href="notebooks/{path.name}"', "colab.research.google.com",
-            f"jupyter lab {name}", "version "):
+        for part in (f"/blob/main/{name}", f'href="notebooks/{path.name}"',
+            "colab.research.google.com", f"jupyter lab {name}", "version "):
             assert line and part in line[1], f"{page}: no {part}"
         assert (SITE/"notebooks"/path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_head_of_each_page_tells_other_sites_what_it_is(site):
-    import reader
     address = reader.settings()["site_url"]
     for page in [*notebooks(), *appendix()]:
         head = (SITE/f"{page}.html").read_text().partition("</head>")[0]
-        for part in ('property="og:title"', 'property="og:description"', f'content="{address}/card.png"',
-            'name="description"', f'rel="canonical" href="{address}/{"" if page == "index" else page}'):
+        for part in ('property="og:title"', 'property="og:description"',
+            f'content="{address}/card.png"', 'name="description"',
+            f'rel="canonical" href="{address}/{"" if page == "index" else page}'):
             assert part in head, f"{page}: no {part}"
     assert Image.open(SITE/"card.png").size == (1200, 630)
 
@@ -383,15 +384,24 @@ def test_a_lost_reader_finds_back(site):
 # Colours as they are painted: the ground is that of the nearest element that has one.
 CONTRAST = """const [selector] = arguments;
 const numbers = (c) => c.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v/255)
-  .map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((s, v, i) => s + v*[.2126, .7152, .0722][i], 0);
-const ground = (e) => { for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor);
-  if (c.length < 4 || c[3] > .5) return c; } return [255, 255, 255]; };
-return [...document.querySelectorAll(selector)].filter(e => e.offsetParent && e.textContent.trim() + (e.placeholder || ''))
+const linear = (v) => v/255 <= .03928 ? v/255/12.92 : ((v/255 + .055)/1.055)**2.4;
+const light = ([r, g, b]) => .2126*linear(r) + .7152*linear(g) + .0722*linear(b);
+const ground = (e) => {
+  for (; e; e = e.parentElement) {
+    const c = numbers(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > .5) return c;
+  }
+  return [255, 255, 255];
+};
+return [...document.querySelectorAll(selector)]
+  .filter(e => e.offsetParent && e.textContent.trim() + (e.placeholder || ''))
   .map(e => { const [a, b] = [numbers(getComputedStyle(e).color), ground(e)].map(light);
     return [(Math.max(a, b) + .05)/(Math.min(a, b) + .05), e.outerHTML.slice(0, 120)]; })
   .filter(([ratio]) => ratio < 4.5)"""
-READ = "main a, main p, main li, main td, main figcaption, #TOC a, #quarto-sidebar a, .footer a, #quarto-search input"
+READ = (
+    "main a, main p, main li, main td, main figcaption, #TOC a, #quarto-sidebar a, .footer a,"
+    " #quarto-search input"
+)
 
 
 @pytest.mark.parametrize("page", ["index", "muon", "sheets"])
@@ -426,13 +436,18 @@ def test_tables_can_be_taken_along(site, browser):
     "Wide tables scroll in their box; what is downloaded is what stands there."
     browser.get(f"{site}scoreboard.html")
     run = browser.execute_script
-    wide = run("return [...document.querySelectorAll('.table-box')].find(b => b.querySelector('.many-columns'))")
+    wide = browser.find_element("css selector", ".table-box:has(.many-columns)")
     assert run("return getComputedStyle(arguments[0]).overflowX", wide) == "auto"
     link = run("return arguments[0].nextElementSibling", wide)
     assert link.text == "CSV"
-    run("arguments[0].addEventListener('click', e => e.preventDefault()); arguments[0].click()", link)
+    run("arguments[0].addEventListener('click', e => e.preventDefault()); arguments[0].click()",
+        link)
     rows = list(csv.reader(io.StringIO(unquote(link.get_attribute("href").partition(",")[2]))))
-    shown = run("return [...arguments[0].querySelectorAll('tr')].map(r => [...r.children].map(c => c.textContent.trim()))", wide)
+    shown = run(
+        "return [...arguments[0].querySelectorAll('tr')].map(r => [...r.children].map(c =>"
+        " c.textContent.trim()))",
+        wide,
+    )
     assert rows == shown and len(rows) > 2
 
 
@@ -445,7 +460,8 @@ def test_contents_and_search_are_at_hand_on_a_phone(site, browser):
         assert folded.is_displayed()
         folded.find_element("css selector", "summary").click()
         links = folded.find_elements("css selector", "a")
-        assert len(links) == len(browser.find_elements("css selector", "#TOC a")) and links[0].is_displayed()
+        assert (len(links) == len(browser.find_elements("css selector", "#TOC a"))
+            and links[0].is_displayed())
         assert browser.find_element("css selector", "#quarto-search").is_displayed()
     finally:
         browser.set_window_size(size["width"], size["height"])
@@ -455,7 +471,10 @@ def test_contents_and_search_are_at_hand_on_a_phone(site, browser):
 def test_on_paper_the_text_stands_alone(site, browser):
     browser.get(f"{site}muon.html")
     run = browser.execute_script
-    seen = "return [...document.querySelectorAll(arguments[0])].some(e => e.offsetParent || e.getClientRects().length)"
+    seen = (
+        "return [...document.querySelectorAll(arguments[0])].some(e => e.offsetParent ||"
+        " e.getClientRects().length)"
+    )
     around = "#quarto-sidebar, #quarto-header, #quarto-margin-sidebar, .page-navigation, .table-csv"
     assert run(seen, around) and run(seen, "main pre")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
@@ -463,14 +482,15 @@ def test_on_paper_the_text_stands_alone(site, browser):
     finally: browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
-@pytest.mark.parametrize("asked, found", [("YaRN", "layers"), ("GPTQ fault", "gptq"), ("coverage", None),
-    ("frozen", None), ("test-time training", "ttt")])
+@pytest.mark.parametrize("asked, found", [("YaRN", "layers"), ("GPTQ fault", "gptq"),
+    ("coverage", None), ("frozen", None), ("test-time training", "ttt")])
 def test_search_finds_what_is_asked_for(site, browser, asked, found):
     "Words of titles before headings, headings before prose, prose before code."
     browser.get(f"{site}bibliography.html")
     if not (SITE/"site_libs"/"fuse").exists(): pytest.skip("the search is Quarto's own")
     hits = browser.execute_async_script("""const [asked, done] = arguments;
-        fetch('search.json').then(r => r.json()).then(all => done(new Fuse(all).search(asked).map(h => h.item)))""", asked)
+        fetch('search.json').then(r => r.json())
+          .then(all => done(new Fuse(all).search(asked).map(h => h.item)))""", asked)
     words = asked.lower().split()
     assert hits and all(w in json.dumps(hits[0], ensure_ascii=False).lower() for w in words)
     if found: assert f"{found}.html" in {h["href"].partition("#")[0] for h in hits[:5]}
