@@ -16,7 +16,7 @@
     box.setAttribute("aria-label", `Table ${number + 1}`);
     table.before(box);
     box.append(table);
-    box.classList.toggle("many-rows", table.rows.length > 40);
+    box.classList.toggle("many-rows", table.rows.length > (columns > 6 ? 15 : 40));
     table.classList.toggle("many-columns", columns > 6);
     all("td", table).forEach((c) => c.classList.toggle("long", c.textContent.length > 40));
     if (columns < 5 && table.rows.length < 12) return;
