@@ -225,6 +225,7 @@ def number_figures(cells):
         known = options(code)
         said = known.get('fig-cap') or known.get('fig-alt') or ''
         said = said if isinstance(said, list) else [said]*len(pictures)
+        said = [text[:1].upper() + text[1:].rstrip('.') + '.' if text else '' for text in said]
         captions = [f'Figure {count + i + 1}. {text}'.strip() for i, text in enumerate(said)]
         count += len(pictures)
         code = re.sub(r'^#\|\s*fig-cap:.*\n', '', code, flags=re.M)

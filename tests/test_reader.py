@@ -157,7 +157,7 @@ def test_figures_are_numbered_through_a_page():
         figure('#| echo: false\n#| fig-cap: "said"\nplot()', 2), figure("plot()")]
     reader.number_figures(cells)
     captions = [reader.options("".join(c["source"])).get("fig-cap") for c in cells]
-    assert captions == ["Figure 1. one: a line", None, ["Figure 2. said", "Figure 3. said"],
+    assert captions == ["Figure 1. One: a line.", None, ["Figure 2. Said.", "Figure 3. Said."],
         "Figure 4."]
     assert "".join(cells[0]["source"]).endswith('#| fig-alt: "one: a line"\nplot()')
 
