@@ -146,8 +146,9 @@ def load_recipe(
         saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
     saved["ours"] = tuple(saved.get("ours", ()))
-    sections = {f.name:f.type for f in fields(Recipe) if is_dataclass(f.type)}
-    return Recipe(**{k:sections[k](**v) if k in sections else v for k,v in saved.items()})
+    sections:dict[str,Any] = {f.name:f.type for f in fields(Recipe) if is_dataclass(f.type)}
+    for name,kind in sections.items(): saved[name] = kind(**saved[name])
+    return Recipe(**saved)
 
 # %% ../../nbs/systems/48_recipe.ipynb #fee7770a
 def find_setting(
