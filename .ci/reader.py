@@ -27,9 +27,9 @@ def fill(text):
     return re.sub(r'@(\w+)@', lambda m: known.get(m[1], m[0]), text)
 
 
-# ---- prose: what may be linked, and what stays as it is
+# ---- prose: what may be linked; code, headings, divs, links, formulas, addresses stay as they are
 
-KEPT = (r'^```.*?^```[ \t]*$|^#[^\n]*$|`[^`]*`|!?\[[^\]]*\]\([^)\n]*\)|\$\$.*?\$\$|\$[^$\n]+\$'
+KEPT = (r'^```.*?^```[ \t]*$|^#[^\n]*$|^:::[^\n]*$|`[^`]*`|!?\[[^\]]*\]\([^)\n]*\)|\$\$.*?\$\$|\$[^$\n]+\$'
     r'|<[^>\n]+>|https?://\S+')
 
 
