@@ -29,8 +29,8 @@ def fill(text):
 
 # ---- prose: what may be linked; code, headings, divs, links, formulas, addresses stay as they are
 
-KEPT = (r'^```.*?^```[ \t]*$|^#[^\n]*$|^:::[^\n]*$|`[^`]*`|!?\[[^\]]*\]\([^)\n]*\)|\$\$.*?\$\$|\$[^$\n]+\$'
-    r'|<[^>\n]+>|https?://\S+')
+KEPT = (r'^```.*?^```[ \t]*$|^#[^\n]*$|^:::[^\n]*$|`[^`]*`|!?\[[^\]]*\]\([^)\n]*\)'
+    r'|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]+>|https?://\S+')
 
 
 def replace(text, pattern, change):
