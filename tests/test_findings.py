@@ -45,7 +45,8 @@ def test_every_point_of_the_sheet_has_a_row(shared, system):
 
 
 def test_points_are_read_in_both_forms():
-    sheet = "## 11. Other\n1. no\n## 12. Claims\n1. **yes**\n2. yes\n### more\n- no\n## 13. End\n9. no"
+    sheet = ("## 11. Other\n1. no\n## 12. Claims\n1. **yes**\n2. yes\n### more\n- no\n"
+        "## 13. End\n9. no")
     assert points(sheet) == {1, 2}
     assert points("## 12. Claims\n| # | x |\n|---|---|\n| 1 | a |\n| 2 | b |") == {1, 2}
 
