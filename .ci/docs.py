@@ -5,8 +5,8 @@
   python .ci/docs.py readme   README.md from nbs/index.ipynb
 
 The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names,
-marks exported cells and links names to them (build/site/); the renderer makes HTML; `finish` turns the
-maths into MathML and refuses anything that would need a network.
+marks exported cells and links names to them (build/site/); the renderer makes HTML; `finish` turns
+the maths into MathML and refuses anything that would need a network.
 """
 import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
 import xml.etree.ElementTree as ET

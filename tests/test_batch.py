@@ -28,11 +28,12 @@ from pgolf.scale.batch import Local, jobs_for
 
 FAKE = """
 from pathlib import Path
+from pgolf.game.data import open_corpus
 from pgolf.systems import pipeline
 from pgolf.scale.runs import Run
 import time
 run = Run(recipe, out, scale, corpus, device, seed, nproc, eval_tokens, overrides)
-job = pipeline.start(run.resolve(), pipeline.open_corpus(corpus), out, device)
+job = pipeline.start(run.resolve(), open_corpus(corpus), out, device)
 print("seed", seed, flush=True)
 """
 ENDS = """

@@ -188,10 +188,11 @@ def test_import_leaves_an_unfinished_run_alone(main, done, tmp_path):
 
 
 NOTEBOOK = """
+from pgolf.game.data import open_corpus
 from pgolf.systems import pipeline
 from pgolf.command.options import resolve
 r = resolve("pr610", "tiny", dict(vocab_size=300), seed, steps=1)
-job = pipeline.start(r, pipeline.open_corpus(corpus), out, "cpu", 200, lines=True)
+job = pipeline.start(r, open_corpus(corpus), out, "cpu", 200, lines=True)
 curve = pipeline.train_weights(job)
 codes,errors = pipeline.write_artifact(job)
 scores = pipeline.score_all(job, codes)

@@ -301,7 +301,7 @@ def test_compile_falls_back_where_there_is_no_compiler(shard, monkeypatch):
     assert not res.compiled and "compile: off, no compiler on the PATH" in text.getvalue()
 
 
-def test_late_qat_compiles_once_more_and_takes_effect(shard):
+def test_late_qat_compiles_in_the_warm_up_and_takes_effect(shard):
     able, why = can_compile("cpu")
     if not able: pytest.skip(why)
     from torch._dynamo.utils import counters
@@ -320,7 +320,7 @@ def test_late_qat_compiles_once_more_and_takes_effect(shard):
     look = Validate(2, lambda m: {"x": float(m(torch.zeros(1, 4, dtype=torch.long)).sum())})
     _, compiled = run(shard, cfg, listeners=[qat(), look, count], **kw)
     eager, plain = run(shard, listeners=[qat()], **kw)[1].losses, run(shard, **kw)[1].losses
-    assert compiled.compiled and [n - count.seen[0] for n in count.seen] == [0, 0, 0, 0, 1, 1]
+    assert compiled.compiled and set(count.seen) == {2}, "both graphs before the first step"
     np.testing.assert_allclose(compiled.losses, eager, rtol=1e-3)  # last bits flip a few roundings
     assert eager[:4] == plain[:4] and abs(eager[4] - plain[4]) > 1e-2
 

@@ -20,7 +20,8 @@ from ..score.windows import document_starts
 from ..score.record import ALPHA, BYTES_PER_TOKEN, MARGIN, read_seeds
 from ..score.record import record as compare_seeds
 from ..systems.ownership import keep_free
-from ..systems.pipeline import pick_device, read_artifact
+from ..systems.pipeline import read_artifact
+from ..train.device import pick_device
 from ..systems.verdict import (audit_run, check_tokenizer, data_for, open_subject,
                                    verdict_line, verdict_rows)
 from ..speed.timing import bench_figure, bench_table

@@ -17,6 +17,7 @@ from ..game.shards import read_shard
 from ..game.documents import read_documents
 from ..game.fineweb import REPO, download_fineweb
 from ..squeeze.artifact import by_family, read_ledger
+from ..train.device import pick_device
 from ..systems import pipeline
 from ..systems.plan import plan_run
 from ..systems.recipe import diff
@@ -75,9 +76,9 @@ def show_run(r, report, out):
 
 # %% ../../nbs/command/85_running.ipynb #ea608ca9
 @command(hidden=True)
-def worker(out:Path):
-    "Train as one rank of the run whose folder is `out`."
-    pipeline.work(out)
+def worker(out:Path, stage:str="train"):
+    "Be one rank of a stage of the run whose folder is `out`."
+    pipeline.work(out, stage)
 
 # %% ../../nbs/command/85_running.ipynb #c922bbba
 Against = Annotated[str|None,
@@ -102,7 +103,7 @@ def plan(
     if against:
         return print_table(diff(r, at_scale(get_recipe(against), scale)),
             ["setting",r.name,against])
-    print_plan(r, plan_run(r, pipeline.pick_device(device)))
+    print_plan(r, plan_run(r, pick_device(device)))
     if run:
         print_table(by_family(read_ledger(run/"model.pgolf" if run.is_dir() else run)),
             ["measured","stored as","raw bytes","bytes"])

@@ -43,7 +43,8 @@ class ByteTables:
 # %% ../../nbs/game/02_bpb.ipynb #20b66593
 def byte_tables(
     sp,                  # SentencePiece processor
-    vocab_size:int|None=None, # rows of the model's embedding; ids beyond the tokenizer count no bytes
+    # rows of the model's embedding; ids beyond the tokenizer count no bytes
+    vocab_size:int|None=None,
 )->ByteTables:
     "Read the tables off a tokenizer, as the challenge's own script does."
     n = max(sp.vocab_size(), vocab_size or 0)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'Dataset', 'check_charge', 'check_bytes',
-           'open_dataset', 'bar', 'text_stats', 'data_notes', 'build_dataset', 'austen']
+           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen', 'open_corpus']
 
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
-import json, re, shutil, sys, uuid
+import json, re, shutil, uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np, torch, zstandard
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
-from tqdm import tqdm as plain_tqdm
-from tqdm.auto import tqdm
 
 from ..files import atomic_write, write_json
 from .bpb import ByteTables, SidecarBytes, byte_tables
@@ -27,6 +25,7 @@ from .shards import (ShardError, TokenStream, check_sums, read_shard, write_shar
                                write_sums)
 from .tokenizer import (TRANSFORMS, TextTransform, encode_document, load_tokenizer,
                                   text_transform, train_tokenizer)
+from ..show import bar
 
 # %% ../../nbs/game/06_data.ipynb #8846713f
 AUSTEN = dict(
@@ -290,35 +289,6 @@ def _sidecar(shards):
                 " take the sidecar of these shards")
     return tuple(files)
 
-# %% ../../nbs/game/06_data.ipynb #4f54b185
-class _Lines(plain_tqdm):
-    "A bar for files and pipes: a line now and then."
-    def __init__(self, *args, seconds=5., **kw):
-        kw |= dict(delay=max(seconds, kw.get("delay", 0)), mininterval=seconds,
-            maxinterval=10*seconds)
-        layout = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}, {remaining} left{postfix}"
-        super().__init__(*args, bar_format=layout, **kw)
-    def display(self, msg=None, pos=None): print(msg or str(self), file=self.fp, flush=True)
-    def clear(self, *_, **__): pass
-    def close(self):
-        if self.leave and not self.disable: self.display()
-        self.sp = None # what writes carriage returns; without it nothing is left to clear
-        super().close()
-    @classmethod
-    def write(cls, s, file=None, end="\n", nolock=False): print(s, file=file, end=end, flush=True)
-
-# %% ../../nbs/game/06_data.ipynb #0ad77926
-def bar(
-    iterable=None, # to go through, if any
-    file=None,     # where to write; default standard error
-    **kw,          # of tqdm
-):# a bar of tqdm
-    "Show progress: a bar in a terminal, a widget in a notebook, else lines."
-    where = sys.stderr if file is None else file
-    if tqdm.__module__ == "tqdm.auto" and where in (sys.stdout, sys.stderr): kind = tqdm # a widget
-    else: kind = plain_tqdm if where.isatty() else _Lines
-    return kind(iterable, file=file, **kw)
-
 # %% ../../nbs/game/06_data.ipynb #31e6ace7
 def _write_split(rows, folder, names, shard_size):
     "Write rows of numbers into shards, the last one shorter; how many files and numbers."
@@ -532,3 +502,12 @@ def austen(
             f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}:"
             " choose another path")
     return data
+
+# %% ../../nbs/game/06_data.ipynb #c5200101
+def open_corpus(
+    corpus:str,         # "austen", or the folder of a dataset
+    data:str="data",    # where the embedded corpus is unpacked
+)->Dataset:
+    "Data by name or folder."
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
+

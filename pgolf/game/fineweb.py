@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from .data import (Dataset, _check_shard, _entries, _expected_tokens, _read_manifest,
-                             _shard_names, bar, open_dataset)
+                             _shard_names, open_dataset)
+from ..show import bar
 from .shards import ShardError, file_sum, is_as_kept, read_sums, write_sums
 from .tokenizer import load_tokenizer
 

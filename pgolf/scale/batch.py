@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tqdm import tqdm
 from ..files import read_json
-from ..systems.pipeline import pick_device
+from ..train.device import pick_device
 from ..systems.plan import memory_bytes
 from ..systems.recipe import Recipe
 from ..systems.report import Report
@@ -85,9 +85,18 @@ def command(
     program = [sys.executable, "-m", "pgolf.cli", "execute"]
     return ["env", *env, *program, str(notebook), run.out, given]
 
-# %% ../../nbs/scale/71_batch.ipynb #8df210e1
+# %% ../../nbs/scale/71_batch.ipynb #c7100001
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) # how children are stopped, in this order
 
+def _signal(child, what):
+    "Tell a child; one that is to end takes its kernel and ranks with it."
+    try:
+        family = psutil.Process(child.pid).children(recursive=True)
+        for p in family if what != signal.SIGINT else (): p.send_signal(what)
+    except psutil.NoSuchProcess: pass
+    if child.poll() is None: child.send_signal(what)
+
+# %% ../../nbs/scale/71_batch.ipynb #8df210e1
 class Children:
     "Commands that run now, and how they are stopped."
     def __init__(self,
@@ -122,14 +131,6 @@ class Children:
             for s,f in before.items(): signal.signal(s, f)
             if self.timer: self.timer.cancel()
             self.tell(signal.SIGINT)
-
-def _signal(child, what):
-    "Tell a child; one that is to end takes its kernel and ranks with it."
-    try:
-        family = psutil.Process(child.pid).children(recursive=True)
-        for p in family if what != signal.SIGINT else (): p.send_signal(what)
-    except psutil.NoSuchProcess: pass
-    if child.poll() is None: child.send_signal(what)
 
 # %% ../../nbs/scale/71_batch.ipynb #08fea9a7
 class Local:

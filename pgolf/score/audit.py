@@ -13,7 +13,6 @@ __all__ = ['PASSED', 'FAILED', 'ABSENT', 'LATER', 'TOL', 'UpdateLog', 'Evaluatio
 import hashlib, math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +37,11 @@ class Evaluation:
     scorer:Callable
     vocab_size:int              # tokens that could have come
     bos_id:int=1                # starts a document
-    # tokens, targets -> (targets, vocab_size) log-probabilities before each target was seen
-    distributions:Callable|None=None
-    weights:Callable|None=None # tokens, targets -> (targets, ...) gates, weights or keys used for each
-    # ids (T,) -> (T, C): the input of the first layer that was meant to look at other positions
-    mixer:Callable|None=None
-    windows:Callable|None=None       # n -> (start, stop, first scored) of each window over n targets
-    log:Callable|None=None           # tokens -> UpdateLog
+    distributions:Callable|None=None # tokens, targets -> (targets, V) log-probabilities before
+    weights:Callable|None=None # tokens, targets -> (targets, ...) gates, weights or keys used
+    mixer:Callable|None=None # ids (T,) -> (T, C): input of the first layer that looks elsewhere
+    windows:Callable|None=None # n -> (start, stop, first scored) of each window over n targets
+    log:Callable|None=None     # tokens -> UpdateLog
     stopped:Callable|None=None # tokens, k -> as `scorer`, but learning from the first k chunks only
     chunk_tokens:int=0          # targets between two updates; 0: nothing is learnt
 
@@ -436,7 +433,7 @@ def model_evaluation(
     def embed(ids):
         with torch.no_grad():
             return model.embed(ids[None].to(next(model.parameters()).device))[0].float().cpu()
-    learns:dict[str,Any] = {} if ttt is None else dict(chunk_tokens=ttt.ttt_chunk_tokens,
+    learns:dict = {} if ttt is None else dict(chunk_tokens=ttt.ttt_chunk_tokens,
         log=lambda x: log_of(learnt(x, ttt)[0]),
         stopped=lambda x,k: -learnt(x, replace(ttt, ttt_max_chunks=k))[1].nll[:len(x)-1])
     return Evaluation(scorer, len(tables.base_bytes), bos_id,
@@ -482,7 +479,7 @@ def distributions(
 )->Tensor: # (targets, vocab_size) float32 log-probabilities, on the CPU
     "The whole distribution that each target was scored with."
     x = tokens.to(next(model.parameters()).device)
-    rows:dict[int,Any] = dict.fromkeys(targets)
+    rows:dict = dict.fromkeys(targets)
     plan = _chunks(len(tokens)-1, cfg, ttt)
     if ttt is None: _look(model, x, plan[0], cfg.eval_temperature, rows)
     else:

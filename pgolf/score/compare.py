@@ -85,7 +85,8 @@ def save_scores(
     "Write scores to an npz file."
     s, small = saved.scores, saved.scores.nll.float()
     exact = torch.equal(small.double(), s.nll)
-    arrays:dict[str,Any] = dict(nll=small if exact else s.nll, bytes=s.bytes.int(), target=saved.target.int(),
+    arrays:dict[str,Any] = dict(nll=small if exact else s.nll, bytes=s.bytes.int(),
+        target=saved.target.int(),
         position=saved.position.int(), kind=saved.kind)
     about = json.dumps(dict(text=saved.text, available=s.available, legal=s.legal,
         about=saved.about))

@@ -15,11 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
+from ..model.attention import many_lengths
 from ..model.layers import CastLinear
 from .ttt import Learner, illegal_rescore, score_with
+from ..train.device import Ranks
 from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
                                  evaluating, token_nll)
 from ..squeeze.quant import set_fake_quant
@@ -68,6 +71,11 @@ def document_plan(
 def _plans(tokens, bos_id, seq_len, chunk):
     ends = [*document_starts(tokens, bos_id).tolist(), len(tokens)-1]
     return [document_plan(a, b, seq_len, chunk) for a, b in zip(ends, ends[1:])]
+
+def _mine(plans, most, ranks):
+    "Documents that learn side by side, `most` at once: this rank's share."
+    return [plans[i:i+most] for i in range(0, len(plans), most)][ranks.rank::ranks.world]
+
 
 # %% ../../nbs/score/43_lora.ipynb #bd2f5515
 class _Factors:
@@ -185,20 +193,20 @@ def score_documents(
     cfg:LoRAConfig,        # what learns, and how
     bos_id:int=1,          # token that opens a document
     progress:bool=False,   # show a bar with time left and running bpb
+    ranks:Ranks=Ranks(),   # processes that share the documents; each gets all scores
 )->Scores: # every target once, in the order of the text, graded before it was learnt from
     "Score each document while adapters of its own learn from what has been scored of it."
     tokens, n_bytes = check_stream(tokens, tables)
     plans = _plans(tokens, bos_id, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
     x = tokens.to(next(model.parameters()).device)
-    done, nll = 0, torch.full((len(n_bytes),), math.nan, device=x.device)
-    at_once = range(0, len(plans), cfg.ttt_lora_docs)
-    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
+    nll = torch.full((len(n_bytes),), math.nan if ranks.world == 1 else 0., device=x.device)
+    with evaluating(model), many_lengths(x.device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
         _bar(n_bytes, progress) as tick:
-        for some in (plans[i:i+cfg.ttt_lora_docs] for i in at_once):
+        for some in _mine(plans, cfg.ttt_lora_docs, ranks):
             for graded in _rounds(model, x, some, cfg, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
-                done += len(graded.at)
-            tick(nll, done)
+            tick(nll, some[-1][-1][1])
+    if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 
 # %% ../../nbs/score/43_lora.ipynb #753d52af
@@ -218,9 +226,10 @@ class ByChunk:
     what = "learning from scored chunks" # for the row of a report
     def __init__(self,
         model:nn.Module, # a copy learns
-        recipe,          # sections `ttt` and `stages`
+        recipe,          # sections `ttt`, `score` and `stages`
+        ranks:Ranks=Ranks(), # processes that share the work
     ):
-        self.learner = Learner(model, recipe.ttt)
+        self.learner = Learner(model, recipe.ttt, ranks, recipe.score.eval_compile)
         if rules := recipe.stages.ttt_rules: set_fake_quant(self.learner.model, rules)
 
     def score(self, tokens:Tensor, tables:ByteTables, cfg:ScoreConfig, progress=False)->Scores:
@@ -238,12 +247,14 @@ class ByDocument:
     def __init__(self,
         model:nn.Module, # stays as it is
         recipe,          # section `lora`
+        ranks:Ranks=Ranks(), # processes that share the documents
     ):
-        self.model, self.cfg = model, recipe.lora
+        self.model, self.cfg, self.ranks = model, recipe.lora, ranks
         Adapters(model, self.cfg, 1) # raises where no layer matches
 
     def score(self, tokens:Tensor, tables:ByteTables, cfg:ScoreConfig, progress=False)->Scores:
         "Grade every target before it is learnt from."
-        return score_documents(self.model, tokens, tables, cfg, self.cfg, progress=progress)
+        return score_documents(self.model, tokens, tables, cfg, self.cfg, progress=progress,
+            ranks=self.ranks)
 
 ADAPTATIONS = dict(chunks=ByChunk, documents=ByDocument)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TTTConfig', 'trainable', 'ScoredChunk', 'Step', 'chunk_plan', 'choose_temperature', 'Learner', 'scored_chunks',
-           'training_rows', 'ttt_lr', 'adapt', 'score_with', 'score_and_adapt', 'Gain', 'ttt_gain', 'illegal_rescore']
+           'share', 'training_rows', 'ttt_lr', 'adapt', 'score_with', 'score_and_adapt', 'Gain', 'ttt_gain',
+           'illegal_rescore']
 
 # %% ../../nbs/score/41_ttt.ipynb #d7beb301
 import copy, math, re
@@ -13,10 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
-from ..train.device import maybe_compile
+from ..train.device import Ranks, maybe_compile
+from ..train.loop import average_gradients
 from ..squeeze.quant import first_match
 from .windows import (Difference, ScoreConfig, Scores, _bar, batches, check_stream,
                                  evaluating, paired_difference, plan_windows, score, token_nll,
@@ -172,21 +175,26 @@ def _learning_groups(model, cfg):
             f" ttt_only={cfg.ttt_only!r} leave nothing to train; loosen them")
     return [dict(params=ps, lr_mult=m) for m, ps in groups.items()]
 
+
 # %% ../../nbs/score/41_ttt.ipynb #68d68c39
 class Learner:
     "A copy of a model that learns from graded chunks; the model itself stays as it is."
     def __init__(self,
         model:nn.Module, # has `hidden`, `logits`, `loss` and the parameter names of `GPT`
         cfg:TTTConfig,   # what learns, and how
+        ranks:Ranks=Ranks(), # processes that share the work, each with a copy of its own
+        compile:bool|str=False, # the loss of full batches; "auto": on CUDA
     ):
-        self.model, self.cfg = copy.deepcopy(model), cfg
+        self.model, self.cfg, self.ranks = copy.deepcopy(model), cfg, ranks
+        device = next(self.model.parameters()).device
+        self.loss = maybe_compile(self.model.loss, compile, str(device))[0]
         self._graded:list[ScoredChunk] = [] # in order; only the last one may be learnt from
         self.steps:list[Step] = []          # the record of updates
         self.losses:list[Tensor] = []       # of each chunk learnt from: loss before each step
         groups = _learning_groups(self.model, cfg)
         self.params = [p for g in groups for p in g["params"]]
         if cfg.ttt_optimizer == "sgd":
-            self.opt:torch.optim.Optimizer = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+            self.opt:Any = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         else:
             self.opt = torch.optim.AdamW(groups, lr=cfg.ttt_lr, weight_decay=cfg.ttt_weight_decay)
     graded = property(lambda self: tuple(self._graded),
@@ -219,6 +227,7 @@ def scored_chunks(
                 nll[a:b].clone(), learner.updates, c == graded-1, at, trials, a))
             yield learner.graded[-1]
 
+
 # %% ../../nbs/score/41_ttt.ipynb #c9b42ff7
 def _check_new(learner):
     if learner.graded or learner.steps:
@@ -229,15 +238,29 @@ def _check_new(learner):
 def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
     "Write losses of windows into `nll`; return their sums under the candidate temperatures."
     trials = nll.new_zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
+    ranks, (a, b) = learner.ranks, (windows[0][2], windows[-1][1])
+    if ranks.world > 1: nll[a:b] = 0. # others add theirs
     with evaluating(learner.model):
-        for group in batches(windows, batch):
+        for group in batches(share(windows, ranks), batch):
             full = len(group) == batch
             at, logits = window_logits(learner.model, stream, group, hidden if full else None)
             nll[at] = token_nll(logits, stream[at+1], temperature)
             for i, t in enumerate(learner.cfg.ttt_temperatures):
                 trials[i] += token_nll(logits, stream[at+1], t).sum()
             tick(nll, group[-1][1])
+    if ranks.world > 1:
+        for t in (nll[a:b], trials): dist.all_reduce(t)
     return trials
+
+
+# %% ../../nbs/score/41_ttt.ipynb #c9b42f0s
+def share(
+    items:list, # the same on every rank
+    ranks:Ranks,# whose share
+)->list: # consecutive ones
+    "What this rank does of a list of equal jobs."
+    return items[len(items)*ranks.rank//ranks.world:len(items)*(ranks.rank+1)//ranks.world]
+
 
 # %% ../../nbs/score/41_ttt.ipynb #e6ee22e5
 def training_rows(
@@ -301,17 +324,37 @@ def adapt(
     learner.losses.append(torch.stack(losses) if losses else torch.zeros(0))
     return learner.losses[-1]
 
+
 # %% ../../nbs/score/41_ttt.ipynb #ead28c6a
 def _step(learner, x, y, lr):
     "Take one optimizer step; return the loss before it."
     for g in learner.opt.param_groups: g["lr"] = g["lr_mult"]*lr
     learner.opt.zero_grad(set_to_none=True)
-    loss = learner.model.loss(x, y)
-    loss.backward()
+    loss = _gradient(learner, x, y)
     if learner.cfg.ttt_grad_clip:
         nn.utils.clip_grad_norm_(learner.params, learner.cfg.ttt_grad_clip)
     learner.opt.step()
-    return loss.detach()
+    return loss
+
+
+# %% ../../nbs/score/41_ttt.ipynb #ead28c0s
+def _gradient(learner, x, y):
+    "Leave the gradient of a batch of rows, to which each rank adds its own; return the loss."
+    ranks, full = learner.ranks, len(x) == learner.cfg.ttt_batch_seqs
+    loss_fn = learner.loss if full else learner.model.loss # one shape is compiled
+    if ranks.world == 1:
+        loss = loss_fn(x, y)
+        loss.backward()
+        return loss.detach()
+    at, to = (len(x)*r//ranks.world for r in (ranks.rank, ranks.rank+1))
+    loss = torch.zeros((), device=x.device)
+    if to > at:
+        loss = loss_fn(x[at:to], y[at:to])*((to-at)*ranks.world/len(x))
+        loss.backward()
+    for p in learner.params: # with fewer rows than ranks some have none
+        if p.grad is None: p.grad = torch.zeros_like(p)
+    return average_gradients(learner.params, loss.detach(), ranks.world)
+
 
 # %% ../../nbs/score/41_ttt.ipynb #c7b14c12
 def score_with(
@@ -384,5 +427,5 @@ def illegal_rescore(
         raise ValueError("this learner has learnt from nothing, so nothing can leak; use score")
     c = score_cfg
     again = score(learner.model, tokens, tables, c.eval_seq_len, c.eval_stride, c.eval_batch,
-        c.eval_temperature, progress=progress, compile=c.eval_compile)
+        c.eval_temperature, progress=progress, compile=c.eval_compile, ranks=learner.ranks)
     return replace(again, legal=False)

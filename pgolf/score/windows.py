@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables, bits_per_byte
-from ..game.data import bar
+from ..show import bar
 from ..train.device import Ranks, maybe_compile
 
 # %% ../../nbs/score/40_windows.ipynb #e332ea56

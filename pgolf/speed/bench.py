@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..squeeze.artifact import load_artifact, save_artifact
 from ..train.averaging import EMA, HMA, SWA
 from ..game.bpb import ByteTables
-from ..game.data import bar
+from ..show import bar
 from ..game.shards import write_shard
 from ..train.device import Ranks, best_dtype, keep_memory
 from ..squeeze.entropy import decode, encode, entropy

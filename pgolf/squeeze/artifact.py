@@ -86,22 +86,22 @@ def squeeze(
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #07cae515
 def _planes(tensors):
-    """The bytes of tensors of one type as arrays: all first bytes, all second ones ...; (blocks,
-    rows, columns) where shapes agree."""
-    size, shapes = tensors[0].element_size(), {tuple(t.shape) for t in tensors}
+    "Tensors of one type as arrays of bytes, all first, all second ...; (blocks, rows, columns)."
+    shapes = {tuple(t.shape) for t in tensors}
     dims = [d for d in (len(tensors), *tensors[0].shape) if d != 1] if len(shapes) == 1 else []
-    flat = np.concatenate(
-        [np.frombuffer(_to_bytes(t), np.int8 if t.dtype == torch.int8 else np.uint8).reshape(size,
-            t.numel()) for t in tensors], 1)
-    return [p.reshape(math.prod(dims[:-2]), *dims[-2:]) if len(dims) > 1 else p for p in flat]
+    kind = np.int8 if tensors[0].dtype == torch.int8 else np.uint8
+    def rows(t): return np.frombuffer(_to_bytes(t), kind).reshape(t.element_size(), t.numel())
+    flat = np.concatenate([rows(t) for t in tensors], 1)
+    if len(dims) < 2: return list(flat)  # shapes differ, or there is but one axis
+    return [p.reshape(math.prod(dims[:-2]), *dims[-2:]) for p in flat]
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #102b5880
 def _smallest(array, codec, level, long):
     "The shorter of the streams that `codec` allows, and its name."
     names = CODERS if codec == "best" else (codec,)
     found = [(name, CODERS[name].encode(array, level, long)) for name in names]
     return min(found, key=lambda f: len(f[1]))
 
-# %% ../../nbs/squeeze/34_artifact.ipynb #5ea3f003
 def _compress(tensors, kind, codec, level, long):
     "Streams of a frame, each with its codec: one in all, or one per plane, whichever is smaller."
     check_codec(codec)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .artifact import family, ledger, pack
 from ..game.bpb import BYTE_LIMIT
-from ..game.data import bar
+from ..show import bar
 from .entropy import entropy
 from ..model.gpt import GPT, ModelConfig
 from .formats import load_published
@@ -56,8 +56,8 @@ def sigma_scale(
 )->Tensor: # (r, 1) float32, rounded to float16
     "Steps of PR #1394: clip each row at `k` of its standard deviations, without a search."
     if not k > 0: raise ValueError(f"k={k} must be above 0")
-    return (k*base_step(W, "sigma")/(grid.peak or grid.hi)).clamp(
-        min=grid.scale_floor).half().float()
+    scale = k*base_step(W, "sigma")/(grid.peak or grid.hi)
+    return scale.clamp(min=grid.scale_floor).half().float()
 
 # %% ../../nbs/squeeze/36_budget.ipynb #d2813de2
 def row_errors(
@@ -119,7 +119,8 @@ def metrics(
         usable = H is not None and H.shape == (W.shape[1],)*2 and H.float().diagonal().mean() > 0
         H = H.float() if H is not None and usable else None
         mean = 1. if H is None else H.diagonal().mean()
-        cost = torch.full((len(W),), float(mean)) if rows is None else rows[n].float()
+        cost = torch.full((len(W),), float(mean), device=W.device)
+        if rows is not None: cost = rows[n].float()
         out[n] = Metric(cost, None if H is None else H/mean)
     return out
 
@@ -192,7 +193,8 @@ def ladder(
     cfg:SqueezeConfig=SqueezeConfig(),
 )->list[Rung]: # finest first
     "Bytes and error of a matrix at every step of the ladder, from a sample of its rows."
-    W,sizes = W.detach().float(),cfg.sizes()
+    W = W.detach().float()
+    sizes = cfg.sizes()
     pick = torch.linspace(0, len(W)-1, min(len(W), max(16, cfg.sample//W.shape[1]))).long()
     # every rung of a row as a row of its own
     scale = torch.cat([scale_of(W, s, metric, cfg).expand(len(W), 1)[pick] for s in sizes])

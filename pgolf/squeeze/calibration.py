@@ -8,9 +8,12 @@ __all__ = ['collect_hessians', 'sample_tokens', 'calibration_windows', 'calibrat
 # %% ../../nbs/squeeze/32_calibration.ipynb #a648cf69
 from typing import Any
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..model.attention import many_lengths
 from ..model.gpt import GPT
+from ..train.device import Ranks
 from .gptq import GPTQConfig
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #22319c90
@@ -37,6 +40,23 @@ class _Moments:
         return {n: mean[o] for n,o in self.owner.items()}
     def shares(self): return {n: (c+1.)/(c.sum()+len(c)) for n,c in self.reads.items()}
 
+# %% ../../nbs/squeeze/32_calibration.ipynb #22319c9a
+def _add_up(moments):
+    "Sums over ranks; each has seen the same layers."
+    for n,S in moments.sums.items():
+        dist.all_reduce(S)
+        count = torch.tensor(moments.count[n], device=S.device)
+        dist.all_reduce(count)
+        moments.count[n] = int(count)
+    for c in moments.reads.values(): dist.all_reduce(c)
+
+def _check_split(split):
+    if split not in ("train","self"):
+        raise ValueError(
+            f"split={split!r}: calibration must not see validation tokens;"
+            " pass training batches or the model's own samples")
+
+
 # %% ../../nbs/squeeze/32_calibration.ipynb #f6a8e5f4
 def _check_finite(name, H):
     if not H.sum().isfinite():
@@ -50,20 +70,21 @@ def collect_hessians(
     batches, # iterable of token ids (B, T) int64, from training data or the model's own samples
     split:str="train", # where they come from: "train", or "self", the model; "val" is refused
     tables:bool=False, # embedding tables too
+    ranks:Ranks=Ranks(), # processes that share the batches, given the same ones; all get the means
 )->dict[str,Tensor]: # weight -> (n, n) float32; input table -> (rows,) shares; tied table -> (n, n)
     "Mean of x x^T over all positions, for the input x of every linear layer; shared where x is."
-    if split not in ("train","self"):
-        raise ValueError(
-            f"split={split!r}: calibration must not see validation tokens;"
-            " pass training batches or the model's own samples")
+    _check_split(split)
+    batches = list(batches)
+    if len(batches) < ranks.world: ranks = Ranks() # each for itself: the same sums
     moments,training = _Moments(),model.training
     handles = _hook(model, moments, tables)
     try:
         model.eval()
-        for ids in batches: _forward(model, ids, moments, tables)
+        for ids in batches[ranks.rank::ranks.world]: _forward(model, ids, moments, tables)
     finally:
         model.train(training)
         for h in handles: h.remove()
+    if ranks.world > 1: _add_up(moments)
     if not moments.sums:
         raise ValueError(
             "batches is empty or the model has no linear layers: nothing to calibrate on")
@@ -118,8 +139,9 @@ def sample_tokens(
     gen = torch.Generator().manual_seed(seed)
     first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
     try:
-        return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
-            for ids in first.split(batch)])
+        with many_lengths(next(model.parameters()).device):
+            return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
+                for ids in first.split(batch)])
     finally: model.train(training)
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #70f7c0b1
@@ -153,14 +175,17 @@ def calibration_windows(
             " give more data, or --corpus none to do without")
     return tokens[:len(tokens)//seq_len*seq_len].view(-1, seq_len)
 
+
 # %% ../../nbs/squeeze/32_calibration.ipynb #80cc5b01
 def calibrate(
     model:GPT,      # unquantized
     dataset,        # `Dataset`; only its training split is read
     cfg:GPTQConfig, # windows, how many, and whether tables count
     seq_len:int,    # tokens in each
+    ranks:Ranks=Ranks(), # processes that share the work
 )->dict: # as `collect_hessians`
     "Hessians on training text, or on what the model writes itself."
     if cfg.windows == "self": ids = sample_tokens(model, cfg.samples, seq_len, seed=0)
     else: ids = calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
-    return collect_hessians(model, ids.split(16), cfg.windows, cfg.tables)
+    size = min(16, -(-len(ids)//ranks.world)) # a batch for every rank
+    return collect_hessians(model, ids.split(size), cfg.windows, cfg.tables, ranks)

@@ -102,7 +102,8 @@ def _push(index, tables, bits, lanes):
     """Code places in the flattened `tables`, last first; give the last states and the words in
     reading order."""
     freq, start = (t.astype(np.uint32).ravel() for t in (tables, tables.cumsum(1)-tables))
-    x, q, words = np.full(lanes, 2**16, np.uint32), np.empty(lanes, np.uint32), []
+    x, q = np.full(lanes, 2**16, np.uint32), np.empty(lanes, np.uint32)
+    words = []
     step = 2**16//lanes*lanes                           # symbols looked up at once
     for at in reversed(range(0, len(index), step)):
         i = index[at:at+step].astype(np.intp)
@@ -136,7 +137,8 @@ def _pull(x, words, tables, values, n, place=None):
     "Undo `_push`: `values` per symbol of the alphabet; `place` gives the table of each symbol."
     size, which, mul, add = _slots(tables)
     value, bits = values[which%len(values)], size.bit_length()-1
-    x, lanes, words, pos = x.copy(), len(x), words.astype(np.uint32), 0
+    x, words = x.copy(), words.astype(np.uint32)
+    lanes, pos = len(x), 0
     step = 2**16//lanes*lanes
     out, slots = np.empty(n, values.dtype), np.empty(step, np.intp)
     for at in range(0, n, step):
@@ -251,7 +253,8 @@ GROUPS, TABLES = 16, 32 # most groups of rows and of columns; most tables
 def _nest(counts, most):
     "Label each row with one of at most `most` groups; maps from these to fewer, down to one."
     labels = np.unique(group_rows(counts, most), return_inverse=True)[1]
-    totals, maps = _totals(counts, labels, labels.max()+1), [np.arange(labels.max()+1)]
+    maps = [np.arange(labels.max()+1)]
+    totals = _totals(counts, labels, len(maps[0]))
     while (k := maps[-1].max()+1) > 1:
         groups = group_rows(_totals(totals, maps[-1], k), (int(k)+1)//2)
         fewer = np.unique(groups, return_inverse=True)[1]
@@ -350,6 +353,7 @@ def _plan(matrices, size, groups):
 # %% ../../nbs/squeeze/33_entropy.ipynb #d260f13e
 DTYPES = ("int8", "uint8", "int16", "uint16")
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #ddef3a87
 def encode(
     symbols,           # (..., r, c) int8, uint8, int16 or uint16; any shape, may be empty
     groups:int=GROUPS, # most groups of rows and of columns, 1..16; 1: one table for all
@@ -362,7 +366,8 @@ def encode(
             f"symbols: type {symbols.dtype}; convert them to one of {', '.join(DTYPES)}")
     head = _varint(DTYPES.index(symbols.dtype.name), symbols.ndim, *symbols.shape)
     if not symbols.size: return head
-    low, size = int(symbols.min()), int(symbols.max())-int(symbols.min())+1
+    low = int(symbols.min())
+    size = int(symbols.max())-low+1
     head += _varint(low-np.iinfo(symbols.dtype).min, size)
     if size == 1: return head
     index = symbols.astype(np.uint16)-np.uint16(low % 2**16)    # wraps: 0 .. size-1

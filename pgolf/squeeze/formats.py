@@ -105,7 +105,8 @@ def load_saved(
 )->dict: # tensors, numbers, text and containers of these
     "Load a torch-saved dictionary; nothing in it is executed."
     _check_zip(data, limit)
-    try: obj = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    file = io.BytesIO(data)
+    try: obj = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
         why = str(e).strip().split("\n")[0][:200] or type(e).__name__

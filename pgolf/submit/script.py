@@ -11,7 +11,8 @@ import builtins
 from dataclasses import MISSING,fields,is_dataclass
 from typing import NamedTuple
 import pgolf
-from .flatten import Module,flatten,global_names,minify,pack_code,read_package
+from .reach import Module,global_names,read_package
+from .flatten import flatten,minify,pack_code
 from ..systems.recipe import Recipe
 
 # %% ../../nbs/submit/61_script.ipynb #27613abe

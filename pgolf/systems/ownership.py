@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 'remember_data', 'own_data', 'same_data',
-           'same_tokenizer']
+           'same_tokenizer', 'check_data']
 
 # %% ../../nbs/systems/51_ownership.ipynb #762ffbed
 import atexit, hashlib, os, platform, sys
 from pathlib import Path
 
-from ..game.data import Dataset, austen, open_dataset
+from ..game.data import Dataset, austen, check_bytes, open_dataset
 from ..files import read_json, write_json
 from ..game.tokenizer import tokenizer_id
 
@@ -156,3 +156,24 @@ def same_tokenizer(
         raise ValueError(f"{who} was made with another tokenizer (fingerprint {known}) than"
             f" {dataset.path} ({here}): name its own data with --corpus")
     return ""
+
+# %% ../../nbs/systems/51_ownership.ipynb #aa0e29f8
+def check_data(
+    recipe, # its vocabulary and row length
+    dataset:Dataset, # shards and tokenizer
+):
+    "Raise for data that the recipe cannot train on or be scored on."
+    vocab,T = recipe.model.vocab_size, recipe.train.train_seq_len
+    if dataset.vocab_size!=vocab:
+        raise ValueError(
+            f"vocab_size={vocab} of the recipe, but the tokenizer of {dataset.path} has"
+            f" {dataset.vocab_size}: set vocab_size or take other data")
+    if (n := len(dataset.train_tokens(T)))<T:
+        raise ValueError(
+            f"{dataset.path}: {n} training tokens, one window has {T}: give more data, or a smaller"
+            " train_seq_len")
+    if len(dataset.val_tokens(2))<2:
+        raise ValueError(
+            f"{dataset.path}: the held-out text has no target to score: give more data")
+    check_bytes(dataset)
+

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..files import find_results
+from ..game.data import open_corpus
 from . import pipeline
 from ..squeeze.artifact import by_family, ledger
 from ..game.bpb import compressor_bpb
@@ -77,7 +78,7 @@ def open_page(
     "Check the parameters and open the folders of the runs."
     check_parameters(names, PARAMETERS)
     p = {k: names[k] for k in PARAMETERS}
-    dataset = pipeline.open_corpus(p["data"] or p["corpus"])
+    dataset = open_corpus(p["data"] or p["corpus"])
     limit = p["eval_tokens"]
     if limit < 0: limit = SCALES[p["scale"]].eval_tokens if p["scale"] in SCALES else 0
     def start(name, folder):

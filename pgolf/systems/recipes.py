@@ -168,6 +168,7 @@ def _shrink_run(s, r):
         warmup_steps=min(2, r.train.warmup_steps),
         log_every=max(1, s.iterations//12),
         checkpoint_every=s.iterations//3,
+        checkpoint_minutes=0.,
         samples=s.samples,
         keep_numel=s.keep_numel,
         eval_seq_len=s.seq_len,

@@ -14,19 +14,22 @@ import numpy as np, torch
 
 from ..squeeze.artifact import ArtifactError, load_artifact, peek
 from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text,
-                               calibration_apart, documents_apart, model_evaluation, passes,
-                               reported_sum)
+                               calibration_apart, documents_apart, model_evaluation,
+                               passes, reported_sum)
 from ..game.bpb import byte_tables
 from ..game.data import Dataset, check_bytes
 from .ownership import (fingerprint, own_data, read_json, same_data, same_tokenizer,
                                      write_json)
 from ..model.gpt import ModelConfig
 from .report import Report
-from .pipeline import open_corpus, read_artifact
+from ..game.data import open_corpus
+from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
 from .recipe import Recipe, load_recipe
 from .recipes import at_scale, get_recipe
 from ..score.windows import score
+from ..train.device import exactly
+
 
 # %% ../../nbs/systems/54_verdict.ipynb #385c9d6c
 def open_subject(
@@ -269,8 +272,9 @@ def audit_run(
     found = [*NO_REPORT]
     if report: found = audit_numbers(Path(path), report, row, recipe, dataset, model)
     found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
-    found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
-        tokens, places, seed)
+    with exactly(model):
+        found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
+            tokens, places, seed)
     about = (f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,}"
         f" targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed")
     out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage,

@@ -112,7 +112,7 @@ def save_checkpoint(
 # %% ../../nbs/train/24_checkpoint.ipynb #5f42ea77
 # may differ on resume
 FREE = {"train.compile", "train.log_every", "train.val_every", "train.checkpoint_every",
-    "train.warmup_steps"}
+    "train.checkpoint_minutes", "train.warmup_steps"}
 
 def _flatten(value, name=""):
     "Nested configuration as {dotted name: value}."

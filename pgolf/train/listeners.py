@@ -11,7 +11,7 @@ import json, math, sys
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from ..game.data import bar
+from ..show import bar
 from .loop import Run, settle
 from .checkpoint import save_checkpoint
 
@@ -146,19 +146,25 @@ def _with_time(run, begun, text):
 
 # %% ../../nbs/train/26_listeners.ipynb #5cf6b7f0
 class Checkpointer:
-    "Write a checkpoint every so many steps, off the clock."
+    "Write a checkpoint every so many steps, every so many minutes of training, or both."
     def __init__(self,
-        every:int,           # steps
+        every:int=0,         # steps; 0: never by steps
         path:Path|None=None, # file, default `out/checkpoint.safetensors`; overwritten each time
+        minutes:float=0.,    # of training, as all ranks agree on; 0: never by the clock
     ):
-        if every < 1:
-            raise ValueError(
-                f"every={every} must be at least 1; leave the listener out for no checkpoints")
-        self.every,self.path = every, path
+        if every < 0 or minutes < 0 or not every and not minutes:
+            raise ValueError(f"every={every}, minutes={minutes}: one must be above 0, none below;"
+                " leave the listener out for no checkpoints")
+        self.every,self.path,self.minutes,self.last = every, path, minutes, 0.
+    def on_start(self, run): self.last = run.agreed
     def after_step(self, run):
-        if run.step % self.every: return
+        by_step = self.every and run.step % self.every == 0
+        by_clock = self.minutes and run.agreed-self.last >= 60*self.minutes
+        if not by_step and not by_clock: return
+        self.last = run.agreed
         settle(run) # a run that has gone astray must not replace a good checkpoint
         with run.paused(): save_checkpoint(run, Path(self.path or run.out/"checkpoint.safetensors"))
+
 
 # %% ../../nbs/train/26_listeners.ipynb #7f5b5e7e
 class TensorBoard:

@@ -8,7 +8,7 @@ __all__ = ['TrainConfig', 'make_loader', 'average_gradients', 'choose_loss', 'Ru
 
 # %% ../../nbs/train/25_loop.ipynb #734a6b52
 import copy, importlib, json, math, signal, sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ..game.shards import BatchLoader
 from .checkpoint import _stateful, load_checkpoint, save_checkpoint
-from .device import Clock, Ranks, best_dtype, maybe_compile, setup_ranks, wait_for
+from .device import Clock, Ranks, best_dtype, maybe_compile, setup_ranks, tf32, wait_for
 from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
 
@@ -40,10 +40,12 @@ class TrainConfig:
     # steps between validations, for who builds the listeners; 0: at the end alone
     val_every:int=4000
     checkpoint_every:int=0         # steps between checkpoints, likewise; 0: none
+    # minutes of training between checkpoints, likewise; 0: none
+    checkpoint_minutes:float=5.
     def __post_init__(self):
         at_least_1 = ("train_batch_tokens", "train_seq_len", "num_spans", "log_every")
         at_least_0 = ("pass_tokens", "warmup_steps", "grad_clip_norm", "val_every",
-            "checkpoint_every")
+            "checkpoint_every", "checkpoint_minutes")
         for name in at_least_1+at_least_0:
             least = int(name in at_least_1)
             if not getattr(self, name) >= least:
@@ -277,19 +279,22 @@ def _record_step(run):
 def warm_up(
     run:Run, # left exactly as it was
     loss_fn, # (ids, targets) -> () mean nats per token
+    compiled:bool=False, # then also in every state that a listener will switch the model to
 ):
     "Run the warm-up steps, then restore weights, optimizer states and position."
-    if not run.cfg.warmup_steps: return
+    later = [l.rehearse for l in run.listeners if hasattr(l, "rehearse")] if compiled else []
+    if not run.cfg.warmup_steps and not compiled: return
     weights = {k: v.clone() for k,v in run.model.state_dict().items()}
     states = [copy.deepcopy(o.state_dict()) for o in run.optims]
     position = run.loader.position
-    for _ in range(run.cfg.warmup_steps):
-        forward_backward(run, loss_fn)
+    steps = max(run.cfg.warmup_steps, int(compiled)) # a compilation must not run on the clock
+    for state in (*(lambda run: nullcontext() for _ in range(steps)), *later):
+        with state(run): forward_backward(run, loss_fn)
         update(run.optims)
     run.model.load_state_dict(weights)
     for opt,state in zip(run.optims, states): opt.load_state_dict(state)
     run.loader.position = position
-    run.record(note=f"warm-up: {run.cfg.warmup_steps} steps run and undone")
+    run.record(note=f"warm-up: {steps+len(later)} steps run and undone")
 
 # %% ../../nbs/train/25_loop.ipynb #598fd464
 _STOPPING = "stopping after this step (press Ctrl-C three times to stop at once)"
@@ -350,8 +355,6 @@ def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=tim
     "Move the model, build optimizers and the run."
     model.to(ranks.device).train()
     if hasattr(model, "compute_dtype"): model.compute_dtype = best_dtype(ranks.device)
-    if torch.device(ranks.device).type == "cuda":
-        torch.set_float32_matmul_precision("high") # TF32 for what stays float32
     config = _settings(model, optim, schedule, cfg, listeners)
     optims = optim
     if not isinstance(optim, list):
@@ -360,12 +363,12 @@ def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=tim
     return Run(model, optims, loader, schedule, cfg, ranks, out, tuple(listeners), config, now=now)
 
 # %% ../../nbs/train/25_loop.ipynb #33606c05
-def _begin(run, loss_fn, why):
+def _begin(run, loss_fn, compiled, why):
     "Tell the listeners, warm up, start the clock."
     run.call("on_start")
     dtype = getattr(run.model, "compute_dtype", torch.float32)
     run.record(note=f"{why}; {dtype}; {run.world} rank(s) on {run.device}")
-    warm_up(run, loss_fn)
+    warm_up(run, loss_fn, compiled)
     run.clock.start()
 
 def _close(run):
@@ -403,8 +406,8 @@ def train(
     run = _prepare(model, loader, optim, schedule, cfg, listeners, setup_ranks(device), out, now)
     if resume: load_checkpoint(run, resume)
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
-    with _ctrl_c(run), _telling_failure(run):
-        _begin(run, loss_fn, why)
+    with _ctrl_c(run), _telling_failure(run), tf32(run.device):
+        _begin(run, loss_fn, compiled, why)
         while not (reason := why_stop(run)): train_step(run, loss_fn)
         run.stopped_by = reason
         path = _close(run)

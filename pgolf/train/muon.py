@@ -79,7 +79,7 @@ def _exchange(mine, shapes, owner, rank, world, like):
         own = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
         row[:len(own)] = own
     rows = row.new_empty(world*width)
-    dist.all_gather(list(rows.view(world, width)), row)
+    dist.all_gather_into_tensor(rows, row)
     at = [k*width for k in range(world)]  # where the next update of each rank begins
     out = []
     for (r,c),o in zip(shapes, owner):
@@ -187,15 +187,16 @@ def make_optimizers(
     world:int=1, # processes that share Muon's work
 )->list[torch.optim.Optimizer]: # Muon first, AdamW second; every group knows its base_lr
     "Optimizers of a model, by the groups of the configuration."
-    named,by_kind = param_groups(model, cfg.groups), dict(muon=[], adamw=[], none=[])
+    named = param_groups(model, cfg.groups)
+    by_kind = dict(muon=[], adamw=[], none=[])
     for g in cfg.groups:
         params = [p for _,p in named[g.name]]
         if params: by_kind[g.kind].append(dict(params=params, **_group_options(g, cfg)))
     out:list[torch.optim.Optimizer] = []
     if by_kind["muon"]:
         out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay,
-            ns_steps=cfg.ns_steps, row_norm=cfg.row_norm,
-                        ns_dtype=getattr(torch, cfg.ns_dtype), rank=rank, world=world))
+            ns_steps=cfg.ns_steps, row_norm=cfg.row_norm, ns_dtype=getattr(torch, cfg.ns_dtype),
+            rank=rank, world=world))
     if by_kind["adamw"]:
         fused = all(p.is_cuda for g in by_kind["adamw"] for p in g["params"])
         out.append(torch.optim.AdamW(by_kind["adamw"], betas=(cfg.beta1, cfg.beta2),
