@@ -10,12 +10,11 @@ __all__ = ['FULL_SPLITS', 'training_starts_behind', 'tokens_are_there', 'runs_ap
 import math
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..game.caseops import decode_case
-from .audit import ABSENT, FAILED, PASSED, Finding, _finding, documents
+from .audit import ABSENT, Finding, _finding, documents
 
 # %% ../../nbs/score/44c_rulings.ipynb #566fd526
 def training_starts_behind(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .budget import sigma_scale
 from .gptq import GPTQConfig, gptq
-from .quant import Grid, int_grid
+from .quant import Grid
 
 # %% ../../nbs/squeeze/37_sdclip.ipynb #9125f3eb
 def clip_scale(

@@ -6,10 +6,9 @@
 __all__ = ['SHUFFLED', 'GROUPED', 'byte_shuffle', 'byte_unshuffle', 'similarity_order', 'group_blob', 'ungroup_blob',
            'pack_streams', 'unpack_streams']
 
-# %% ../../nbs/squeeze/39_streams.ipynb #9634e9e1
+# %% ../../nbs/squeeze/39_streams.ipynb #33d10cb1
 import struct
 
-import brotli
 import numpy as np
 
 # %% ../../nbs/squeeze/39_streams.ipynb #3d92b46d
