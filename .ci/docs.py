@@ -1,10 +1,12 @@
-"""Build what readers see from the notebooks: the site in _docs/ and README.md. Nothing is downloaded.
+"""Build what readers see from the notebooks, the site in _docs/ and README.md, without a download.
 
-  python .ci/docs.py site     _docs/, with Quarto if it is installed, else with smalldocs; reused when no input has changed
+  python .ci/docs.py site     _docs/, with Quarto if it is installed, else with smalldocs;
+                              reused when no input has changed
   python .ci/docs.py readme   README.md from nbs/index.ipynb
 
-The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names, marks exported cells and links names
-to them (build/site/); the renderer makes HTML; `finish` turns the maths into MathML and refuses anything that would need a network.
+The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pages their names,
+marks exported cells and links names to them (build/site/); the renderer makes HTML; `finish` turns
+the maths into MathML and refuses anything that would need a network.
 """
 import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
 import xml.etree.ElementTree as ET
@@ -246,6 +248,8 @@ def mathml(tex, block):
     return ET.tostring(tree, encoding='unicode')
 
 
+AWAY = re.compile(r'<(?:script|img|iframe|source)[^>]*\bsrc="(?:https?:)?//[^"]*"'
+    r'|<link(?=[^>]*stylesheet)[^>]*href="(?:https?:)?//[^"]*"')
 MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 
@@ -262,8 +266,7 @@ def finish():
         text = re.sub(r'<(?:link|script)[^>]*https://cdn[^>]*katex[^>]*>(?:</script>)?', '', text)
         for m in re.findall(r'<math.*?</math>', text, re.S):
             used |= set(html.unescape(re.sub(r'<[^>]+>', '', m)))
-        if away := re.search(
-            r'<(?:script|img|iframe|source)[^>]*\bsrc="(?:https?:)?//[^"]*"|<link(?=[^>]*stylesheet)[^>]*href="(?:https?:)?//[^"]*"', text):
+        if away := AWAY.search(text):
             raise SystemExit(f"{path.name} loads from the network: {away[0]}")
         path.write_text(text, encoding='utf-8')
     # themes import web fonts; styles.css names fonts that every system has
@@ -297,8 +300,8 @@ def site():
     shutil.copytree(STAGE/'_site', SITE)
     finish()
     STAMP.write_text(state)
-    print(
-        f"{len(notebooks)} pages in {SITE.name}/; to read them: .venv/bin/python -m http.server -d {SITE.name}")
+    print(f"{len(notebooks)} pages in {SITE.name}/; to read them:"
+        f" .venv/bin/python -m http.server -d {SITE.name}")
 
 
 def readme_text():

@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old_file(tmp_path):
 import resource, signal, torch
 from pgolf.squeeze.artifact import save_artifact
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)) # the system refuses to let a file grow beyond this
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)) # no file may grow beyond this
 try: save_artifact({str(path)!r}, dict(x=torch.randn(10_000)))
 except OSError as e: print("refused", e)
 """

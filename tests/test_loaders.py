@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.game.data import write_shard
+from pgolf.game.shards import write_shard
 from pgolf.game.loaders import PackedLoader, ShuffledLoader, next_packed
 
 

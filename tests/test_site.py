@@ -174,11 +174,13 @@ def test_roots_have_their_sign(site, browser, page):
 
 # What an element that scrolls or hides lets through, against what stands in it.
 CUT = """const cut = [];
-for (const part of document.querySelectorAll('math mfrac > *, math msup > *, math munderover > *')) {
+const parts = 'math mfrac > *, math msup > *, math munderover > *';
+for (const part of document.querySelectorAll(parts)) {
   const box = part.getBoundingClientRect();
   for (let out = part.parentElement; out; out = out.parentElement) {
     const style = getComputedStyle(out);
-    if (style.overflowY == 'visible' || out == document.documentElement || out == document.body) continue;
+    if (style.overflowY == 'visible') continue;
+    if (out == document.documentElement || out == document.body) continue;
     const room = out.getBoundingClientRect();
     if (box.top < room.top - 1 || box.bottom > room.bottom + 1) cut.push(part.textContent);
   }
@@ -190,7 +192,8 @@ return cut"""
 ASIDE = """return [...document.querySelectorAll('math mover, math munder')]
   .filter(pair => pair.children[1].tagName == 'mo').map(pair => {
   const [base, sign] = [...pair.children].map(e => e.getBoundingClientRect());
-  const far = Math.abs((base.left + base.right - sign.left - sign.right)/2)/Math.max(base.width, sign.width);
+  const apart = Math.abs((base.left + base.right - sign.left - sign.right)/2);
+  const far = apart/Math.max(base.width, sign.width);
   return [far, pair.textContent] }).filter(([far]) => far > .25)"""
 
 
@@ -205,9 +208,8 @@ def test_formulas_are_whole(site, browser, page):
 
 def test_such_faults_would_show(site, browser):
     "The two faults that were there: a box that cuts what is above it, and a hat beside its letter."
-    cut = (
-        "<div style='overflow-y:hidden;height:9px'><math><mfrac><mi>a</mi><mi>b</mi></mfrac></math></div>"
-    )
+    formula = "<math><mfrac><mi>a</mi><mi>b</mi></mfrac></math>"
+    cut = f"<div style='overflow-y:hidden;height:9px'>{formula}</div>"
     aside = "<math><mover><mi>w</mi><mo style='margin-left:2em'>^</mo></mover></math>"
     browser.get(f"{site}index.html")
     browser.execute_script("document.querySelector('main').innerHTML = arguments[0]", cut + aside)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from pgolf.game.data import (Dataset, _check_documents, build_dataset, open_dataset, read_shard,
-    write_shard)
+from .data import Dataset, _check_documents, build_dataset, open_dataset
+from .shards import read_shard, write_shard
 from .tokenizer import encode_document, train_tokenizer
 
 # %% ../../nbs/game/07_caseops.ipynb #c277b672

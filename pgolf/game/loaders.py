@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import read_shard
+from .shards import read_shard
 
 # %% ../../nbs/game/08_loaders.ipynb #72013bbd
 class ShuffledOrder:

@@ -10,6 +10,7 @@ import hashlib, re
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -40,33 +41,40 @@ def cut_long(
 # %% ../../nbs/game/03_tokenizer.ipynb #87b69525
 def train_tokenizer(
     texts:Iterable[str],   # documents, or their lines
-    # the model file to write, *.model; a list of the pieces goes beside it, *.vocab
-    path:Path,
+    path:Path,             # model file to write, *.model; its pieces go beside it, *.vocab
     vocab_size:int,        # pieces, the 260 special and byte pieces included
     long_entries:str="cut",# above 4,192 bytes: "cut", or "skip" as the exporter does
     **trainer_overrides,   # SentencePiece trainer options, merged last
 )->SentencePieceProcessor: # the trained tokenizer, loaded from `path`
     "Train a tokenizer with the challenge's options."
-    options = TRAINER_OPTIONS | dict(vocab_size=vocab_size, minloglevel=2) | trainer_overrides
+    options:dict[str,Any] = dict(TRAINER_OPTIONS, vocab_size=vocab_size, minloglevel=2)
+    options |= trainer_overrides
     clean = [s for t in texts if (s := t.replace("\0", " ").strip())]
     if long_entries == "cut":
         clean = [p for s in clean for p in cut_long(s, options.get("max_sentence_length", 4192))]
     if not clean: raise ValueError("no text to train a tokenizer on: every document is empty")
-    path,model = Path(path),BytesIO()
+    model = BytesIO()
     try: SentencePieceTrainer.train(sentence_iterator=iter(clean), model_writer=model, **options)
     except RuntimeError as e:
         raise ValueError(
-            f"no tokenizer of vocab_size={vocab_size} from {sum(map(len, clean)):,} characters: {_reason(e)}") from None
-    sp = SentencePieceProcessor(model_proto=model.getvalue())
-    if sp.vocab_size() != options["vocab_size"]:
+            f"no tokenizer of vocab_size={vocab_size} from {sum(map(len, clean)):,} characters:"
+            f" {_reason(e)}") from None
+    return _keep(Path(path), model.getvalue(), options["vocab_size"])
+
+# %% ../../nbs/game/03_tokenizer.ipynb #3fba6bc9
+def _keep(path, model, vocab_size):
+    "Write a trained model and the list of its pieces, if it has as many as were asked for."
+    sp = SentencePieceProcessor(model_proto=model)
+    if sp.vocab_size() != vocab_size:
         raise ValueError(
-            f"the text yields {sp.vocab_size()} pieces, not vocab_size={options['vocab_size']}: take a smaller vocabulary or more text")
-    with atomic_write(path.with_suffix(".vocab")) as f:
-        f.writelines(f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n".encode()
-            for i in range(sp.vocab_size()))
-    with atomic_write(path) as f: f.write(model.getvalue())
+            f"the text yields {sp.vocab_size()} pieces, not vocab_size={vocab_size}:"
+            " take a smaller vocabulary or more text")
+    pieces = (f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n" for i in range(sp.vocab_size()))
+    with atomic_write(path.with_suffix(".vocab")) as f: f.write("".join(pieces).encode())
+    with atomic_write(path) as f: f.write(model)
     return sp
 
+# %% ../../nbs/game/03_tokenizer.ipynb #2a5124a8
 def _reason(e):
     "What the library means, for who does not know its source."
     if m := re.search(r"Vocabulary size too high .*<= *(\d+)", str(e)):
@@ -75,11 +83,10 @@ def _reason(e):
         return f"its characters and the special pieces alone are {m[2]}: take a larger vocabulary"
     return "the trainer of SentencePiece gave up: take more text, or another vocabulary size"
 
-
 # %% ../../nbs/game/03_tokenizer.ipynb #0f00a776
 def load_tokenizer(
     path:Path,           # a SentencePiece *.model file
-    vocab_size:int=None, # number of pieces it must have; None: any
+    vocab_size:int|None=None, # number of pieces it must have; None: any
 )->SentencePieceProcessor: # the tokenizer
     "Load a tokenizer and check its size."
     path = Path(path)
@@ -89,8 +96,7 @@ def load_tokenizer(
     if vocab_size is not None and sp.vocab_size() != vocab_size:
         raise ValueError(
             f"{path} has {sp.vocab_size()} pieces, expected vocab_size={vocab_size}: take the"
-            " tokenizer that the shards were made with"
-        )
+            " tokenizer that the shards were made with")
     return sp
 
 # %% ../../nbs/game/03_tokenizer.ipynb #f9e0a5be
@@ -107,9 +113,8 @@ def encode_document(
             "the tokenizer has no BOS piece, which starts every document: take one that has")
     if half := re.search("[\ud800-\udfff]", text):
         raise ValueError(
-            f"{half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can"
-            " hold: mend or drop the document"
-        )
+            f"{half[0]!r} at character {half.start()} is half a character,"
+            " which no UTF-8 text can hold: mend or drop the document")
     return np.array([sp.bos_id(), *sp.encode(text)], dtype=np.uint16)
 
 def tokenizer_id(
@@ -117,4 +122,3 @@ def tokenizer_id(
 )->str: # equal for equal files
     "Short name of a tokenizer, by its content."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-

@@ -244,7 +244,8 @@ class Group:
 BASE_GROUPS = (  # as PR #610 forms them; attn_gate as in PR #601
     Group(
         "matrices",
-        r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$|^(bigram|ve_shared)\.proj\.weight$",
+        r"^blocks\.\d+\.(attn\.(c_[qkv]|proj|attn_gate)|mlp\.(fc|proj))\.weight$"
+        r"|^(bigram|ve_shared)\.proj\.weight$",
         "muon",
         "matrix_lr",
     ),
@@ -253,7 +254,8 @@ BASE_GROUPS = (  # as PR #610 forms them; attn_gate as in PR #601
     ),
     Group(
         "scalars",
-        r"(scale|resid_mix|q_gain|vr_lambda|gate|bias|skip_weights|skip_gates|ve_layer_scales\.\d+)$",
+        r"(scale|resid_mix|q_gain|vr_lambda|gate|bias|skip_weights|skip_gates"
+        r"|ve_layer_scales\.\d+)$",
         "adamw",
         "scalar_lr",
     ),

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
+from ..model.attention import many_lengths
 from ..model.layers import CastLinear
+from ..train.device import Ranks
 from .windows import (ScoreConfig, Scores, _bar, check_stream, document_starts,
                                  evaluating, token_nll)
 
@@ -52,45 +56,55 @@ def document_plan(
     stop:int,    # one past its last
     seq_len:int, # longest window, tokens
     chunk:int,   # targets per chunk, 1..seq_len
-)->list[tuple[int,int,
-    int]]: # (start, stop, first scored) of the window of each chunk, half open, targets
-    """Cut a document into chunks, each with a window that ends with it and stays within the
-    document."""
+)->list[tuple]: # (start, stop, first scored) of the window of each chunk, half open, targets
+    "Cut a document into chunks, each with a window that ends with it and stays in the document."
     if chunk > seq_len:
         raise ValueError(
-            f"ttt_lora_chunk_tokens={chunk} does not fit in a window, eval_seq_len={seq_len};"
-            " lower it"
-        )
+            f"ttt_lora_chunk_tokens={chunk} does not fit in a window,"
+            f" eval_seq_len={seq_len}; lower it")
     ends = [(first, min(stop, first+chunk)) for first in range(start, stop, chunk)]
     return [(max(start, end-seq_len), end, first) for first, end in ends]
 
+def _plans(tokens, bos_id, seq_len, chunk):
+    ends = [*document_starts(tokens, bos_id).tolist(), len(tokens)-1]
+    return [document_plan(a, b, seq_len, chunk) for a, b in zip(ends, ends[1:])]
+
+def _mine(plans, most, ranks):
+    "Documents that learn side by side, `most` at once: this rank's share."
+    return [plans[i:i+most] for i in range(0, len(plans), most)][ranks.rank::ranks.world]
+
+
 # %% ../../nbs/score/43_lora.ipynb #bd2f5515
-class Adapters:
+class _Factors:
+    "A (docs, r, in), the same for every document, and B (docs, out, r), zero at first."
+    def __init__(self, model, cfg, docs):
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CastLinear)
+            and re.search(cfg.ttt_lora_targets, n)}
+        if not self.layers:
+            raise ValueError(
+                f"ttt_lora_targets={cfg.ttt_lora_targets!r} matches no linear layer of the model;"
+                " attn.c_q is one")
+        r, device = cfg.ttt_lora_rank, next(model.parameters()).device
+        gen = torch.Generator().manual_seed(cfg.ttt_lora_seed)
+        self.A, self.B = {}, {}
+        for n, m in self.layers.items():
+            a = (2*torch.rand(r, m.in_features, generator=gen)-1)*m.in_features**-.5
+            self.A[n] = a.to(device).repeat(docs, 1, 1).requires_grad_()
+            self.B[n] = torch.zeros(docs, m.out_features, r, device=device, requires_grad=True)
+
+# %% ../../nbs/score/43_lora.ipynb #15eef4f7
+class Adapters(_Factors):
     "Fresh low-rank factors for some documents, and the optimizer that trains them."
     def __init__(self,
         model:nn.Module, # its matching `CastLinear` layers are adapted
         cfg:LoRAConfig,  # rank, layers, optimizer
         docs:int,        # documents side by side
     ):
-        self.cfg, self.updates, self.rows, gen = cfg, 0, slice(None), torch.Generator().manual_seed(
-            cfg.ttt_lora_seed)
-        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, CastLinear)
-            and re.search(cfg.ttt_lora_targets, n)}
-        if not self.layers:
-            raise ValueError(
-                f"ttt_lora_targets={cfg.ttt_lora_targets!r} matches no linear layer of the model; attn.c_q is one")
-        r, device = cfg.ttt_lora_rank, next(model.parameters()).device
-        draw = {n: (2*torch.rand(r, m.in_features, generator=gen)-1)*m.in_features**-.5
-            for n, m in self.layers.items()}
-        # (docs, r, in)
-        self.A = {n: a.to(device).repeat(docs, 1, 1).requires_grad_() for n, a in draw.items()}
-        # (docs, out, r)
-        self.B = {n: torch.zeros(docs, m.out_features, r, device=device, requires_grad=True)
-            for n, m in self.layers.items()}
+        super().__init__(model, cfg, docs)
+        self.cfg, self.updates, self.rows = cfg, 0, slice(None)
         self.params = [*self.A.values(), *self.B.values()]
         self.opt = torch.optim.AdamW(self.params, lr=cfg.ttt_lora_lr,
             betas=(0., cfg.ttt_lora_beta2), eps=1e-10, weight_decay=cfg.ttt_lora_weight_decay)
-
     @contextmanager
     def on(self, rows): # documents that the rows of a batch belong to
         "Add the adapters' output to their layers."
@@ -99,7 +113,6 @@ class Adapters:
         try: yield
         finally:
             for h in hooks: h.remove()
-
     def _add(self, name, layer, inputs, out):
         A, B = (f[name][self.rows].to(out.dtype) for f in (self.A, self.B))
         return out + self.cfg.ttt_lora_scale*(inputs[0] @ A.mT) @ B.mT
@@ -114,8 +127,8 @@ def merged(
     out = copy.deepcopy(model)
     with torch.no_grad():
         for n in adapters.layers:
-            out.get_submodule(
-                n).weight += adapters.cfg.ttt_lora_scale*adapters.B[n][doc] @ adapters.A[n][doc]
+            weight = out.get_submodule(n).weight
+            weight += adapters.cfg.ttt_lora_scale*adapters.B[n][doc] @ adapters.A[n][doc]
     return out
 
 # %% ../../nbs/score/43_lora.ipynb #9c443b14
@@ -129,7 +142,7 @@ class GradedRows:
     nll:Tensor     # (n,) float32, nats, with gradient
 
 def grade_rows(
-    model:nn.Module,      # has `hidden(ids)` and `logits(hidden)`, as `GPT`
+    model:Any,            # has `hidden(ids)` and `logits(hidden)`, as `GPT`
     adapters:Adapters,    # of this model
     tokens:Tensor,        # (N+1,) int64, on the model's device
     windows:list,         # one (start, stop, first scored) per row
@@ -159,11 +172,10 @@ def learn_rows(
     if graded.updates != own.updates:
         raise ValueError(
             f"graded before update {graded.updates}, but {own.updates} updates have been taken"
-            " since: learn from a chunk once, before the next is graded"
-        )
-    per = torch.zeros(len(more), device=graded.nll.device)
-    mean = per.index_add(0, graded.row, graded.nll)/per.index_add(0, graded.row,
-        torch.ones_like(graded.nll))
+            " since: learn from a chunk once, before the next is graded")
+    zeros = torch.zeros(len(more), device=graded.nll.device)
+    count = zeros.index_add(0, graded.row, torch.ones_like(graded.nll))
+    mean = zeros.index_add(0, graded.row, graded.nll)/count
     own.opt.zero_grad(set_to_none=True)
     for p, g in zip(own.params, torch.autograd.grad((mean*more).sum(), own.params)): p.grad = g
     own.opt.step()
@@ -178,24 +190,23 @@ def score_documents(
     cfg:LoRAConfig,        # what learns, and how
     bos_id:int=1,          # token that opens a document
     progress:bool=False,   # show a bar with time left and running bpb
+    ranks:Ranks=Ranks(),   # processes that share the documents; each gets all scores
 )->Scores: # every target once, in the order of the text, graded before it was learnt from
     "Score each document while adapters of its own learn from what has been scored of it."
     tokens, n_bytes = check_stream(tokens, tables)
-    device = next(model.parameters()).device
-    ends = [*document_starts(tokens, bos_id).tolist(), len(n_bytes)]
-    plans = [document_plan(a, b, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
-        for a, b in zip(ends, ends[1:])]
-    done, nll = 0, torch.full((len(n_bytes),), math.nan, device=device)
-    with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), _bar(n_bytes,
-        progress) as tick:
-        for i in range(0, len(plans), cfg.ttt_lora_docs):
-            for graded in _rounds(model, tokens.to(device), plans[i:i+cfg.ttt_lora_docs], cfg,
-                score_cfg.eval_temperature):
+    plans = _plans(tokens, bos_id, score_cfg.eval_seq_len, cfg.ttt_lora_chunk_tokens)
+    x = tokens.to(next(model.parameters()).device)
+    nll = torch.full((len(n_bytes),), math.nan if ranks.world == 1 else 0., device=x.device)
+    with evaluating(model), many_lengths(x.device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
+        _bar(n_bytes, progress) as tick:
+        for some in _mine(plans, cfg.ttt_lora_docs, ranks):
+            for graded in _rounds(model, x, some, cfg, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
-                done += len(graded.at)
-            tick(nll, done)
+            tick(nll, some[-1][-1][1])
+    if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 
+# %% ../../nbs/score/43_lora.ipynb #753d52af
 def _rounds(model, tokens, plans, cfg, temperature)->Iterator[GradedRows]:
     "Grade chunk after chunk of some documents; learn from each once its grades have been taken."
     adapters = Adapters(model, cfg, len(plans))

@@ -22,8 +22,7 @@ from .quant import Quantized
 from ..files import atomic_write
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #a6d516e4
-class ArtifactError(ValueError):
-    "A file that is not, or no longer, an artifact."
+class ArtifactError(ValueError): "A file that is not, or no longer, an artifact."
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #2d4094a7
 def family(
@@ -35,9 +34,8 @@ def family(
 def _order(name): return family(name), [int(i) for i in re.findall(r"\d+", name)], name
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #5e87d321
-DTYPES = {str(d).removeprefix("torch."): d
-    for d in (torch.float32, torch.float16, torch.bfloat16, torch.int64,
-    torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 def _to_bytes(t):
     "Little-endian bytes, all first bytes of the numbers together, then all second ones."
@@ -79,8 +77,8 @@ def squeeze(
     "Compress with zstd."
     if level is None: return min((squeeze(data, l, long, check) for l in LEVELS), key=len)
     if not 1 <= level <= 22: raise ValueError(f"level={level} not in 1..22")
-    extra = dict(enable_ldm=True,
-        window_log=min(25, max(10, len(data).bit_length()))) if long else {}
+    window = min(25, max(10, len(data).bit_length()))
+    extra = dict(enable_ldm=True, window_log=window) if long else {}
     params = zstandard.ZstdCompressionParameters.from_level(level, source_size=max(1, len(data)),
         write_content_size=True, write_checksum=check, **extra)
     return zstandard.ZstdCompressor(compression_params=params).compress(data)
@@ -89,15 +87,16 @@ def squeeze(
 CODECS = ("zstd", "rans", "best")
 
 def _planes(tensors):
-    """The bytes of tensors of one type as arrays: all first bytes, all second ones ...; (blocks,
-    rows, columns) where shapes agree."""
-    size, shapes = tensors[0].element_size(), {tuple(t.shape) for t in tensors}
+    "Tensors of one type as arrays of bytes, all first, all second ...; (blocks, rows, columns)."
+    shapes = {tuple(t.shape) for t in tensors}
     dims = [d for d in (len(tensors), *tensors[0].shape) if d != 1] if len(shapes) == 1 else []
-    flat = np.concatenate(
-        [np.frombuffer(_to_bytes(t), np.int8 if t.dtype == torch.int8 else np.uint8).reshape(size,
-            t.numel()) for t in tensors], 1)
-    return [p.reshape(math.prod(dims[:-2]), *dims[-2:]) if len(dims) > 1 else p for p in flat]
+    kind = np.int8 if tensors[0].dtype == torch.int8 else np.uint8
+    def rows(t): return np.frombuffer(_to_bytes(t), kind).reshape(t.element_size(), t.numel())
+    flat = np.concatenate([rows(t) for t in tensors], 1)
+    if len(dims) < 2: return list(flat)  # shapes differ, or there is but one axis
+    return [p.reshape(math.prod(dims[:-2]), *dims[-2:]) for p in flat]
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #102b5880
 def _smallest(array, codec, level, long):
     "The shorter of the streams that `codec` allows, and its name."
     found = []
@@ -117,10 +116,10 @@ def _compress(tensors, kind, codec, level, long):
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #af3dee40
 MAGIC, VERSION = b"PGOLF\r\n\x1a", 2 # version 1 had one zstd stream per frame; it is read as well
-# bytes unpacked; a header of 4 MB becomes at most some 100 MB of Python objects
-LIMIT, HEADER_LIMIT = 2**28, 2**22
-# magic, version, header bytes (unpacked, stored), payload bytes (unpacked, stored)
-_PREFIX = struct.Struct("<8sIIIQQ")
+LIMIT = 2**28        # bytes unpacked
+HEADER_LIMIT = 2**22 # a header of 4 MB becomes at most some 100 MB of Python objects
+_PREFIX = struct.Struct("<8sIIIQQ") # magic, version, header (unpacked, stored), payload (likewise)
+_RAISE = "raise the limit if you trust the file"
 _DIGEST = hashlib.sha256().digest_size
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #2f5d0997
@@ -136,6 +135,7 @@ def pack(
     "Lay tensors out as one file: prefix, header, payload, checksum."
     return b"".join(_pieces(tensors, meta, level, long, codec))
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #6b02b0c5
 def _pieces(tensors, meta, level, long, codec):
     "The bytes of `pack`, in pieces."
     frames, body, at = [], [], 0
@@ -144,8 +144,7 @@ def _pieces(tensors, meta, level, long, codec):
         for _, name, t in parts:
             data = _to_bytes(t)
             records.append(dict(name=name, kind=kind, dtype=str(t.dtype).removeprefix("torch."),
-                shape=list(t.shape),
-                                offset=at, length=len(data), crc32=zlib.crc32(data)))
+                shape=list(t.shape), offset=at, length=len(data), crc32=zlib.crc32(data)))
             at += len(data)
         streams = _compress([t for *_, t in parts], kind, codec, level, long)
         body += [s for _, s in streams]
@@ -163,46 +162,37 @@ def _seal(header, body, size):
         raise ValueError(
             f"header of {len(header)} bytes, the most is {HEADER_LIMIT}: put less into meta")
     head = squeeze(header, 22, check=True) # whoever reads the header alone sees whether it is sound
-    pieces = [_PREFIX.pack(MAGIC, VERSION, len(header), len(head), size, sum(map(len, body))),
-        head, *body]
+    stored = sum(map(len, body))
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), len(head), size, stored)
     digest = hashlib.sha256()
-    for p in pieces: digest.update(p)
-    return [*pieces, digest.digest()]
+    for piece in (prefix, head, *body): digest.update(piece)
+    return [prefix, head, *body, digest.digest()]
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #6799c84d
 def _prefix(data, limit):
     "Sizes of header and payload: unpacked, stored; checked against the limits."
     if len(data) < _PREFIX.size:
         raise ArtifactError(
-            f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}: truncated; copy"
-            " it again"
-        )
+            f"{len(data)} bytes, an artifact has at least {_PREFIX.size+_DIGEST}:"
+            " truncated; copy it again")
     magic, version, head_size, head, size, body = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise ArtifactError(f"starts with {bytes(magic)!r}, not {MAGIC!r}: not a pgolf artifact")
     if version > VERSION:
         raise ArtifactError(
             f"format version {version}, this package reads up to {VERSION}: written by a newer"
-            " pgolf; update the package, or use the release that wrote it"
-        )
+            " pgolf; update the package, or use the release that wrote it")
     if version < 1: raise ArtifactError("format version 0: there is none; the file is damaged")
     if max(head_size, head) > HEADER_LIMIT:
         raise ArtifactError(
-            f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}: damaged or"
-            " hostile"
-        )
-    if head_size+size > limit:
-        raise ArtifactError(
-            f"unpacks to {head_size+size} bytes, more than limit={limit}; raise the limit if you"
-            " trust the file"
-        )
-    if head+body > limit+HEADER_LIMIT:
-        raise ArtifactError(
-            f"holds {head+body} bytes, more than limit={limit}; raise the limit if you trust the"
-            " file"
-        )
+            f"header of {max(head_size, head)} bytes, the most is {HEADER_LIMIT}:"
+            " damaged or hostile")
+    for does, n, most in (("unpacks to", head_size+size, limit),
+        ("holds", head+body, limit+HEADER_LIMIT)):
+        if n > most: raise ArtifactError(f"{does} {n} bytes, more than limit={limit}; {_RAISE}")
     return head_size, head, size, body
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #e22da286
 def _take(f, data, n):
     "Append `n` bytes of a binary file to `data`, in pieces."
     end = len(data)+n
@@ -210,21 +200,23 @@ def _take(f, data, n):
         piece = f.read(min(2**20, end-len(data)))
         if not piece:
             raise ArtifactError(
-                f"ends after {len(data)} bytes where its prefix says more: truncated; copy it again"
-            )
+                f"ends after {len(data)} bytes where its prefix says more:"
+                " truncated; copy it again")
         data += piece
     return data
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #6889d79f
-def _open(data, limit):
-    """Check what the prefix says, and the checksum; return header (unpacked), payload (as stored)
-    and the payload's unpacked size."""
-    head_size, head, size, body = _prefix(data, limit)
-    if len(data) != _PREFIX.size+head+body+_DIGEST:
+def _check_length(n, head, body):
+    "Raise unless a file of `n` bytes is as long as the sizes in its prefix say."
+    want = _PREFIX.size+head+body+_DIGEST
+    if n != want:
         raise ArtifactError(
-            f"{len(data)} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated"
-            " or extended; copy it again"
-        )
+            f"{n} bytes where its prefix says {want}: truncated or extended; copy it again")
+
+def _open(data, limit):
+    "Header (unpacked), payload (as stored) and its unpacked size, after a look at the checksum."
+    head_size, head, size, body = _prefix(data, limit)
+    _check_length(len(data), head, body)
     view = memoryview(data)
     if hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
         raise ArtifactError("checksum differs: the file is damaged; copy it again")
@@ -256,54 +248,63 @@ _EXPAND = dict(zstd=_expand, rans=_expand_rans)
 # %% ../../nbs/squeeze/34_artifact.ipynb #89f2604d
 def _is(value, fields):
     "Whether a JSON value is an object of exactly these fields and types."
-    return isinstance(value, dict) and set(value) == set(fields) and all(type(value[k]) is t
-        for k, t in fields.items())
+    if not isinstance(value, dict) or set(value) != set(fields): return False
+    return all(type(value[k]) is t for k, t in fields.items())
 
 def _refuse(constant): raise ValueError(f"{constant} is not JSON")
 
 def _header(data):
-    "Parse the header: meta and frames; a frame of version 1 had one size and no list of streams."
+    "Parse the header: meta and frames."
     try: header = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError) as e:
         raise ArtifactError(f"header is not JSON: {str(e)[:200]}") from None
     if not _is(header, dict(meta=dict, frames=list)):
         raise ArtifactError("header must have the fields meta (object) and frames (list)")
-    frames = [dict(streams=[["zstd", f["stored"]]], tensors=f["tensors"])
-        if _is(f, dict(stored=int, tensors=list)) else f for f in header["frames"]]
-    for i, f in enumerate(frames):
-        if isinstance(f, dict) and "codec" in f:
-            raise ArtifactError(
-                f"frame {i}: a rANS stream of format version 1, which nothing reads any more: write the file again from its checkpoint")
-        if not _is(f, dict(streams=list, tensors=list)) or not f["tensors"]:
-            raise ArtifactError(
-                f"frame {i}: {str(f)[:80]!r} must have the fields streams and tensors, lists that are not empty")
-    return header["meta"], frames
+    return header["meta"], [_frame(f, i) for i, f in enumerate(header["frames"])]
+
+# %% ../../nbs/squeeze/34_artifact.ipynb #385c3d34
+def _frame(f, i):
+    "A frame of the header, in the form of version 2."
+    if _is(f, dict(stored=int, tensors=list)):
+        f = dict(streams=[["zstd", f["stored"]]], tensors=f["tensors"])
+    if isinstance(f, dict) and "codec" in f:
+        raise ArtifactError(
+            f"frame {i}: a rANS stream of format version 1, which nothing reads any more:"
+            " write the file again from its checkpoint")
+    if not _is(f, dict(streams=list, tensors=list)) or not f["tensors"]:
+        raise ArtifactError(
+            f"frame {i}: {str(f)[:80]!r} must have the fields streams and tensors,"
+            " lists that are not empty")
+    return f
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #8e658091
 _FIELDS = dict(name=str, kind=str, dtype=str, shape=list, offset=int, length=int, crc32=int)
 
+def _is_shape(shape):
+    "Whether a list can be the shape of a tensor that a machine could hold."
+    if len(shape) > 8 or any(type(d) is not int or not 0 <= d < 2**40 for d in shape): return False
+    return math.prod(max(1, d) for d in shape) < 2**40
+
+# %% ../../nbs/squeeze/34_artifact.ipynb #62b82a56
 def _check_record(r, at, size):
     "Check a tensor record that must start at byte `at` of a payload of `size` bytes."
     if not _is(r, _FIELDS):
         raise ArtifactError(
-            f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)}, each of its"
-            " type"
-        )
+            f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)},"
+            " each of its type")
     who = f"tensor {r['name'][:80]!r}"
     if r["kind"] not in ("codes", "scale", "tensor"):
         raise ArtifactError(f"{who}: unknown kind {r['kind'][:40]!r}")
     if r["dtype"] not in DTYPES: raise ArtifactError(f"{who}: unknown dtype {r['dtype'][:40]!r}")
     if len(r["name"]) > 999:
         raise ArtifactError(f"{who}...: a name of {len(r['name'])} characters; the most is 999")
-    if len(r["shape"]) > 8 or any(type(d) is not int or not 0 <= d < 2**40
-        for d in r["shape"]) or math.prod(max(1, d) for d in r["shape"]) >= 2**40:
+    if not _is_shape(r["shape"]):
         raise ArtifactError(f"{who}: bad shape {str(r['shape'])[:40]}")
     length = math.prod(r["shape"])*DTYPES[r["dtype"]].itemsize
     if r["offset"] != at or r["length"] != length or at+length > size:
         raise ArtifactError(
-            f"{who}: offset {r['offset']} and length {r['length']} where {at} and {length} of"
-            f" {size} bytes are expected"
-        )
+            f"{who}: offset {r['offset']} and length {r['length']}"
+            f" where {at} and {length} of {size} bytes are expected")
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #063195af
 def _check_streams(f, i):
@@ -319,6 +320,7 @@ def _check_streams(f, i):
             raise ArtifactError(
                 f"frame {i}: stream {str(s)[:80]!r} must be a codec, zstd or rans, and a size")
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #8ae5b59f
 def _layout(head, size, stored):
     "Check the whole header against the sizes of the prefix; return meta and frames."
     (meta, frames), at, total = _header(head), 0, 0
@@ -330,9 +332,8 @@ def _layout(head, size, stored):
         total += sum(n for _, n in f["streams"])
     if (at, total) != (size, stored):
         raise ArtifactError(
-            f"frames hold {at} of {size} bytes, {total} of {stored} stored: some belong to no"
-            " tensor"
-        )
+            f"frames hold {at} of {size} bytes, {total} of {stored} stored:"
+            " some belong to no tensor")
     return meta, frames
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #3f0a81e2
@@ -364,16 +365,12 @@ def _join(name, parts):
         raise ArtifactError(
             f"tensor {name[:80]!r} has the parts {sorted(parts)}; codes and scale belong together")
     codes, scale = parts["codes"], parts["scale"]
-    if (
-        codes.dtype != torch.int8
-        or codes.ndim != 2
-        or scale.dtype != torch.float16
-        or scale.shape not in ((len(codes), 1), (1, 1))
-    ):
+    are_codes = codes.dtype == torch.int8 and codes.ndim == 2
+    are_steps = scale.dtype == torch.float16 and scale.shape in ((len(codes), 1), (1, 1))
+    if not (are_codes and are_steps):
         raise ArtifactError(
             f"tensor {name[:80]!r}: codes {codes.dtype} {tuple(codes.shape)} and scale"
-            f" {scale.dtype} {tuple(scale.shape)} do not fit"
-        )
+            f" {scale.dtype} {tuple(scale.shape)} do not fit")
     return Quantized(codes, scale)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #e9e7a84d
@@ -383,7 +380,8 @@ def unpack(
 )->tuple[dict,dict]: # name -> Tensor or Quantized, and meta
     "Read an artifact; whatever is wrong with it is an `ArtifactError`."
     head, body, size = _open(data, limit)
-    (meta, frames), found, start = _layout(head, size, len(body)), {}, 0
+    meta, frames = _layout(head, size, len(body))
+    found, start = {}, 0
     for i, f in enumerate(frames):
         for r, raw in _expand_frame(f, i, body[start:]):
             parts = found.setdefault(r["name"], {})
@@ -418,9 +416,7 @@ def _from(source, read):
     except ArtifactError as e: raise ArtifactError(f"{source}: {e}") from None
 
 def load_artifact(
-    # path, or a binary file open for reading, which is left after the artifact's last byte and may
-    # be a pipe
-    source,
+    source,          # path; or a binary file, perhaps a pipe, which is left behind the artifact
     limit:int=LIMIT, # most bytes it may unpack to
 )->tuple[dict,dict]: # name -> Tensor or Quantized; meta
     "Read a file back; an error names it."
@@ -429,8 +425,7 @@ def load_artifact(
         _, head, _, body = _prefix(data, limit)
         _take(f, data, head+body+_DIGEST)
         if f is not source and f.read(1):
-            raise ArtifactError(
-                f"goes on after {len(data)} bytes, its end: extended; copy it again")
+            raise ArtifactError(f"goes on after {len(data)} bytes, its end; copy it again")
         return unpack(data, limit)
     return _from(source, read)
 
@@ -454,29 +449,25 @@ def _shares(weights, total):
 def peek(
     source,          # path, or a binary file open for reading
     limit:int=LIMIT, # most bytes it may unpack to
-)->tuple[dict,
-# meta; one row per stored part, one for the container, `stored` sums to the size of the file
-list[LedgerRow]]:
+)->tuple[dict,list[LedgerRow]]: # meta; one row per stored part, one for the container
     "Meta and ledger of an artifact from its header alone: the payload is neither read nor checked."
     def read(f):
         data = _take(f, bytearray(), _PREFIX.size)
         head_size, head, size, body = _prefix(data, limit)
-        if f is not source and (n := os.fstat(f.fileno())
-            .st_size) != _PREFIX.size+head+body+_DIGEST:
-            raise ArtifactError(
-                f"{n} bytes where its prefix says {_PREFIX.size+head+body+_DIGEST}: truncated or"
-                " extended; copy it again"
-            )
-        (meta, frames), rows = _layout(_expand(bytes(_take(f, data, head)[_PREFIX.size:]),
-            head_size, "header"), size, body), []
-        for f in frames:
-            stored = _shares([max(1, r["length"]) for r in f["tensors"]],
-                sum(n for _, n in f["streams"]))
-            rows += [LedgerRow(r["name"], r["kind"], tuple(r["shape"]), r["length"], n)
-                for r, n in zip(f["tensors"], stored)]
-        return meta, rows+[LedgerRow("container", "header", (), _PREFIX.size+head_size+_DIGEST,
-            _PREFIX.size+head+_DIGEST)]
+        if f is not source: _check_length(os.fstat(f.fileno()).st_size, head, body)
+        header = _expand(bytes(_take(f, data, head)[_PREFIX.size:]), head_size, "header")
+        meta, frames = _layout(header, size, body)
+        rows = [row for frame in frames for row in _rows(frame)]
+        around = _PREFIX.size+_DIGEST
+        return meta, [*rows, LedgerRow("container", "header", (), around+head_size, around+head)]
     return _from(source, read)
+
+def _rows(frame):
+    "One row per tensor, its share of the stored bytes by its length; they add up to all of them."
+    stored = sum(n for _, n in frame["streams"])
+    shares = _shares([max(1, r["length"]) for r in frame["tensors"]], stored)
+    for r, n in zip(frame["tensors"], shares):
+        yield LedgerRow(r["name"], r["kind"], tuple(r["shape"]), r["length"], n)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #e17b44e3
 def ledger(
@@ -497,6 +488,7 @@ def read_ledger(
     "The ledger of a file; an error names it."
     return peek(path, limit)[1]
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #755806bb
 def by_family(
     rows:list, # of `ledger`
 )->list[tuple[str,str,int,int]]: # (family, kind, raw bytes, stored bytes), largest first

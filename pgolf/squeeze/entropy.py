@@ -34,9 +34,8 @@ def normalise(
     spare = 2**bits - int(present.sum())
     if counts.min(initial=0) < 0 or not total or spare < 0:
         raise EntropyError(
-            f"counts: {int(present.sum())} symbols cannot share 2^{bits} slots; give 1..2^{bits}"
-            " positive counts"
-        )
+            f"counts: {int(present.sum())} symbols cannot share 2^{bits} slots;"
+            f" give 1..2^{bits} positive counts")
     share, rest = np.divmod(counts*spare, total)
     freq = present + share
     freq[np.argsort(-rest, kind="stable")[:2**bits-int(freq.sum())]] += 1
@@ -62,11 +61,13 @@ def _published_table(counts):
     freq = [b-a for a, b in zip(cdf, cdf[1:])]
     if bad := [s for s, f in enumerate(freq) if f < 1]:
         raise EntropyError(
-            f"counts: the published table gives symbol {bad[0]} the frequency {freq[bad[0]]}; such"
-            " a stream was never decodable"
-        )
+            f"counts: the published table gives symbol {bad[0]} the frequency {freq[bad[0]]};"
+            " such a stream was never decodable")
     return [s for s, f in enumerate(freq) for _ in range(f)], freq, cdf
 
+_WRONG = "truncated or damaged, or wrong counts"
+
+# %% ../../nbs/squeeze/33_entropy.ipynb #f5e432c3
 def decode_published(
     stream:bytes, # state, 4 bytes, then the bytes that renormalise it
     counts,       # (A,) the histogram stored with it
@@ -76,34 +77,33 @@ def decode_published(
     if len(stream) < 4:
         raise EntropyError(f"stream: {len(stream)} bytes, 4 hold the state alone: truncated")
     symbol, freq, start = _published_table(counts)
-    x, at, end, out = int.from_bytes(stream[:4], "big"), 4, len(stream), np.empty(n, np.uint16)
+    x, at, end = int.from_bytes(stream[:4], "big"), 4, len(stream)
+    out = np.empty(n, np.uint16)
     for i in range(n):
         slot = x & 65535
         s = out[i] = symbol[slot]
         x = freq[s]*(x >> 16) + slot - start[s]
         while x < 2**23:
             if at == end:
-                raise EntropyError(
-                    f"stream: {end} bytes, they end at symbol {i} of {n}: truncated, or wrong"
-                    " counts"
-                )
+                raise EntropyError(f"stream: {end} bytes end at symbol {i} of {n}: {_WRONG}")
             x, at = x << 8 | stream[at], at+1
     if at != end or x != 2**23:
         raise EntropyError(
             f"stream: after {n} symbols the state is {x}, not {2**23}, and {end-at} of {end} bytes"
-            " are left: damaged, or wrong counts or length"
-        )
+            f" are left: {_WRONG} or length")
     return out
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #494a6189
 def _lanes(n): return min(256, n//4096+1)
 def _bits(present, n): return 16 if present > 4096 else 14 if max(256*present, n) >= 2**18 else 12
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #1e13cbea
 def _push(index, tables, bits, lanes):
     """Code places in the flattened `tables`, last first; give the last states and the words in
     reading order."""
     freq, start = (t.astype(np.uint32).ravel() for t in (tables, tables.cumsum(1)-tables))
-    x, q, words = np.full(lanes, 2**16, np.uint32), np.empty(lanes, np.uint32), []
+    x, q = np.full(lanes, 2**16, np.uint32), np.empty(lanes, np.uint32)
+    words = []
     step = 2**16//lanes*lanes                           # symbols looked up at once
     for at in reversed(range(0, len(index), step)):
         i = index[at:at+step].astype(np.intp)
@@ -123,16 +123,24 @@ def _push(index, tables, bits, lanes):
     return x, np.concatenate(words[::-1]).astype("<u2") # their lower halves
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #a233a22d
+def _slots(tables):
+    "Slots of a table; for each slot its place in the flattened tables, and what undoes a step."
+    size, freq = int(tables[0].sum()), tables.ravel()
+    which = np.repeat(np.arange(freq.size), freq)
+    start = (tables.cumsum(1)-tables).ravel()
+    mul = freq[which].astype(np.uint32)
+    add = (np.arange(which.size)%size - start[which]).astype(np.uint32)
+    return size, which, mul, add
+
+# %% ../../nbs/squeeze/33_entropy.ipynb #ae4c0b8e
 def _pull(x, words, tables, values, n, place=None):
     "Undo `_push`: `values` per symbol of the alphabet; `place` gives the table of each symbol."
-    size, freq = int(tables[0].sum()), tables.ravel()
-    which = np.repeat(np.arange(freq.size), freq)       # slot -> place in the flattened tables
-    mul, add = (freq[which].astype(np.uint32),
-        (np.arange(which.size)%size - (tables.cumsum(1)-tables).ravel()[which]).astype(np.uint32))
-    value, bits, lanes, x = values[which%len(values)], size.bit_length()-1, len(x), x.copy()
+    size, which, mul, add = _slots(tables)
+    value, bits = values[which%len(values)], size.bit_length()-1
+    x, words = x.copy(), words.astype(np.uint32)
+    lanes, pos = len(x), 0
     step = 2**16//lanes*lanes
-    out, slots, words, pos = np.empty(n, values.dtype), np.empty(step,
-        np.intp), words.astype(np.uint32), 0
+    out, slots = np.empty(n, values.dtype), np.empty(step, np.intp)
     for at in range(0, n, step):
         base = None if place is None else place[at:at+step].astype(np.intp) << bits
         for a in range(0, min(step, n-at), lanes):
@@ -147,15 +155,18 @@ def _pull(x, words, tables, values, n, place=None):
                 raise EntropyError(f"stream ends at symbol {at+a} of {n}: truncated")
             y[low] = y.take(low) << 16 | words[begin:pos]
         out[at:at+b] = value.take(slots[:b])
-    if pos != len(words) or (x != 2**16).any():
-        raise EntropyError(
-            f"{len(words)-pos} words are left, or a lane is not back where it began: damaged")
+    _check_end(x, len(words)-pos)
     return out
+
+# %% ../../nbs/squeeze/33_entropy.ipynb #e1273649
+def _check_end(x, left):
+    if left or (x != 2**16).any():
+        raise EntropyError(
+            f"{left} words are left, or a lane is not back where it began: damaged")
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #aa7814ee
 def _lengths(counts):
-    """(..., A) counts -> bits per symbol, in steps of 1/256; a symbol never seen counts as half a
-    one."""
+    "(..., A) counts -> bits per symbol, in steps of 1/256; one never seen counts as half a one."
     p = counts+.5
     return np.round(-256*np.log2(p/p.sum(-1, keepdims=True)))/256
 
@@ -164,12 +175,11 @@ def _totals(counts, labels, k): return np.tensordot(np.eye(k)[labels], counts, (
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #74adcb74
 def _regroup(counts, labels, k, rounds):
-    """Move each of the rows of `counts` (R, ..., A) to the group whose tables make it shortest,
-    `rounds` times."""
+    "Move each row of `counts` (R, ..., A) to the group that makes it shortest, `rounds` times."
     flat = counts.reshape(len(counts), math.prod(counts.shape[1:]))
     for _ in range(rounds if k > 1 else 0):
-        before, labels = labels, (flat @ _lengths(_totals(counts, labels, k)).reshape(k,
-            -1).T).argmin(1)
+        lengths = _lengths(_totals(counts, labels, k)).reshape(k, -1)
+        before, labels = labels, (flat @ lengths.T).argmin(1)
         if (labels == before).all(): break
     return labels
 
@@ -220,6 +230,7 @@ def _write_table(freq):
         else: out += _varint(freq[i]); i += 1
     return bytes(out)
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #6c1002b6
 def _read_table(data, at, size, bits):
     "Read `size` frequencies; they must sum to 2^bits."
     out = []
@@ -240,16 +251,17 @@ def _read_table(data, at, size, bits):
 GROUPS, TABLES = 16, 32 # most groups of rows and of columns; most tables
 
 def _nest(counts, most):
-    """Label each row with one of at most `most` groups; list maps from these groups to fewer, down
-    to one."""
+    "Label each row with one of at most `most` groups; maps from these to fewer, down to one."
     labels = np.unique(group_rows(counts, most), return_inverse=True)[1]
-    totals, maps = _totals(counts, labels, labels.max()+1), [np.arange(labels.max()+1)]
+    maps = [np.arange(labels.max()+1)]
+    totals = _totals(counts, labels, len(maps[0]))
     while (k := maps[-1].max()+1) > 1:
-        fewer = np.unique(group_rows(_totals(totals, maps[-1], k), (int(k)+1)//2),
-            return_inverse=True)[1]
+        groups = group_rows(_totals(totals, maps[-1], k), (int(k)+1)//2)
+        fewer = np.unique(groups, return_inverse=True)[1]
         maps.append(fewer[maps[-1]])
     return labels, maps
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #a29c7745
 def _tally(matrices, places, size, k):
     "For each matrix, (k, size): how often each symbol occurs at each place 0..k-1."
     t = np.uint16 if k*size < 2**16 else np.int32
@@ -257,24 +269,24 @@ def _tally(matrices, places, size, k):
         yield np.bincount((p.astype(t)*t(size)+m).ravel(), minlength=k*size).reshape(k, size)
 
 def _labels(matrices, size, groups, skip):
-    """Nested groups of the rows, and of the columns, from every `skip`-th symbol; one of each where
-    tables would cost more than they say."""
+    "Nested groups of the rows, and of the columns, from every `skip`-th symbol."
     m, r, c = matrices.shape
-    if groups < 2 or size > 256 or 4*min(r, c) < max(16, size):
+    if groups < 2 or size > 256 or 4*min(r, c) < max(16, size): # tables would cost too much
         return [(np.zeros(m*n, np.intp), [np.zeros(1, np.intp)]) for n in (r, c)]
-    tally = lambda part, place, n: np.concatenate(list(_tally(part, [place]*m, size, n)))
-    return _nest(tally(matrices[:, :, ::skip], np.arange(r)[:, None], r),
-        groups), _nest(tally(matrices[:, ::skip], np.arange(c), c), groups)
+    def tally(part, place, n): return np.concatenate(list(_tally(part, [place]*m, size, n)))
+    by_row = tally(matrices[:, :, ::skip], np.arange(r)[:, None], r)
+    by_column = tally(matrices[:, ::skip], np.arange(c), c)
+    return _nest(by_row, groups), _nest(by_column, groups)
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #aadba078
 def _price(counts, rows, columns, bits):
-    """Estimated bytes with one table for each of `counts` (r, c, A): codes, tables, and labels of
-    so many rows and columns."""
+    "Estimated bytes with one table for each of `counts` (r, c, A): codes, tables and labels."
     total, seen = counts.sum(-1, keepdims=True), counts > 0
-    code = (total*np.log2(np.maximum(total, 1))).sum() - (
-        counts*np.log2(np.maximum(counts, 1))).sum()
-    table = seen.sum() + (seen & (counts*2**bits >= 128*total)).sum() + 2*(
-        seen[..., :-1] & ~seen[..., 1:]).sum()
+    def weight(n): return (n*np.log2(np.maximum(n, 1))).sum()
+    code = weight(total) - weight(counts)
+    two_bytes = seen & (counts*2**bits >= 128*total)
+    runs = seen[..., :-1] & ~seen[..., 1:]  # of zeros, that begin behind a symbol
+    table = seen.sum() + two_bytes.sum() + 2*runs.sum()
     labels = rows*(len(counts)-1).bit_length() + columns*(counts.shape[1]-1).bit_length()
     return (code+labels)/8 + table
 
@@ -301,26 +313,27 @@ def _choose(matrices, size, groups):
     skip = max(1, min(matrices.size >> 20, min(r, c) >> 7)) # large arrays: choose by a part
     (rows, maps_r), (columns, maps_c) = _labels(matrices, size, groups, skip)
     a, b = len(maps_r[0]), len(maps_c[0])
-    joint = skip*sum(_tally(matrices[:, ::skip], _places(rows, columns, b, m)[:, ::skip], size,
-        a*b)).reshape(a, b, size)
+    places = _places(rows, columns, b, m)[:, ::skip]
+    joint = skip*sum(_tally(matrices[:, ::skip], places, size, a*b)).reshape(a, b, size)
+    bits = _bits(np.count_nonzero(joint.any((0, 1))), matrices.size)
     choices = [(f, g) for f in maps_r for g in maps_c if (f.max()+1)*(g.max()+1) <= TABLES]
-    f, g = min(choices,
-        key=lambda fg: _price(_fold(joint, *fg), m*r, m*c,
-            _bits(np.count_nonzero(joint.any((0, 1))), matrices.size)))
+    f, g = min(choices, key=lambda fg: _price(_fold(joint, *fg), m*r, m*c, bits))
     return f[rows], g[columns]
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #c45711d5
 def _settle(matrices, size, rows, columns):
-    """Move rows, then columns, to where all symbols make them shortest; give labels and counts
-    (rows' groups, columns' groups, A)."""
-    (m, r, c), k, l = matrices.shape, int(rows.max())+1, int(columns.max())+1
+    "Move rows, then columns, to where all symbols make them shortest; give labels and counts."
+    m, r, c = matrices.shape
+    k, l = int(rows.max())+1, int(columns.max())+1
     if k == l == 1: return rows, columns, np.bincount(matrices.ravel(), minlength=size)[None, None]
-    by_row = np.stack(
-        list(_tally(matrices, np.arange(r)[:, None]*l + columns.reshape(m, 1, c), size, r*l)),
-        dtype=np.float64).reshape(m*r, l, size)
+    def histograms(places, n): # of each matrix at each of its n places
+        return np.stack(list(_tally(matrices, places, size, n)), dtype=np.float64)
+    places = np.arange(r)[:, None]*l + columns.reshape(m, 1, c)
+    by_row = histograms(places, r*l).reshape(m*r, l, size)
     rows = _regroup(by_row, rows, k, 2)
     if l == 1: return rows, columns, _totals(by_row, rows, k)
-    by_column = np.stack(list(_tally(matrices, np.arange(c)*k + rows.reshape(m, r, 1), size, c*k)),
-        dtype=np.float64).reshape(m*c, k, size)
+    places = np.arange(c)*k + rows.reshape(m, r, 1)
+    by_column = histograms(places, c*k).reshape(m*c, k, size)
     columns = _regroup(by_column, columns, l, 2)
     return rows, columns, _totals(by_column, columns, l).swapaxes(0, 1)
 
@@ -333,13 +346,14 @@ def _plan(matrices, size, groups):
     counts[:, 0] += ~counts.any(1)                      # a pair of groups that never meet
     bits = _bits(np.count_nonzero(counts.any(0)), matrices.size)
     tables = np.stack([normalise(n, bits) for n in counts])
-    head = _varint(bits, k, l) + _pack_labels(rows, k) + _pack_labels(columns,
-        l) + b"".join(map(_write_table, tables))
+    head = _varint(bits, k, l) + _pack_labels(rows, k) + _pack_labels(columns, l)
+    head += b"".join(map(_write_table, tables))
     return head, _places(rows, columns, l, len(matrices)) if k*l > 1 else None, tables
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #d260f13e
 DTYPES = ("int8", "uint8", "int16", "uint16")
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #ddef3a87
 def encode(
     symbols,           # (..., r, c) int8, uint8, int16 or uint16; any shape, may be empty
     groups:int=GROUPS, # most groups of rows and of columns, 1..16; 1: one table for all
@@ -352,7 +366,8 @@ def encode(
             f"symbols: type {symbols.dtype}; convert them to one of {', '.join(DTYPES)}")
     head = _varint(DTYPES.index(symbols.dtype.name), symbols.ndim, *symbols.shape)
     if not symbols.size: return head
-    low, size = int(symbols.min()), int(symbols.max())-int(symbols.min())+1
+    low = int(symbols.min())
+    size = int(symbols.max())-low+1
     head += _varint(low-np.iinfo(symbols.dtype).min, size)
     if size == 1: return head
     index = symbols.astype(np.uint16)-np.uint16(low % 2**16)    # wraps: 0 .. size-1
@@ -393,20 +408,21 @@ def _read_labels(data, at, rows, k):
     end = at+(rows*width+7)//8
     if end > len(data):
         raise EntropyError(f"labels of {rows} rows end beyond the stream: truncated")
-    labels = np.unpackbits(np.frombuffer(data[at:end], np.uint8), count=rows*width).reshape(rows,
-        width) @ (1 << np.arange(width)[::-1])
+    bits = np.unpackbits(np.frombuffer(data[at:end], np.uint8), count=rows*width)
+    labels = bits.reshape(rows, width) @ (1 << np.arange(width)[::-1])
     if labels.max() >= k: raise EntropyError(f"labels: group {labels.max()} of {k}: damaged")
     return labels, end
 
+# %% ../../nbs/squeeze/33_entropy.ipynb #4d533178
 def _read_plan(data, at, shape, size):
     "Table of each symbol or None, tables, and where the states begin."
     (bits, k, l), at = _read(data, at, 3)
-    if bits not in (12, 14,
-        16) or not 1 <= k*l <= TABLES or k*l > 1 and (len(shape) < 2 or size > 256):
+    known = bits in (12, 14, 16) and 1 <= k*l <= TABLES
+    if not known or k*l > 1 and (len(shape) < 2 or size > 256):
         raise EntropyError(f"header: {bits} bits, {k} by {l} groups: damaged")
-    place, (m, r, c) = None, (math.prod(shape[:-2]), *shape[-2:]) if len(shape) > 1 else (1, 1,
-        math.prod(shape))
+    place = None
     if k*l > 1:
+        m, (r, c) = math.prod(shape[:-2]), shape[-2:]
         rows, at = _read_labels(data, at, m*r, k)
         columns, at = _read_labels(data, at, m*c, l)
         place = _places(rows, columns, l, m).ravel()
@@ -430,10 +446,10 @@ def decode(
     body = at+4*_lanes(n)
     if len(data) < body or (len(data)-body)%2:
         raise EntropyError(
-            f"{len(data)-at} bytes of states and words, {4*_lanes(n)} and pairs expected: truncated"
-        )
-    x, words = np.frombuffer(data[at:body],
-        "<u4").astype(np.uint32), np.frombuffer(data[body:], "<u2")
+            f"{len(data)-at} bytes of states and words,"
+            f" {4*_lanes(n)} and pairs expected: truncated")
+    x = np.frombuffer(data[at:body], "<u4").astype(np.uint32)
+    words = np.frombuffer(data[body:], "<u2")
     if (x < 2**16).any(): raise EntropyError(f"a state of {x.min()} is below 65536: damaged")
     values = np.arange(low, low+size).astype(dtype)
     return _pull(x, words, tables, values, n, place).reshape(shape)

@@ -71,16 +71,17 @@ def share_out(
 
 # %% ../../nbs/train/20_muon.ipynb #5b30c840
 def _exchange(mine, shapes, owner, rank, world, like):
-    """All updates in order, from the rank's own ones (index -> tensor), which have the dtype and
-    device of `like`."""
+    "All updates in order, from the rank's own (index -> tensor), in dtype and place of `like`."
     sizes = [r*c for r,c in shapes]
     width = max(sum(n for n,o in zip(sizes, owner) if o == k) for k in range(world))
     row = like.new_zeros(width)
     if mine:
-        row[:sum(sizes[i] for i in mine)] = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
+        own = torch.cat([mine[i].reshape(-1) for i in sorted(mine)])
+        row[:len(own)] = own
     rows = row.new_empty(world*width)
-    dist.all_gather(list(rows.view(world, width)), row)
-    at,out = [k*width for k in range(world)], []
+    dist.all_gather_into_tensor(rows, row)
+    at = [k*width for k in range(world)]  # where the next update of each rank begins
+    out = []
     for (r,c),o in zip(shapes, owner):
         out.append(rows[at[o]:at[o]+r*c].view(r, c))
         at[o] += r*c
@@ -112,37 +113,38 @@ class Muon(torch.optim.Optimizer):
         world:int=1, # processes that share the work, through torch.distributed
     ):
         if not 0 <= rank < world: raise ValueError(f"rank={rank} must be in 0..{world-1}")
-        super().__init__(params,
-            dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps,
-                row_norm=row_norm))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+            ns_steps=ns_steps, row_norm=row_norm))
         self.ns_dtype,self.rank,self.world = ns_dtype,rank,world
-        for p in (p for g in self.param_groups for p in g["params"]):
-            if p.ndim != 2:
-                raise ValueError(
-                    f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to"
-                    " AdamW"
-                )
-
+        for g in self.param_groups: _check_matrices(g["params"])
     @torch.no_grad()
     def step(self, closure=None):
         "Take one step; parameters without a gradient stay."
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for g in self.param_groups:
-            if params := [p for p in g["params"] if p.grad is not None]:
-                _step_group(self, g, params)
+        for g in self.param_groups: _step_group(self, g)
         return loss
 
 # %% ../../nbs/train/20_muon.ipynb #cc88afd2
-def _step_group(opt, g, params):
-    """One step for `params` of the group `g`: own matrices by shape, the others' received, then
-    decay and update."""
-    U,shapes = _direction(params, opt.state, g["momentum"]), [tuple(p.shape) for p in params]
-    owner,mine = share_out(shapes, opt.world), {}
+def _check_matrices(params):
+    for p in params:
+        if p.ndim != 2:
+            raise ValueError(
+                f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to AdamW")
+
+def _step_group(opt, g):
+    "Own matrices by shape, the others' received, then decay and update."
+    params = [p for p in g["params"] if p.grad is not None]
+    if not params: return
+    U = _direction(params, opt.state, g["momentum"])
+    shapes = [tuple(p.shape) for p in params]
+    owner = share_out(shapes, opt.world)
+    mine = {}
     for shape in dict.fromkeys(shapes):
-        if at := [i for i,o in enumerate(owner) if o == opt.rank and shapes[i] == shape]:
-            batch = torch.stack([U[i].to(opt.ns_dtype) for i in at])
-            mine |= zip(at, orthogonal_update(batch, g["ns_steps"], g["row_norm"], opt.ns_dtype))
-    if opt.world == 1:out = [mine[i] for i in range(len(U))]
+        at = [i for i,o in enumerate(owner) if o == opt.rank and shapes[i] == shape]
+        if not at: continue
+        batch = torch.stack([U[i].to(opt.ns_dtype) for i in at])
+        mine |= zip(at, orthogonal_update(batch, g["ns_steps"], g["row_norm"], opt.ns_dtype))
+    if opt.world == 1: out = [mine[i] for i in range(len(U))]
     else: out = _exchange(mine, shapes, owner, opt.rank, opt.world, U[0].to(opt.ns_dtype))
     torch._foreach_mul_(params, 1 - g["lr"]*g["weight_decay"])
     torch._foreach_add_(params, [u.to(p.dtype) for u,p in zip(out, params)], alpha=-g["lr"])
@@ -184,16 +186,17 @@ def make_optimizers(
     world:int=1, # processes that share Muon's work
 )->list[torch.optim.Optimizer]: # Muon first, AdamW second; every group knows its base_lr
     "Optimizers of a model, by the groups of the configuration."
-    named,by_kind = param_groups(model, cfg.groups), dict(muon=[], adamw=[], none=[])
+    named = param_groups(model, cfg.groups)
+    by_kind = dict(muon=[], adamw=[], none=[])
     for g in cfg.groups:
         params = [p for _,p in named[g.name]]
         lr = getattr(cfg, g.lr)*g.lr_mult if g.kind != "none" else 0.
         if params: by_kind[g.kind].append(dict(params=params, name=g.name, lr=lr, base_lr=lr))
-    out = []
+    out:list[torch.optim.Optimizer] = []
     if by_kind["muon"]:
         out.append(Muon(by_kind["muon"], lr=cfg.matrix_lr, weight_decay=cfg.muon_weight_decay,
-            ns_steps=cfg.ns_steps, row_norm=cfg.row_norm,
-                        ns_dtype=getattr(torch, cfg.ns_dtype), rank=rank, world=world))
+            ns_steps=cfg.ns_steps, row_norm=cfg.row_norm, ns_dtype=getattr(torch, cfg.ns_dtype),
+            rank=rank, world=world))
     if by_kind["adamw"]:
         fused = all(p.is_cuda for g in by_kind["adamw"] for p in g["params"])
         out.append(torch.optim.AdamW(by_kind["adamw"], betas=(cfg.beta1, cfg.beta2),

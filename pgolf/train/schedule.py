@@ -31,7 +31,8 @@ def by_clock(
     warmdown:float, # steps of the warmdown, 0 for none
 )->float: # what is left of the warmdown, 1 before it, 0 after it
     "Position in a warmdown counted in seconds, a step taken to cost what it has cost on average."
-    left,span = max(cap-elapsed, 0.), warmdown*elapsed/max(step, 1)
+    left = max(cap-elapsed, 0.)
+    span = warmdown*elapsed/max(step, 1)
     return left/span if left < span else float(left > 0)
 
 # %% ../../nbs/train/21_schedule.ipynb #b16175b9
