@@ -10,12 +10,13 @@ __all__ = ['PARAMETERS', 'FORMS', 'SMALL', 'STEPS', 'Page', 'twin_of', 'check_pa
 
 # %% ../../nbs/systems/57_page.ipynb #a991f230
 import difflib, json, re, shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from ..files import find_results
+from .ownership import open_corpus
 from . import pipeline
 from ..squeeze.artifact import by_family, ledger
 from ..game.bpb import compressor_bpb
@@ -58,8 +59,8 @@ def twin_of(
 
 # %% ../../nbs/systems/57_page.ipynb #46de7474
 def check_parameters(
-    namespace:dict, # of the notebook, before anything else is defined
-    known:Iterable[str], # its parameters
+    namespace:Mapping, # of the notebook, before anything else is defined
+    known:Collection[str], # its parameters
 ):
     "Raise for a plain lower-case value that is no parameter."
     plain = (str,int,float,bool,dict,list)
@@ -78,7 +79,7 @@ def open_page(
     "Check the parameters and open the folders of the runs."
     check_parameters(names, PARAMETERS)
     p = {k: names[k] for k in PARAMETERS}
-    dataset = pipeline.open_corpus(p["data"] or p["corpus"])
+    dataset = open_corpus(p["data"] or p["corpus"])
     limit = p["eval_tokens"]
     if limit < 0: limit = SCALES[p["scale"]].eval_tokens if p["scale"] in SCALES else 0
     def start(name, folder):
@@ -97,10 +98,11 @@ def about(page:Page)->Table:
     job, r = page.job, page.job.recipe
     plan = plan_run(r, job.device)
     other = f"; beside it **{page.twin.recipe.name}**" if page.twin else ""
-    return Table(f"""**{r.name}** at scale **{r.scale}** on **{job.dataset.name}**, {job.device}, \
-{job.nproc} process(es), seed {r.train.seed}{other}: {sum(plan['parameters'].values()):,} parameters, \
-{plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens, \
-{plan['flops_per_token']:,} FLOPs per training token.""")
+    size = sum(plan["parameters"].values())
+    return Table(f"**{r.name}** at scale **{r.scale}** on **{job.dataset.name}**, {job.device}, "
+        f"{job.nproc} process(es), seed {r.train.seed}{other}: {size:,} parameters, "
+        f"{plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens, "
+        f"{plan['flops_per_token']:,} FLOPs per training token.")
 
 def groups_table(page:Page)->Table:
     "Which optimizer moves which parameters, and at what rate."
@@ -204,8 +206,8 @@ def _error(e): return e["output"] or e["mse"]
 def bytes_figure(page:Page):
     "Bytes of the artifact by kind of tensor, and the relative error of each matrix by block."
     import matplotlib.pyplot as plt
-    job, grid = page.job, dict(layout="constrained", width_ratios=(1, 1.3))
-    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), **grid)
+    job = page.job
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", width_ratios=(1, 1.3))
     top = by_family(ledger(job.artifact.read_bytes()))[:10][::-1]
     a.barh([f"{f} ({k})" for f, k, *_ in top], [size for *_, size in top])
     a.tick_params(axis="y", labelsize=6)

@@ -24,9 +24,11 @@ def saved_bytes(
     seq_len:int,    # of the probe
 )->int: # bytes kept for the backward pass
     "Measure what autograd keeps of one row, parameters left out; compilation keeps less."
-    own,kept = {p.untyped_storage()._cdata for p in model.parameters()},{}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept:dict[int,int] = {} # storage -> bytes
     def pack(t):
-        if (key := t.untyped_storage()._cdata) not in own: kept[key] = t.untyped_storage().nbytes()
+        storage = t.untyped_storage()
+        if storage._cdata not in own: kept[storage._cdata] = storage.nbytes()
         return t
     ids = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model.train().loss(ids, ids)
@@ -49,15 +51,18 @@ def estimate_bytes(
 )->list[tuple[str,str,int,int]]: # family, how it is stored, weights, bytes
     "Estimated ledger of the artifact."
     with torch.device("meta"): state = GPT(recipe.model).state_dict()
-    rows = {}
+    rows:dict[tuple,tuple] = {}
     for name,t in state.items():
-        grid = recipe.quant.grid(name, t)
-        if isinstance(grid, Grid):
-            kind,size = f"{grid.lo}..{grid.hi}",t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
-        else: kind,size = str(grid).removeprefix("torch."),t.numel()*grid.itemsize
-        n,b = rows.get((family(name),kind), (0,0))
-        rows[family(name),kind] = n+t.numel(),b+size
+        kind,size = _stored(recipe.quant.grid(name, t), t)
+        n,b = rows.get((family(name), kind), (0, 0))
+        rows[family(name), kind] = n+t.numel(), b+size
     return sorted(((f,k,n,round(b)) for (f,k),(n,b) in rows.items()), key=lambda r: -r[3])
+
+def _stored(grid, t):
+    "How a tensor is stored, and the bytes that takes: codes by their entropy, steps in float16."
+    if not isinstance(grid, Grid): return str(grid).removeprefix("torch."), t.numel()*grid.itemsize
+    return f"{grid.lo}..{grid.hi}", t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
+
 
 # %% ../../nbs/systems/53_plan.ipynb #00ef1d8f
 def payload_bytes(
@@ -67,8 +72,9 @@ def payload_bytes(
     with torch.device("meta"): state = GPT(recipe.model).state_dict()
     def size(name, t):
         grid = recipe.quant.grid(name, t)
-        return t.numel()+2*(len(t) if grid.scale_per=="row" else 1) if isinstance(grid,
-            Grid) else t.numel()*grid.itemsize
+        if not isinstance(grid, Grid): return t.numel()*grid.itemsize
+        steps = len(t) if grid.scale_per=="row" else 1
+        return t.numel()+2*steps
     return sum(size(n, t) for n,t in state.items())
 
 def memory_bytes(
@@ -78,29 +84,44 @@ def memory_bytes(
     "Estimate the memory of a training step."
     with torch.device("meta"): model = GPT(recipe.model)
     model.compute_dtype = torch.bfloat16 if torch.device(device).type=="cuda" else torch.float32
-    size = lambda kinds: 4*sum(p.numel() for g in recipe.optim.groups if g.kind in kinds
-        for _,p in param_groups(model, recipe.optim.groups)[g.name])
+    weights = 4*sum(p.numel() for p in model.parameters())
     # the difference leaves out what does not grow: weights cast for use
-    short,long = saved_bytes(model, 16),saved_bytes(model, 32)
-    n,micro = (4*sum(p.numel() for p in model.parameters()),
-        recipe.train.train_batch_tokens//recipe.train.num_spans)
-    if device=="cpu":
-        micro = min(micro, max(recipe.train.pass_tokens or 8192, recipe.train.train_seq_len))
-    return dict(weights=n, gradients=n, optimizers=size(("muon",))+2*size(("adamw",)),
-        average=n if recipe.stages.average!="none" else 0,
-        activations=short+round((micro-16)*(long-short)/16))
+    short,long = saved_bytes(model, 16), saved_bytes(model, 32)
+    return dict(weights=weights, gradients=weights, optimizers=_optimizer_bytes(recipe, model),
+        average=weights if recipe.stages.average!="none" else 0,
+        activations=short+round((_pass_tokens(recipe, device)-16)*(long-short)/16))
+
+
+# %% ../../nbs/systems/53_plan.ipynb #c5300001
+def _optimizer_bytes(recipe, model):
+    "Momentum of Muon, two moments of AdamW, in float32."
+    groups = param_groups(model, recipe.optim.groups)
+    moments = dict(muon=1, adamw=2)
+    return 4*sum(moments.get(g.kind, 0)*p.numel() for g in recipe.optim.groups
+        for _,p in groups[g.name])
+
+def _pass_tokens(recipe, device):
+    "Tokens that go through the model at once."
+    t = recipe.train
+    micro = t.train_batch_tokens//t.num_spans
+    return min(micro, max(t.pass_tokens or 8192, t.train_seq_len)) if device=="cpu" else micro
 
 def plan_run(
     recipe:Recipe,     # at its final scale
     device:str="cpu",  # where it would train
 )->dict: # parameters, flops_per_token, tokens_per_step, steps, memory, bytes; plain numbers
     "What a run will cost, before any training."
-    r,T = recipe,recipe.train.train_seq_len
-    return dict(parameters=count_parameters(r.model),
-        flops_per_token=3*flops_per_token(r.model, T), tokens_per_step=r.train.train_batch_tokens,
-        steps=min(r.schedule.iterations, r.full_steps) if r.scale=="full"
-        else r.schedule.iterations, memory=memory_bytes(r, device), bytes=estimate_bytes(r),
-        payload=payload_bytes(r), code_bytes=code_bytes()[1])
+    r,steps = recipe, recipe.schedule.iterations
+    return dict(
+        parameters=count_parameters(r.model),
+        flops_per_token=3*flops_per_token(r.model, r.train.train_seq_len),
+        tokens_per_step=r.train.train_batch_tokens,
+        steps=min(steps, r.full_steps) if r.scale=="full" else steps,
+        memory=memory_bytes(r, device),
+        bytes=estimate_bytes(r),
+        payload=payload_bytes(r),
+        code_bytes=code_bytes()[1],
+    )
 
 # %% ../../nbs/systems/53_plan.ipynb #a7b10012
 @dataclass(frozen=True)
