@@ -192,10 +192,10 @@ def value_of(
 
 def looks_like(
     value,           # of a setting
-    pattern:str="",  # regular expression for its short form; "": anything but off
+    pattern:str="",  # regular expression for how Python writes it; "": anything but off
 )->bool:
     "Is a setting on, or as the pattern says?"
-    return bool(re.search(pattern, brief(value))) if pattern else bool(value)
+    return bool(re.search(pattern, str(value))) if pattern else bool(value)
 
 def has(
     technique:dict, # a row, with `has`
