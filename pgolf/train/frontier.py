@@ -48,8 +48,19 @@ def polar_express(
         X = a*X + product(b*A + c*product(A, A), X)
     return X.mT if tall else X
 
-# %% ../../nbs/train/27_frontier.ipynb #7a3961a1
-class EvenMuon(Muon):
+# %% ../../nbs/train/27_frontier.ipynb #8662d09d
+class _EvenSteps(Muon):
+    "Steps with even rows, for matrices and banks."
+    @torch.no_grad()
+    def step(self, closure=None):
+        "Take one step; parameters without a gradient stay."
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for g in self.param_groups:
+            if params := [p for p in g["params"] if p.grad is not None]: _even_step(self, g, params)
+        return loss
+
+# %% ../../nbs/train/27_frontier.ipynb #55d4eb4c
+class EvenMuon(_EvenSteps):
     "Muon with even rows, for matrices and banks of matrices."
     def __init__(self,
         params,              # matrices or banks, or groups of them as torch's optimizers take
@@ -68,14 +79,6 @@ class EvenMuon(Muon):
             weight_decay=weight_decay, ns_steps=ns_steps, polar=polar, half_state=half_state))
         self.ns_dtype, self.rank, self.world = ns_dtype, rank, world
         _check_shapes(p for g in self.param_groups for p in g["params"])
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        "Take one step; parameters without a gradient stay."
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for g in self.param_groups:
-            if params := [p for p in g["params"] if p.grad is not None]: _even_step(self, g, params)
-        return loss
 
 # %% ../../nbs/train/27_frontier.ipynb #679c514e
 def _check_shapes(params):
@@ -178,6 +181,7 @@ def progress(
     cap = schedule.max_wallclock_seconds
     return min(1., max(step/schedule.iterations, elapsed/cap if cap else 0.))
 
+# %% ../../nbs/train/27_frontier.ipynb #54761068
 class DecayTaper:
     "Listener: taper the weight decay of Muon's groups."
     def __init__(self,
