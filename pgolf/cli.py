@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Version', 'EXPECTED', 'Name', 'ScaleOption', 'Overrides', 'Corpus', 'OwnCorpus', 'Overwrite',
-           'Device', 'Jobs', 'Threads', 'Notebooks', 'main', 'resumable', 'as_table', 'parse_overrides', 'resolve',
-           'run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb', 'data_build', 'execute_', 'ManySeeds',
-           'batch', 'run_batch', 'say_ends', 'print_board', 'reproduce', 'report', 'import_', 'audit', 'ManyValues',
-           'record', 'score', 'pack', 'doctor', 'squeeze', 'bench']
+           'Device', 'Jobs', 'Threads', 'Notebooks', 'On', 'Gpus', 'Nodes', 'Minutes', 'Partition', 'Sbatch', 'main',
+           'resumable', 'as_table', 'parse_overrides', 'resolve', 'run', 'worker', 'plan', 'print_plan', 'data_austen',
+           'data_fineweb', 'data_build', 'execute_', 'ManySeeds', 'batch', 'run_batch', 'say_ends', 'print_board',
+           'reproduce', 'report', 'import_', 'audit', 'ManyValues', 'record', 'score', 'pack', 'doctor', 'squeeze',
+           'bench']
 
 # %% ../nbs/90_cli.ipynb #d9571582
 import functools,hashlib,inspect,json,re,sys,textwrap
@@ -25,7 +26,7 @@ from .score import windows as scoring
 from .submit import submission
 from .submit import survey as surveys
 from .squeeze.artifact import MAGIC,by_family,read_ledger
-from .scale.batch import PLAN_HEADS,Run,check_jobs,check_plan,jobs_for,make_plan
+from .scale.batch import PLAN_HEADS,Run,check_jobs,check_plan,command,jobs_for,make_plan
 from .scale.batch import plan_reports,plan_rows,read_plan,run_plan,visible_cards
 from .speed.bench import BENCHES,bench_figure,bench_table,run_benches
 from .game.bpb import BYTE_LIMIT
@@ -36,6 +37,7 @@ from .systems.ownership import keep_free
 from .speed.growth import SECTIONS
 from .squeeze.formats import LIMIT,describe,fitting,import_weights,read_published
 from .scale.notebook import execute,notebook_of,own_notebooks
+from .scale.slurm import Request,Slurm,job_script,sbatch_options,with_cards
 from .speed.peer import peer_bench
 from .systems.plan import plan_run
 from .systems.recipes import RECIPES,SCALES,at_scale,diff,get_recipe,in_steps,load_recipe
@@ -355,6 +357,15 @@ Threads = Annotated[int, typer.Option(help="threads of each run")]
 Notebooks = Annotated[Path, typer.Option(
     help="folder of the run notebooks; default: the book's, or those in the package")]
 
+On = Annotated[str, typer.Option("--on", help="here, or slurm: each run as a job of a cluster")]
+Gpus = Annotated[int, typer.Option(help="slurm: cards on each machine, one process each")]
+Nodes = Annotated[int, typer.Option(help="slurm: machines of each run")]
+Minutes = Annotated[int, typer.Option("--time",
+    help="slurm: minutes; then the job waits for a next turn and goes on")]
+Partition = Annotated[str, typer.Option(help="slurm: part of the cluster  [default: its own]")]
+Sbatch = Annotated[list[str], typer.Option("--sbatch",
+    help="slurm: another option of sbatch, like account=abc; repeat for more")]
+
 # %% ../nbs/90_cli.ipynb #83b00007
 @app.command(cls=ManySeeds)
 def batch(
@@ -390,6 +401,12 @@ def batch(
     ] = None,
     notebooks: Notebooks = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and end")] = False,
+    on: On = "here",
+    gpus: Gpus = 0,
+    nodes: Nodes = 1,
+    time: Minutes = 60,
+    partition: Partition = "",
+    sbatch: Sbatch = [],
 ):
     "Make many runs side by side; those that are finished are not made again, those begun go on."
     said = dict(seeds=seeds, overrides=parse_overrides(override), scale=scale, corpus=corpus,
@@ -399,27 +416,39 @@ def batch(
     if file and len(runs) > 1:
         raise ValueError(f"{' '.join(runs)}: give recipes, or one file that lists runs")
     plan = read_plan(file[0], **said) if file else make_plan(runs, **said)
-    run_batch(plan, jobs, threads, notebooks, dry_run)
+    request = Request(gpus, nodes, time, partition, parse_overrides(sbatch))
+    if on not in ("here", "slurm"): raise ValueError(f"--on {on}: choose here or slurm")
+    if on == "here" and request != Request():
+        raise ValueError("--gpus, --nodes, --time, --partition and --sbatch are for --on slurm")
+    run_batch(plan, jobs, threads, notebooks, dry_run, request if on == "slurm" else None)
 
 # %% ../nbs/90_cli.ipynb #83b00008
 def run_batch(
     plan:list[Run],
     jobs:str="auto",
     threads:int=1,
-    notebooks:Path|None=None, # folder of the run notebooks
-    dry_run:bool=False,       # say it, and no more
+    notebooks:Path|None=None,  # folder of the run notebooks
+    dry_run:bool=False,        # say it, and no more
+    request:Request|None=None, # of each job of Slurm; None: on this machine
 ):
     "Check a plan, make it, and show what came of it."
     check_jobs(jobs, threads)
     for r in plan: notebook_of(r.recipe, notebooks)
+    if request: plan = with_cards(plan, request)
+    if dry_run and request: return _say_scripts(plan, threads, notebooks, request)
     if dry_run: return _say_plan(plan, jobs, threads)
-    with resumable(): outcomes = run_plan(plan, jobs, threads, notebooks)
+    cores = threads*max(r.nproc for r in plan)
+    slurm = Slurm(request, cores) if request else None
+    with resumable(): outcomes = run_plan(plan, jobs, threads, notebooks, executor=slurm)
     print()
     print_board(plan_reports(outcomes))
+    if slurm and (left := " ".join(slurm.left())):
+        _say(f"still in the queue: {left}; `scancel {left}` ends what is there", 0)
     say_ends(outcomes)
     folders = plan[0].out if len(plan) == 1 else f"{Path(plan[0].out).parent}/*"
     _next(f"`pgolf report {folders}` lists their files")
 
+# %% ../nbs/90_cli.ipynb #72c1d001
 def _say_plan(plan, jobs, threads):
     rows = plan_rows(plan, check_plan(plan, any(r.corpus != "austen" for r in plan)))
     _table(rows, PLAN_HEADS)
@@ -427,6 +456,17 @@ def _say_plan(plan, jobs, threads):
     places = ", ".join(dict.fromkeys(str(Path(r.out).parent) for r in plan))
     print(f"\nfolders in {places}; {n} at once ({why})")
     _next("the same command without --dry-run makes them")
+
+def _say_scripts(plan, threads, notebooks, request):
+    states = check_plan(plan, any(r.corpus != "austen" for r in plan), here=False)
+    for r,state in zip(plan, states):
+        if state == "finished": continue
+        words = command(r, notebook_of(r.recipe, notebooks), threads)
+        options = sbatch_options(Path(r.out).name, request, threads*r.nproc, words)
+        print(f"# ---- {r.out}\n{job_script(r.out, options)}")
+    todo = sum(s != "finished" for s in states)
+    print(f"# {todo} job(s), {len(plan)-todo} run(s) finished before")
+    _next("the same command without --dry-run hands them over")
 
 # %% ../nbs/90_cli.ipynb #83b00013
 def say_ends(
