@@ -22,12 +22,14 @@ from test_end_to_end import wait_until
 
 from pgolf.scale import batch
 from pgolf.systems import pipeline
-from pgolf.scale.batch import Local, Run, check_plan, jobs_for, make_plan, read_plan
+from pgolf.systems.report import Report, by_system
+from pgolf.scale.runs import OWN, Run, check_plan, make_plan, read_plan
+from pgolf.scale.batch import Local, jobs_for
 
 FAKE = """
 from pathlib import Path
 from pgolf.systems import pipeline
-from pgolf.scale.batch import Run
+from pgolf.scale.runs import Run
 import time
 run = Run(recipe, out, scale, corpus, device, seed, nproc, eval_tokens, overrides)
 job = pipeline.start(run.resolve(), pipeline.open_corpus(corpus), out, device)
@@ -51,7 +53,7 @@ job.report.save(job.out/"report.json")
 def notebook(folder, name, *sources):
     "A run notebook that trains nothing."
     cells = [nbformat.v4.new_code_cell(s)
-        for s in ("\n".join(f"{f} = None" for f in sorted(batch.OWN | {"out"})), *sources)]
+        for s in ("\n".join(f"{f} = None" for f in sorted(OWN | {"out"})), *sources)]
     cells[0].metadata["tags"] = ["parameters"]
     meta = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), folder/name)
@@ -232,12 +234,12 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(fakes, novels, here, tmp_
         err.splitlines()[-1]
         == "pgolf: interrupted: 0 of 2 run(s) finished; the same command goes on")
     for m in marks:
-        assert not pipeline.Report.load(m.parent/"report.json").complete
+        assert not Report.load(m.parent/"report.json").complete
         assert "interrupted" in (m.parent/"run.log").read_text().splitlines()[-1]
         assert "Traceback" not in (m.parent/"run.log").read_text()
     code, said, err = run_pgolf(*args)
     assert code == 0, err
-    assert all(pipeline.Report.load(m.parent/"report.json").complete for m in marks)
+    assert all(Report.load(m.parent/"report.json").complete for m in marks)
 
 
 def test_what_does_not_hear_an_interrupt_is_ended(tmp_path):
@@ -273,12 +275,12 @@ def test_settings_are_not_mixed_into_one_mean(tmp_path):
         for o in ({}, dict(matrix_lr=.02))]
     for i, plan in enumerate(plans):
         for run in plan:
-            job = pipeline.Report("pr610", "", "tiny", "x", run.seed, "cpu", 1, 1, complete=True)
+            job = Report("pr610", "", "tiny", "x", run.seed, "cpu", 1, 1, complete=True)
             job.rows = [dict(stage="sliding", val_loss=1.+i, val_bpb=1.+i, legal=True, coverage=1.)]
             Path(run.out).mkdir(parents=True)
             job.save(Path(run.out)/"report.json")
     done = [batch.Outcome(r, "finished") for plan in plans for r in plan]
-    groups = pipeline.by_system(
+    groups = by_system(
         batch.plan_reports([*done, batch.Outcome(Run("pr576", "absent"), "failed")]))
     assert [(g["system"], g["seeds"], g["bpb"]) for g in groups] == [("pr610", 2, 1.),
         ("pr610-matrix_lr=0.02", 2, 2.)]

@@ -12,8 +12,8 @@ import torch
 from pgolf.speed import bench
 from pgolf.speed import growth
 from pgolf.speed import peer as peer_module
-from pgolf.speed.bench import (BENCHES, Row, bench_figure, bench_table, make_case, peak_memory,
-                               read_bench, run_benches)
+from pgolf.speed.timing import Row, bench_figure, bench_table, peak_memory, read_bench
+from pgolf.speed.bench import BENCHES, make_case, run_benches
 from pgolf.speed.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,7 +167,7 @@ def test_sliding_windows_are_compared_one_by_one(case, tmp_path, monkeypatch):
         return peer_module.peer_sliding(at, peer, model.eval(), theirs)[0]
     def half_the_time(case, name, ours, theirs, **kw):
         ours(), theirs()
-        return [bench.Row("peer", name, case.system, case.scale, ratio=.5, ratio_low=.5,
+        return [Row("peer", name, case.system, case.scale, ratio=.5, ratio_low=.5,
             ratio_high=.5, ratio_cpu=.5) for _ in range(2)]
     monkeypatch.setattr(peer_module, "_pair", half_the_time)
     once, twice = sliding(), sliding(tail="[length, *range(length + stride, n + 1, stride)]")

@@ -16,7 +16,8 @@ import zstandard
 from conftest import ROOT
 from test_faults import refused
 
-from pgolf import cli
+from pgolf.command.options import resolve
+from pgolf.scale.notebook import execute
 from pgolf.score import windows as scoring
 from pgolf.squeeze.artifact import peek
 from pgolf.game.bpb import byte_tables
@@ -25,7 +26,8 @@ from pgolf.game.documents import read_documents
 from pgolf.systems.ownership import claim, release
 from pgolf.speed.peer import load_peer
 from pgolf.systems.pipeline import run, start
-from pgolf.systems.recipes import RECIPES, at_scale, check_value, get_recipe
+from pgolf.systems.recipe import check_value
+from pgolf.systems.recipes import RECIPES, at_scale, get_recipe
 from pgolf.game.tokenizer import encode_document, train_tokenizer
 
 WORDS = ("the a river house walks under light stone green seven often carries water morning "
@@ -70,7 +72,7 @@ def twin(tmp_path_factory): return made(tmp_path_factory.mktemp("data")/"other",
 @pytest.fixture(scope="module")
 def kept(data, tmp_path_factory):
     "A finished run; nobody changes it."
-    recipe = cli.resolve("pr610", "tiny", dict(vocab_size=300), steps=1)
+    recipe = resolve("pr610", "tiny", dict(vocab_size=300), steps=1)
     out = tmp_path_factory.mktemp("runs")/"kept"
     run(start(recipe, data, out, "cpu", 200, progress=False))
     return out
@@ -186,7 +188,7 @@ def test_import_leaves_an_unfinished_run_alone(main, done, tmp_path):
 
 NOTEBOOK = """
 from pgolf.systems import pipeline
-from pgolf.cli import resolve
+from pgolf.command.options import resolve
 r = resolve("pr610", "tiny", dict(vocab_size=300), seed, steps=1)
 job = pipeline.start(r, pipeline.open_corpus(corpus), out, "cpu", 200, lines=True)
 curve = pipeline.train_weights(job)
@@ -208,7 +210,7 @@ def test_a_run_notebook_over_its_finished_run(data, tmp_path):
     out = tmp_path/"run"
     def go(seed):
         about = dict(seed=seed, corpus=str(data.path), out=str(out))
-        copy = cli.execute(tmp_path/"60_mine.ipynb", out, about)
+        copy = execute(tmp_path/"60_mine.ipynb", out, about)
         return nbformat.read(copy, 4).cells[-1].outputs[-1].text.splitlines()[-1]
     first, stamp = go(1337), (out/"model.pgolf").stat().st_mtime_ns
     assert go(1337) == first and (out/"model.pgolf").stat().st_mtime_ns == stamp

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 
-from pgolf import cli
-from pgolf.scale.batch import OWN
+from pgolf.scale.notebook import execute
+from pgolf.scale.runs import OWN
 from pgolf.game.bpb import BYTE_LIMIT
-from pgolf.systems.pipeline import Report, read_artifact
+from pgolf.systems.report import Report
+from pgolf.systems.pipeline import read_artifact
 from pgolf.systems.plan import estimate_bytes
-from pgolf.systems.recipes import SCALES, at_scale, get_recipe, load_recipe
+from pgolf.systems.recipe import load_recipe
+from pgolf.systems.recipes import SCALES, at_scale, get_recipe
 from pgolf.submit.script import script_bytes
 
 STAGES = ["raw", "averaged", "quantized", "artifact", "sliding", "adapted"]
@@ -168,7 +170,7 @@ def executed(quiet, novels, tmp_path_factory):
     out = tmp_path_factory.mktemp("notebook")/"pr610"
     given = dict(scale="tiny", data=str(novels.path), out=str(out), seed=7, nproc=2,
         eval_tokens=1024, overrides=dict(iterations=12))
-    return out, nbformat.read(cli.execute(ROOT/"nbs"/"runs"/"pr610.ipynb", out, given), 4)
+    return out, nbformat.read(execute(ROOT/"nbs"/"runs"/"pr610.ipynb", out, given), 4)
 
 
 @pytest.mark.slow
@@ -193,7 +195,7 @@ def test_executed_notebook_tells_the_run(executed):
     report = Report.load(out/"report.json")
     assert (all(f"{r['val_bpb']:.4f}" in text for r in report.rows) and "seed 7" in text
         and f"{report.bytes_artifact:,}" in text)
-    assert all(c.stage in text for c in cli.get_recipe("pr610").claims) and "xz" in text
+    assert all(c.stage in text for c in get_recipe("pr610").claims) and "xz" in text
     assert sum("image/png" in o.get("data", {}) for o in shown) >= 3
     assert {p.name for p in (out/"figures").iterdir()} >= {"loss.png", "bytes.png", "scores.png"}
     assert half_written(out) == []
@@ -219,7 +221,7 @@ def test_unknown_override_stops_the_notebook_with_near_matches(quiet, novels, tm
             r" notebook is"
         ),
     ):
-        cli.execute(ROOT/"nbs"/"runs"/"pr610.ipynb", tmp_path, given)
+        execute(ROOT/"nbs"/"runs"/"pr610.ipynb", tmp_path, given)
     partial = nbformat.read(tmp_path/"pr610.partial.ipynb", 4)
     assert any("matrix_rl" in o.get("evalue", "") for c in partial.cells if c.cell_type == "code"
         for o in c.outputs)

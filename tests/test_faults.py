@@ -15,7 +15,8 @@ from test_end_to_end import STAGES, lines, tiny, wait_until
 
 from pgolf.squeeze.artifact import ArtifactError, save_artifact
 from pgolf.game.data import Dataset, build_dataset, open_dataset, read_shard, write_shard
-from pgolf.systems.pipeline import Report, read_artifact
+from pgolf.systems.report import Report
+from pgolf.systems.pipeline import read_artifact
 from pgolf.game.tokenizer import train_tokenizer
 from pgolf.train.loop import read_checkpoint
 

@@ -22,7 +22,8 @@ from pgolf.squeeze.entropy import published_cdf
 from pgolf.squeeze.formats import FormatError, fitting, import_weights, read_published, read_stored
 from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.squeeze.formats import load_published
-from pgolf.systems.recipes import RECIPES, at_scale, load_recipe
+from pgolf.systems.recipe import load_recipe
+from pgolf.systems.recipes import RECIPES, at_scale
 from pgolf.train.loop import read_checkpoint
 
 PRESS = dict(none=bytes, zlib=lambda d: zlib.compress(d, 9),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pgolf.squeeze.gptq as gptq_module
-from pgolf.speed.bench import _Live
+from pgolf.speed.timing import _Live
 from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.squeeze.gptq import (GPTQConfig, damped_cholesky, dequantize_state, factor, gptq,
                                 gptq_fit, hessian_error, quantize_state)

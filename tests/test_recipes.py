@@ -10,8 +10,8 @@ import torch
 
 from pgolf.systems.effects import PROBES, changes
 from pgolf.squeeze.quant import Grid, LateQAT, first_match, quantize
-from pgolf.systems.recipes import (RECIPES, SCALES, at_scale, claim_table, diff_table, get_recipe,
-                                   load_recipe)
+from pgolf.systems.recipe import claim_table, diff_table, load_recipe
+from pgolf.systems.recipes import RECIPES, SCALES, at_scale, get_recipe
 from pgolf.score.ttt import Learner, ScoredChunk, adapt
 
 SYSTEMS = ("pr610", "pr576", "pr598", "pr1123", "pr601")

@@ -16,9 +16,9 @@ from test_batch import ENDS, FAKE, LAST, notebook
 from test_end_to_end import losses, wait_until
 
 from pgolf.files import read_json
-from pgolf.scale.batch import make_plan
+from pgolf.scale.runs import make_plan
 from pgolf.scale.slurm import Request, with_cards
-from pgolf.systems.pipeline import Report
+from pgolf.systems.report import Report
 
 PLACES = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "srun")

@@ -16,6 +16,7 @@ from conftest import HANG
 from pgolf.submit import doctor
 from pgolf.submit import flatten
 from pgolf.systems import pipeline
+from pgolf.systems.report import Report
 from pgolf.submit import script
 from pgolf.submit import submission
 from pgolf.game.bpb import BYTE_LIMIT
@@ -92,7 +93,7 @@ def test_script_trains_without_pgolf_to_the_same_bytes(finished, clean, novels, 
     (tmp_path/"train_gpt.py").write_text(code.packed)
     log = submission.read_log(run_clean(clean, "train_gpt.py", novels.path, "--eval-tokens",
         TARGETS, "--device", "cpu", cwd=tmp_path))
-    report = pipeline.Report.load(run/"report.json")
+    report = Report.load(run/"report.json")
     assert (tmp_path/"model.pgolf").read_bytes() == (run/"model.pgolf").read_bytes()
     assert without_time(log["score"]) == without_time(report.rows[-2:])
     assert log["squeezed"][0]["bytes_total"] == report.bytes_artifact + len(code.packed.encode())
@@ -109,7 +110,7 @@ def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finishe
     (tmp_path/"driver.py").write_text(DRIVER)
     said = run_clean(clean, "driver.py", novels.path, *SYSTEMS, cwd=tmp_path).split("==\n")[1:]
     for name, text in zip(SYSTEMS, said, strict=True):
-        report, result = (pipeline.Report.load(finished(name)/"report.json"),
+        report, result = (Report.load(finished(name)/"report.json"),
             submission.result_of(submission.read_log(text)))
         assert result["stage"] == report.result["stage"] and abs(
             result["val_bpb"] - report.result["val_bpb"]) < 1e-6, name
@@ -156,7 +157,7 @@ def folder(finished, tmp_path_factory):
 
 def test_folder_of_two_seeds(folder, finished):
     facts = json.loads((folder/"submission.json").read_text())
-    reports = [pipeline.Report.load(finished("pr610", s)/"report.json").result for s in (7, 1337)]
+    reports = [Report.load(finished("pr610", s)/"report.json").result for s in (7, 1337)]
     assert facts["seeds"] == [7, 1337] and set(facts["seed_results"]) == {"7", "1337"}
     assert (abs(facts["val_bpb"] - sum(r["val_bpb"] for r in reports)/2) < 1e-12
         and facts["val_bpb_std"] > 0)

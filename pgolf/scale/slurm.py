@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..files import read_json, write_json
-from .batch import Run
+from .runs import Run
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c00005
 @dataclass(frozen=True)

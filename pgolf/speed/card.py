@@ -20,22 +20,24 @@ from ..files import read_json, write_json
 from ..game.data import write_shard
 from ..model.attention import attend
 from ..model.gpt import GPT
-from ..scale.batch import Run, command
+from ..scale.batch import command
 from ..scale.notebook import notebook_of
+from ..scale.runs import Run
 from ..score.audit import audit, model_evaluation
 from ..score.lora import LoRAConfig, score_documents
 from ..score.ttt import score_and_adapt
 from ..score.windows import score
 from ..show import Table, show
-from .bench import batch, ids, make_case, matmul, measure, new_model, run_benches
-from .bench import toy_tables
+from .bench import run_benches
+from .timing import batch, ids, make_case, matmul, measure, new_model, toy_tables
 from .growth import SECTIONS
 from .peer import peer_bench
 from ..squeeze.budget import squeeze_model
 from ..squeeze.calibration import collect_hessians
 from ..squeeze.gptq import quantize_state
-from ..systems.pipeline import Job, Report, make_average, make_listeners
+from ..systems.pipeline import Job, make_average, make_listeners
 from ..systems.recipes import RECIPES, at_scale, get_recipe
+from ..systems.report import Report
 from ..train.device import can_compile, wait_for
 from ..train.loop import make_loader, train
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tabulate import tabulate
-from .bench import (Case, batch, ids, listener_call, measure, one_pass, peak_memory,
-                               small_run, stir)
+from .timing import measure, peak_memory
+from .bench import Case, batch, ids, listener_call, one_pass, small_run, stir
 from ..train.device import Ranks,best_dtype,close_ranks,keep_memory,wait_for
 from ..model.gpt import GPT,ModelConfig,flops_per_token
-from ..systems.pipeline import read_json,write_json
+from ..files import read_json, write_json
 from ..squeeze.quant import first_match
 from ..train.loop import choose_loss,train_step
 

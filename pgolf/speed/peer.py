@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor,nn
-from .bench import (Case, Row, batch, block_matrices, ids, make_case, new_model,
-                               peak_memory, ratio, toy_tables)
+from .timing import Row, peak_memory, ratio
+from .bench import Case, batch, block_matrices, ids, make_case, new_model, toy_tables
 from .growth import profile_phases
 from ..model.gpt import GPT,ModelConfig
 from ..squeeze.formats import load_published,published_name

@@ -12,7 +12,7 @@ from dataclasses import MISSING,fields,is_dataclass
 from typing import NamedTuple
 import pgolf
 from .flatten import Module,flatten,global_names,minify,pack_code,read_package
-from ..systems.recipes import Recipe
+from ..systems.recipe import Recipe
 
 # %% ../../nbs/submit/61_script.ipynb #27613abe
 LINE_LIMIT = 1500 # lines of the challenge's own script

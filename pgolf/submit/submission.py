@@ -16,8 +16,8 @@ import numpy as np
 from tabulate import tabulate
 from ..squeeze.artifact import by_family,read_ledger
 from ..game.bpb import BYTE_LIMIT
-from ..systems.pipeline import Report
-from ..systems.recipes import Recipe,load_recipe
+from ..systems.report import Report
+from ..systems.recipe import Recipe, load_recipe
 from .script import Code,make_code
 
 # %% ../../nbs/submit/62_submission.ipynb #b2729480

@@ -18,7 +18,8 @@ from ..squeeze.gptq import dequantize_state,quantize_state
 from ..score.lora import LoRAConfig,score_documents
 from .pipeline import read_artifact
 from ..squeeze.quant import Grid,QuantConfig,set_fake_quant
-from .recipes import Recipe,at_scale,get_recipe
+from .recipe import Recipe
+from .recipes import at_scale, get_recipe
 from ..squeeze.budget import read_weights
 from ..score.ttt import Learner,illegal_rescore,score_with,scored_chunks
 

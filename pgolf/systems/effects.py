@@ -15,8 +15,11 @@ import numpy as np
 from tabulate import tabulate
 from ..game.data import Dataset
 from .ownership import set_aside
-from .pipeline import Report,run,start
-from .recipes import CLIPS,Recipe,SCALES,at_scale,diff,get_recipe
+from .report import Report
+from .pipeline import run, start
+from .published import CLIPS
+from .recipe import Recipe, diff
+from .recipes import SCALES, at_scale, get_recipe
 
 # %% ../../nbs/systems/55_effects.ipynb #9ead6654
 TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")),

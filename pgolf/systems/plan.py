@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from ..squeeze.artifact import family
 from ..model.gpt import GPT,count_parameters,flops_per_token,param_groups
-from .pipeline import code_bytes
+from .report import code_bytes
 from ..squeeze.quant import Grid,quantize
-from .recipes import Recipe
+from .recipe import Recipe
 
 # %% ../../nbs/systems/53_plan.ipynb #03fa2087
 def saved_bytes(

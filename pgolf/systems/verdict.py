@@ -21,9 +21,11 @@ from ..game.data import Dataset, check_bytes
 from .ownership import (fingerprint, own_data, read_json, same_data, same_tokenizer,
                                      write_json)
 from ..model.gpt import ModelConfig
-from .pipeline import Report, open_corpus, read_artifact
+from .report import Report
+from .pipeline import open_corpus, read_artifact
 from ..squeeze.quant import set_fake_quant
-from .recipes import Recipe, at_scale, get_recipe, load_recipe
+from .recipe import Recipe, load_recipe
+from .recipes import at_scale, get_recipe
 from ..score.windows import score
 
 # %% ../../nbs/systems/54_verdict.ipynb #385c9d6c
