@@ -28,8 +28,8 @@ from ..score.lora import LoRAConfig, score_documents
 from ..score.ttt import score_and_adapt
 from ..score.windows import score
 from ..show import Table, show
-from .bench import run_benches
-from .timing import batch, ids, make_case, matmul, measure, new_model, toy_tables
+from .bench import batch, ids, make_case, matmul, new_model, run_benches, toy_tables
+from .timing import measure
 from .growth import SECTIONS
 from .peer import peer_bench
 from ..squeeze.budget import squeeze_model
