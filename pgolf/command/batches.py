@@ -9,26 +9,45 @@ __all__ = ['Jobs', 'Threads', 'Notebooks', 'Runs', 'Seeds', 'Size', 'Text', 'Whe
 
 # %% ../../nbs/command/86_batches.ipynb #cf860003
 import json, re, sys, textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 import typer
 from typer.core import TyperCommand
+from ..systems.pipeline import join, open_corpus
 from ..systems.recipes import SCALES
+from ..train.machines import find_machines
 from ..systems.report import Report, by_system, scoreboard
 from ..scale.batch import PLAN_HEADS, check_jobs, jobs_for, plan_reports, plan_rows
 from ..scale.batch import command as command_of, run_plan, visible_cards
 from ..scale.notebook import execute, notebook_of, own_notebooks
 from ..scale.runs import Run, check_plan, make_plan, read_plan
 from ..scale.slurm import Request, Slurm, job_script, sbatch_options, with_cards
+from .running import Nnodes, NodeRank, SlurmJob, SlurmNodes
 from .options import (Corpus, Device, Overrides, ScaleOption, Targets, command,
                                    folder_of, parse_overrides, print_table, resumable, say,
                                    say_next)
 
 # %% ../../nbs/command/86_batches.ipynb #82e35e3f
 @command("execute", hidden=True)
-def execute_(notebook:Path, out:Path, parameters:str):
+def execute_(
+    notebook:Path,
+    out:Path,
+    parameters:str,
+    nnodes:Nnodes=1,
+    node_rank:NodeRank=None,
+    slurm_nodes:SlurmNodes="",
+    slurm_job:SlurmJob=0,
+):
     "Execute a run notebook with these parameters, a JSON object."
-    with resumable(): execute(notebook, out, json.loads(parameters))
+    given = json.loads(parameters)
+    machines = find_machines(nnodes, slurm_nodes, node_rank, slurm_job)
+    with resumable():
+        if machines.place:
+            run = Run(**given)
+            return join(run.resolve(), open_corpus(run.corpus), machines, run.device, run.nproc, True)
+        if machines.count > 1: given["machines"] = asdict(machines)
+        execute(notebook, out, given)
 
 # %% ../../nbs/command/86_batches.ipynb #83b00006
 class ManySeeds(TyperCommand):

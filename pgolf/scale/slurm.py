@@ -40,6 +40,8 @@ def with_cards(
     plan = [replace(r, nproc=g) if r.nproc == 1 and g > 1 else r for r in plan]
     for r in plan:
         if g and r.nproc > g: raise ValueError(f"nproc={r.nproc} of {r.out}, but --gpus {g}")
+        if n > 1 and r.forms != "described":
+            raise ValueError(f"forms={r.forms!r} of {r.out}: on several machines, described alone")
         if (spans := r.resolve().train.num_spans) % (r.nproc*n):
             raise ValueError(f"{r.out}: {n} machine(s) of {r.nproc} process(es) do not divide "
                 f"num_spans={spans}: choose other --gpus or --nodes")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MADE', 'pick_device', 'open_corpus', 'Job', 'start', 'check_start', 'check_data', 'check_recipe', 'make_average',
-           'make_listeners', 'train_here', 'launch', 'work', 'train_weights', 'weights_of', 'model_of',
+           'make_listeners', 'train_here', 'launch', 'work', 'join', 'train_weights', 'weights_of', 'model_of',
            'write_artifact', 'read_artifact', 'grade', 'score_windows', 'score_blocks', 'score_adapting', 'score_all',
            'kept_scores', 'run']
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b764e3b6
-import json, subprocess, sys, time
+import json, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -27,6 +27,7 @@ from .recipe import Recipe, brief, diff, load_recipe
 from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
+from ..train.machines import Machines, Orphaned, agree, bring
 from ..train.loop import make_loader, read_checkpoint, train, write_checkpoint
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
@@ -60,10 +61,11 @@ class Job:
     out:Path            # folder of this run
     device:str="cpu"    # where it runs
     eval_tokens:int=0   # targets scored from the start of the validation text; 0: all
-    nproc:int=1         # processes that train
+    nproc:int=1         # processes that train, on each machine
     lines:bool=False    # training reports in lines instead of a bar, for notebooks
     progress:bool=True  # show any
     report:Report=None  # filled stage by stage
+    machines:Machines=Machines() # that train; this one is the first of them
     @property
     def weights(self)->Path: return self.out/"weights.safetensors"
     @property
@@ -78,26 +80,27 @@ def start(
     out,               # folder for everything that the run writes
     device:str="auto", # "auto", "cpu" or "cuda"
     eval_tokens:int=0, # targets to score; 0: all
-    nproc:int=1,       # processes that train
+    nproc:int=1,       # processes that train, on each machine
     lines:bool=False,  # progress as lines
     progress:bool=True,# show progress
     overwrite:bool=False, # set aside whatever run the folder holds, and start anew
+    machines:Machines=Machines(), # that train; this one is the first of them
 )->Job:
     "Open a run's folder: a new run, an unfinished one to go on with, or a finished one to read."
     out,device = Path(out), pick_device(device)
-    check_start(recipe, dataset, out, eval_tokens, nproc)
+    check_start(recipe, dataset, out, eval_tokens, world := nproc*machines.count)
     out.mkdir(parents=True, exist_ok=True)
     claim(out)
     try: kept = _kept(out, recipe, dataset, eval_tokens, overwrite)
     except BaseException:
         release(out)
         raise
-    report = kept or _new_report(recipe, dataset, device, nproc)
+    report = kept or _new_report(recipe, dataset, device, world)
     remember_data(out, dataset)
-    job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report)
+    job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report, machines)
     if report.complete: return job
     if kept:
-        job.report = replace(report, rows=[], device=device, nproc=nproc,
+        job.report = replace(report, rows=[], device=device, nproc=world,
             environment=environment(device))
     write_json(out/"recipe.json", asdict(recipe))
     job.report.save(out/"report.json")
@@ -235,8 +238,10 @@ def train_here(
     r,ranks = job.recipe, setup_ranks(job.device)
     model,average = GPT(r.model, r.train.seed), make_average(r)
     loader = make_loader(job.dataset.train_shards, r.train, ranks, vocab_size=r.model.vocab_size)
-    done = train(model, loader, r.optim, r.schedule, r.train, make_listeners(job, average),
-        job.device, job.out, job.state if job.state.exists() else None)
+    heard = make_listeners(job, average)
+    if ranks.world > 1: heard.append(Orphaned())
+    done = train(model, loader, r.optim, r.schedule, r.train, heard, job.device, job.out,
+        job.state if job.state.exists() else None)
     if not ranks.is_main: return
     _save_curve(job, done)
     if done.stopped_by=="interrupted": return
@@ -259,22 +264,29 @@ def _save_curve(job, done):
 def launch(
     job:Job, # its folder tells the processes everything
 ):
-    "Train in `nproc` processes of this machine."
+    "Train in `nproc` processes of this machine, together with those of the others."
+    place = job.machines
     write_json(job.out/"job.json", dict(dataset=str(job.dataset.path), device=job.device,
-        lines=job.lines, progress=job.progress))
+        lines=job.lines, progress=job.progress, machines=place.count, place=place.place))
     reached = read_json(job.out/"training.json").get("steps", 0)
-    code,heard = _stream([sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out)], job.lines)
+    code,heard = _stream([sys.executable, "-m", "torch.distributed.run", *place.words(job.nproc),
+        "-m", "pgolf.cli", "worker", str(job.out)], job.lines)
     now = read_json(job.out/"training.json")
     stopped = now.get("stopped_by")=="interrupted" and now["steps"]>reached
     if not code or stopped: return
-    if heard:
-        raise KeyboardInterrupt(
-            "before a checkpoint was written; the same command goes on from where this one began")
-    raise RuntimeError(
-        f"training in {job.nproc} processes failed with exit code {code}; its last lines are above,"
-        f" the same command goes on from {job.state} if it is there")
+    raise _ended(job, code, heard)
 
+def _ended(job, code, heard):
+    "What to say when the processes ended before training did."
+    if job.machines.place:
+        state = f"the first machine, {job.machines.host}, keeps the checkpoint"
+    else: state = f"the same command goes on from {job.state} if it is there"
+    if heard: return KeyboardInterrupt(f"before a checkpoint was written; {state}")
+    where = f" on each of {job.machines.count} machines" if job.machines.count > 1 else ""
+    return RuntimeError(f"training in {job.nproc} processes{where} failed with exit code {code}; "
+        f"its last lines are above, {state}")
+
+# %% ../../nbs/systems/52_pipeline.ipynb #29ma1001
 def _stream(command, lines):
     "Show what a command prints; its exit code, and whether Ctrl-C was pressed."
     heard = False
@@ -289,25 +301,51 @@ def _stream(command, lines):
                 heard = True # the processes have heard it too; they write a checkpoint and end
     return p.returncode, heard
 
-
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
 def work(
     out, # folder of a job that `launch` has described
 ):
     "Be one rank of a run."
-    about = json.loads((Path(out)/"job.json").read_text())
+    about = read_json(Path(out)/"job.json")
     recipe = load_recipe(Path(out)/"recipe.json")
-    train_here(Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"],
-        lines=about["lines"], progress=about["progress"]))
+    job = Job(recipe, open_dataset(about["dataset"]), Path(out), about["device"],
+        lines=about["lines"], progress=about["progress"])
+    if about["machines"] == 1 or _meet(job, about["place"]): train_here(job)
     close_ranks()
+
+def _meet(job, place):
+    "Come to terms with the other machines; whether there is something to train."
+    ranks = setup_ranks(job.device)
+    agree(ranks, dict(recipe=asdict(job.recipe), data=fingerprint(job.dataset)))
+    bring(job.state, job.state, ranks, first=place == 0)
+    [done] = ranks.max(float(ranks.is_main and job.weights.exists()))
+    return not done
+
+# %% ../../nbs/systems/52_pipeline.ipynb #29ma1003
+def join(
+    recipe:Recipe,    # as on the first machine
+    dataset:Dataset,  # likewise
+    machines:Machines,# this one is not the first
+    device:str="auto",
+    nproc:int=1,      # processes that train, on each machine
+    lines:bool=False, # progress as lines
+):
+    "Train with others; the run's folder is on another machine."
+    check_data(recipe, dataset)
+    with tempfile.TemporaryDirectory(prefix="pgolf-") as folder:
+        job = Job(recipe, dataset, Path(folder), pick_device(device), nproc=nproc, lines=lines,
+            machines=machines)
+        write_json(job.out/"recipe.json", asdict(recipe))
+        launch(job)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #39debc24
 def train_weights(
     job:Job,
 )->dict: # losses, seconds, lr_scales, steps, tokens, stopped_by, ...
     "Text to weights, unless a run before this one has got there."
-    if not job.weights.exists():
-        train_here(job) if job.nproc==1 else launch(job)
+    alone = job.nproc*job.machines.count == 1
+    if not job.weights.exists(): train_here(job) if alone else launch(job)
+    elif job.machines.count > 1 and not job.report.complete: launch(job) # nobody waits in vain
     curve = json.loads((job.out/"training.json").read_text())
     if job.report.complete: return curve
     kept = ("steps","tokens","elapsed","stopped_by","compiled")
