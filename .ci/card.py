@@ -32,12 +32,12 @@ SIZES = {
     "tiny": dict(device="cpu", scale="tiny", compile=False, steps=12, few=6, targets=400),
 }
 # What an image with torch, transformers and typer lacks of papermill, of kernels, and of ours;
-# debugpy, which ipykernel names, is not imported where nobody debugs.
-LACKING = """ansicolors asttokens attrs brotli comm decorator entrypoints executing fastjsonschema ipykernel
-ipython ipython-pygments-lexers jedi jsonschema jsonschema-specifications jupyter-client jupyter-core
-matplotlib-inline nbclient nbformat nest-asyncio nest-asyncio2 papermill parso pexpect platformdirs
-prompt-toolkit ptyprocess pure-eval pyzmq referencing rpds-py stack-data tenacity tornado traitlets wcwidth
-zstandard""".split()
+# debugpy, which ipykernel names, it does without.
+LACKING = """asttokens attrs brotli comm entrypoints executing fastjsonschema ipykernel ipython
+ipython-pygments-lexers jedi jsonschema jsonschema-specifications jupyter-client jupyter-core
+matplotlib-inline nbclient nbformat nest-asyncio2 papermill parso pexpect platformdirs
+prompt-toolkit ptyprocess pure-eval pyzmq referencing rpds-py stack-data tenacity tornado traitlets
+tzdata wcwidth zstandard""".split()
 WHERE = """--no-deps --only-binary=:all: --python-version 3.12 --implementation cp
 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_26_x86_64
 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64
