@@ -1,6 +1,6 @@
 """The first minutes on a card: every question in a process of its own, every answer on disk at once.
 
-  python .ci/card.py A --out FOLDER [--wheels .card/wheels] [--debdocs .card/debdocs] [--script FILE]
+  python .ci/card.py A --out FOLDER [--wheels .card/wheels] [--debdocs DIR] [--script FILE]
   python .ci/card.py B --out FOLDER ...
   python .ci/card.py all --size tiny --out FOLDER     both calls, small, on a CPU
   python .ci/card.py table --out FOLDER               what has been answered so far
@@ -122,7 +122,8 @@ def unpack(folder, work):
     entry = dict(name=name, tokenizer_name=model, train_glob=f"datasets/{name}/{name}_train_*.bin",
         val_glob=f"datasets/{name}/{name}_val_*.bin", path=f"datasets/{name}", **ids,
         stats={f"files_{s}": n for s, n in count.items()})
-    tokenizer = dict(name=model, kind="sentencepiece_bpe", model_path=f"tokenizers/{TOKENIZER}", **ids)
+    tokenizer = dict(name=model, kind="sentencepiece_bpe", **ids,
+        model_path=f"tokenizers/{TOKENIZER}")
     (at/"manifest.json").write_text(json.dumps(dict(version=name, datasets=[entry],
         tokenizers=[tokenizer])))
     return at

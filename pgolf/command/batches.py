@@ -45,7 +45,8 @@ def execute_(
     with resumable():
         if machines.place:
             run = Run(**given)
-            return join(run.resolve(), open_corpus(run.corpus), machines, run.device, run.nproc, True)
+            return join(run.resolve(), open_corpus(run.corpus), machines, run.device, run.nproc,
+                True)
         if machines.count > 1: given["machines"] = asdict(machines)
         execute(notebook, out, given)
 
@@ -126,6 +127,7 @@ def batch(
     request = _request(on, Request(gpus, nodes, time, partition, parse_overrides(sbatch)))
     run_batch(plan, jobs, threads, notebooks, dry_run, request)
 
+# %% ../../nbs/command/86_batches.ipynb #cf861007
 def _request(on, request):
     "What jobs ask for; None: the runs stay here."
     if on not in ("here", "slurm"): raise ValueError(f"--on {on}: choose here or slurm")

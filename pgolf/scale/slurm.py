@@ -31,6 +31,7 @@ class Request:
             if not re.fullmatch(r"[a-z][a-z-]*", k):
                 raise ValueError(f"--sbatch {k}: give an option of sbatch, like account=abc")
 
+# %% ../../nbs/scale/72_slurm.ipynb #72c01005
 def with_cards(
     plan:list[Run],
     request:Request,
@@ -64,6 +65,7 @@ def sbatch_options(
     about = "# each machine runs: " + shlex.join(words).replace("\n", " ")
     return asked | dict(setup=[about], additional_parameters=dict(requeue=True) | request.more)
 
+# %% ../../nbs/scale/72_slurm.ipynb #72c01008
 def job_script(
     folder,       # of the run
     options:dict, # from `sbatch_options`
@@ -114,7 +116,8 @@ def _ask(*words)->str:
 
 def queued()->dict[str,str]: # job -> state, like PENDING or RUNNING
     "My jobs that wait or run."
-    return dict(line.split()[:2] for line in _ask("squeue", "--me", "-h", "-o", "%A %T").splitlines())
+    said = _ask("squeue", "--me", "-h", "-o", "%A %T")
+    return dict(line.split()[:2] for line in said.splitlines())
 
 def why_ended(
     job:str,
@@ -204,6 +207,7 @@ def _watch(self):
             yield i, code
 Slurm._watch = _watch
 
+# %% ../../nbs/scale/72_slurm.ipynb #72c01017
 def _told(self, i):
     "What the job has left, if it has ended by itself."
     told = read_json(self.folders[i]/"slurm"/"ended.json")
@@ -221,6 +225,7 @@ def _code(self, i)->int|None:
     return 1
 Slurm._code = _code
 
+# %% ../../nbs/scale/72_slurm.ipynb #72c02017
 @contextmanager
 def _ctrl_c(self):
     "In the main thread, Ctrl-C ends the watching."

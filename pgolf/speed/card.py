@@ -9,7 +9,7 @@ __all__ = ['KERNELS', 'STEPS', 'Card', 'Answers', 'read_answers', 'answer_table'
            'ask_others', 'one_other', 'run_step']
 
 # %% ../../nbs/speed/83_card.ipynb #83ca0002
-import importlib.util, json, shutil, signal, subprocess, time
+import importlib.util, json, re, shutil, signal, subprocess, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,9 +60,11 @@ class Card:
         "A system as the bench knows it."
         return make_case(name, self.scale, self.device, True, compile)
 
+# %% ../../nbs/speed/83_card.ipynb #83ca1005
 class Answers:
     "A file of JSON lines, one an answer."
-    def __init__(self, path, step): self.path, self.step, self.began = Path(path), step, time.time()
+    def __init__(self, path, step):
+        self.path, self.step, self.began = Path(path), step, time.time()
     def __call__(self,
         question:str,
         answer:str,
@@ -195,6 +197,7 @@ def share_of_codes(a, b)->float: # 0..1
         same, total = same+int((x == y).sum()), total+x.numel()
     return same/max(1, total)
 
+# %% ../../nbs/speed/83_card.ipynb #83ca1016
 def ask_squeeze(card:Card, say:Answers):
     "GPTQ beside a CPU's; the budget with and without text."
     case = card.case()
@@ -246,6 +249,7 @@ class StepTimes:
     @property
     def seconds(self): return [b-a for a, b in zip(self.at, self.at[1:])]
 
+# %% ../../nbs/speed/83_card.ipynb #83cb0001
 def short_training(
     card:Card,
     name:str, # of a recipe
@@ -271,27 +275,34 @@ def _tell_training(say, name, done, times):
     "What a short training showed."
     s = times.seconds[1:] # the first one counts from before the model was made
     middle = sorted(s)[len(s)//2]
-    say(f"{name}: does it train?", f"{'compiled' if done.compiled else 'eager'}, {done.steps} steps, "
-        f"loss {done.losses[0]:.2f} to {done.losses[-1]:.2f}, {middle*1e3:,.0f} ms a step, slowest "
+    how = "compiled" if done.compiled else "eager"
+    say(f"{name}: does it train?", f"{how}, {done.steps} steps, loss"
+        f" {done.losses[0]:.2f} to {done.losses[-1]:.2f}, {middle*1e3:,.0f} ms a step, slowest "
         f"{max(s)*1e3:,.0f}", seconds=s, graphs=times.graphs, losses=done.losses)
 
+# %% ../../nbs/speed/83_card.ipynb #83cb0002
+def _tell_compile(card, say):
+    "Compile #610 anew, both passes."
+    case = card.case()
+    x, y = batch(case)
+    torch.compile(new_model(case).loss, dynamic=False)(x, y).backward()
+    wait_for(card.device)
+    say("How long does #610 compile, both passes?", "see the seconds")
+
+def _tell_row(say, row):
+    "A row of the bench that a run depends on."
+    if row["name"] != "forward and backward" and not row["name"].startswith("step of"): return
+    share = f", {row['utilisation']:.0%} of a product" if row["utilisation"] else ""
+    memory = f", {row['memory']/1e9:.1f} GB" if row["memory"] else ""
+    say(f"#610, {row['name']}?", f"{row['seconds']*1e3:,.3g} ms{share}{memory}", **row)
+
+# %% ../../nbs/speed/83_card.ipynb #83cb0003
 def ask_compiled(card:Card, say:Answers):
     "Compile time, step, utilisation, memory, operators, late QAT."
-    case = card.case(compile=card.compile)
-    x, y = batch(case)
-    def first():
-        torch.compile(new_model(case).loss, dynamic=False)(x, y).backward()
-        wait_for(card.device)
-    if card.compile:
-        first()
-        say("How long does #610 compile, both passes?", "see the seconds")
+    if card.compile: _tell_compile(card, say)
     found = run_benches(["pr610"], card.scale, card.device, ["step"], True, compile=card.compile)
     write_json(Path(card.out)/"card-bench.json", found)
-    for row in found["rows"]:
-        if row["name"] in ("forward and backward",) or row["name"].startswith("step of"):
-            say(f"#610, {row['name']}?", f"{row['seconds']*1e3:,.3g} ms"
-                + (f", {row['utilisation']:.0%} of a product" if row["utilisation"] else "")
-                + (f", {row['memory']/1e9:.1f} GB" if row["memory"] else ""), **row)
+    for row in found["rows"]: _tell_row(say, row)
     done, times = short_training(card, "pr610", Path(card.work)/"switch")
     _tell_training(say, "pr610", done, times)
     say("How many graphs, and when?", " ".join(map(str, times.graphs)))
@@ -318,9 +329,9 @@ def ask_script(card:Card, say:Answers):
 def _half_way(card, child, metrics):
     "Wait until half of the steps are in the log; whether the child is still there."
     while child.poll() is None:
-        lines = metrics.read_text().count('"loss"') if metrics.exists() else 0
-        last = metrics.read_text().rsplit('{"step": ', 1)[-1].split(",")[0] if lines else "0"
-        if int(last or 0) >= card.steps//2: return True
+        text = metrics.read_text() if metrics.exists() else ""
+        found = re.findall(r'"step": (\d+)', text)
+        if found and int(found[-1]) >= card.steps//2: return True
         time.sleep(.05)
     return False
 
@@ -359,6 +370,7 @@ def ask_run(card:Card, say:Answers):
     report.save(Path(card.out)/"card-run.json")
     for p in out.glob("*.ipynb"): shutil.copy(p, Path(card.out)/"card-run.ipynb")
 
+# %% ../../nbs/speed/83_card.ipynb #83cb0004
 def _last_line(path):
     said = [s for s in Path(path).read_text(errors="replace").splitlines() if s.strip()]
     return said[-1] if said else "nothing was said"
@@ -367,11 +379,11 @@ def _tell_run(say, report, curve, at):
     "A run as answers."
     losses = curve["losses"]
     near = ", ".join(f"{l:.3f}" for l in losses[max(0, at-2):at+2])
-    say("Does it go on where it was?", f"{len(losses)} losses of {curve['steps']} steps; around the "
-        f"cut {near}", losses=losses, seconds=curve["seconds"])
+    say("Does it go on where it was?", f"{len(losses)} losses of {curve['steps']} steps; around "
+        f"the cut {near}", losses=losses, seconds=curve["seconds"])
     for row in report.rows:
-        say(f"Bits per byte, {row['stage']}?", f"{row['val_bpb']:.4f} on {row['targets']:,} targets "
-            f"in {row['seconds']:.1f} s", **row)
+        say(f"Bits per byte, {row['stage']}?", f"{row['val_bpb']:.4f} on {row['targets']:,} "
+            f"targets in {row['seconds']:.1f} s", **row)
     say("How large is the artifact?", f"{report.bytes_artifact:,} bytes")
     say("Does its audit pass?", report.mark or "yes")
 
@@ -391,6 +403,7 @@ def one_other(card:Card, name:str, path:str):
     say = Answers(path, "others")
     _tell_training(say, name, *short_training(card, name, Path(card.work)/name))
 
+# %% ../../nbs/speed/83_card.ipynb #83ca1026
 STEPS = dict(versions=ask_versions, attention=ask_attention, recipes=ask_recipes,
     squeeze=ask_squeeze, scoring=ask_scoring, compiled=ask_compiled, script=ask_script,
     run=ask_run, others=ask_others)
