@@ -48,6 +48,11 @@ SelectTypeParameters=CR_CPU
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 PropagateResourceLimits=NONE
+KillWait=600
+MessageTimeout=100
+BatchStartTimeout=600
+SlurmdTimeout=600
+UnkillableStepTimeout=700
 ReturnToService=2
 SlurmdParameters=config_overrides
 NodeName=here NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 State=UNKNOWN
