@@ -23,7 +23,7 @@ from ..model.gpt import GPT
 from ..scale.batch import command
 from ..scale.notebook import notebook_of
 from ..scale.runs import Run
-from ..score.audit import audit, model_evaluation
+from ..score.audit import LATER, audit, model_evaluation
 from ..score.lora import LoRAConfig, score_documents
 from ..score.ttt import score_and_adapt
 from ..score.windows import score
@@ -234,7 +234,8 @@ def ask_scoring(card:Card, say:Answers):
         LoRAConfig(ttt_lora_rank=4, ttt_lora_chunk_tokens=L//4)))
     length = min(len(text)-1, 2*L)
     found = audit(model_evaluation(model, tables, r.score, length), text[:length+1], 2)
-    bad = [f"{f.name}: {f.detail}" for f in found if f.status == "failed"]
+    failed = [f for f in found if f.status == "failed" and f.name not in LATER]
+    bad = [f"{f.name}: {f.detail}" for f in failed]
     say("Does an honest model pass the audit?", "NO: "+"; ".join(bad) if bad else "yes")
 
 # %% ../../nbs/speed/83_card.ipynb #83ca0019
