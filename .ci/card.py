@@ -29,7 +29,7 @@ CALLS = {  # step -> seconds at most; together 330 and 350
 CALLS["all"] = CALLS["A"] | CALLS["B"]
 SIZES = {
     "full": {},
-    "tiny": dict(device="cpu", scale="tiny", compile=False, steps=12, few=6, targets=400),
+    "tiny": dict(device="cpu", scale="tiny", compile=False, steps=12, few=6, targets=2048),
 }
 # What an image with torch, transformers and typer lacks of papermill, of kernels, and of ours;
 # debugpy, which ipykernel names, it does without.
@@ -170,7 +170,8 @@ def call(given):
     out, work = given.out.resolve(), (given.work or Path(tempfile.gettempdir())/"card").resolve()
     for p in (out, work): p.mkdir(parents=True, exist_ok=True)
     answers, settings = out/"card-answers.jsonl", work/"settings.json"
-    steps = {n: s for n, s in CALLS[given.call].items() if n in (given.only or CALLS["all"])}
+    steps = {n: s*given.slower for n, s in CALLS[given.call].items()
+        if n in (given.only or CALLS["all"])}
     end = time.monotonic() + (given.limit or sum(steps.values()))
     install(given.wheels, work, answers)
     asked = dict(out=str(out), work=str(work), script=str(given.script or "")) | SIZES[given.size]
@@ -197,6 +198,7 @@ def options():
     parser.add_argument("--debdocs", type=Path, default=ROOT/".card"/"debdocs")
     parser.add_argument("--script", type=Path, help="a published train_gpt.py of #610's family")
     parser.add_argument("--only", nargs="*", choices=CALLS["all"], help="steps")
+    parser.add_argument("--slower", type=float, default=1., help="times the seconds of each step")
     parser.add_argument("--limit", type=float, help="seconds of the whole call")
     return parser
 
