@@ -139,7 +139,7 @@ def try_kernel(card, name, rows)->tuple[float,float]: # seconds both ways, large
         y = both_ways(*few)
         t = measure(lambda q=heads(card, rows): both_ways(*q), 5, 2, card.device)
     exact = both_ways(*(x.detach().float().requires_grad_() for x in few))
-    return t.median, float((y.float()-exact).abs().max())
+    return t.median, float((y.float()-exact).abs().max().detach())
 
 # %% ../../nbs/speed/83_card.ipynb #83ca0012
 def ask_attention(card:Card, say:Answers):
@@ -175,7 +175,7 @@ def loss_and_gradient(case, dtype)->tuple[float,torch.Tensor,torch.dtype]:
     loss.backward()
     with torch.no_grad(): out = model.hidden(text[None, :64]).dtype
     grads = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
-    return float(loss), torch.cat(grads), out
+    return float(loss.detach()), torch.cat(grads), out
 
 def ask_recipes(card:Card, say:Answers):
     "Loss and gradient of every recipe, bfloat16 against float32."
