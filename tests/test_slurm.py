@@ -212,10 +212,11 @@ def test_cards_become_processes_unless_the_plan_says_otherwise():
 def test_two_jobs_at_once_are_cut_off_and_go_on(slurm, notebooks, novels, here, tmp_path):
     "One is put back by the cluster, the other is warned of the end of its minutes."
     out, seeds = tmp_path/"runs", (1, 2)
-    longer = ("-o", "iterations=600")
+    longer = ("-o", "iterations=300")
     child = start_pgolf(*words(notebooks, novels, out, "pr576", "--seeds", *seeds, *longer))
-    folders = [out/"tiny"/f"pr576-iterations=600-{s}" for s in seeds]
-    wait_until(lambda: all((f/"metrics.jsonl").exists() for f in folders), child)
+    folders = [out/"tiny"/f"pr576-iterations=300-{s}" for s in seeds]
+    logs = [f/"metrics.jsonl" for f in folders]
+    wait_until(lambda: all(p.exists() and '"loss"' in p.read_text() for p in logs), child)
     jobs = [job_of(f) for f in folders]
     assert [queue()[j] for j in jobs] == ["RUNNING"]*2
     slurm_says("scontrol", "requeue", jobs[0])
@@ -223,7 +224,7 @@ def test_two_jobs_at_once_are_cut_off_and_go_on(slurm, notebooks, novels, here, 
     for j in jobs: goes_on(j, child)
     said, err = child.communicate(timeout=HANG)
     assert child.returncode == 0, err
-    assert "over seeds" in said and "pr576-iterations=600" in said
+    assert "over seeds" in said and "pr576-iterations=300" in said
     for f, s in zip(folders, seeds):
         assert Report.load(f/"report.json").complete
         log = (f/"run.log").read_text()
