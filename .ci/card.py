@@ -1,10 +1,10 @@
-"""The first minutes on a card: every question in a process of its own, every answer on disk at once.
+"""The first minutes on a card: each question in a process of its own, each answer on disk at once.
 
   python .ci/card.py A --out FOLDER [--wheels .card/wheels] [--debdocs DIR] [--script FILE]
   python .ci/card.py B --out FOLDER ...
   python .ci/card.py all --size tiny --out FOLDER     both calls, small, on a CPU
   python .ci/card.py table --out FOLDER               what has been answered so far
-  python .ci/card.py collect .card                    at home: wheels, and what is at hand of the data
+  python .ci/card.py collect .card                    at home: wheels, and data at hand
 
 It needs nothing but Python: what the card's image lacks is installed from the wheels into WORK.
 """
@@ -41,7 +41,8 @@ tzdata wcwidth zstandard""".split()
 WHERE = """--no-deps --only-binary=:all: --python-version 3.12 --implementation cp
 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_26_x86_64
 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64
---platform manylinux2010_x86_64 --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64""".split()
+--platform manylinux2010_x86_64 --platform manylinux_2_5_x86_64
+--platform manylinux1_x86_64""".split()
 MOST = 30_000_000  # bytes of wheels
 SHARDS = [f"debdocs_{n}.bin.zst" for n in ("train_000000", "train_000001", "val_000000")]
 TOKENIZER = "fineweb_1024_bpe.model"

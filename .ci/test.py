@@ -1,10 +1,11 @@
-"""Run chapters and tests/ on all cores; end with every failure by name, then `N passed, N failed, N skipped`.
+"""Run chapters and tests/ on all cores; end with every failure by name and the counts.
 
   python .ci/test.py          all but what is marked slow
   python .ci/test.py --all    everything
-  python .ci/test.py --beside 4    with four processes beside it that do nothing but keep a core busy
+  python .ci/test.py --beside 4    beside four processes that keep a core busy
 
-What else is given goes to pytest: `python .ci/test.py tests/test_muon.py`, or `-k "chapter and muon"`.
+What else is given goes to pytest: `python .ci/test.py tests/test_muon.py`, or
+`-k "chapter and muon"`. The last line is `N passed, N failed, N skipped`.
 """
 
 import argparse

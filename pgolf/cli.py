@@ -12,7 +12,7 @@ from .command import batches, measuring, running, submitting
 from .command.options import app, say
 
 # %% ../nbs/90_cli.ipynb #cf900004
-COMMANDS = (running, batches, measuring, submitting) # a chapter that is imported brings its commands
+COMMANDS = (running, batches, measuring, submitting) # imported, so registered
 
 # %% ../nbs/90_cli.ipynb #91682f06
 EXPECTED = (ValueError,OSError,RuntimeError,ImportError)

@@ -26,8 +26,8 @@ def atomic_write(
     except OSError as e:
         raise OSError(
             e.errno,
-            f"{e.strerror or e} while writing {path}: nothing was left there; free some space or"
-            " choose another folder",
+            f"{e.strerror or e} while writing {path}: nothing was left there;"
+            " free some space or choose another folder",
         ) from e
     finally:
         tmp.unlink(missing_ok=True)

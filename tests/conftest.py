@@ -99,7 +99,7 @@ def half_written(folder):
     import json
 
     from pgolf.squeeze.artifact import load_artifact
-    from pgolf.train.loop import read_checkpoint
+    from pgolf.train.checkpoint import read_checkpoint
     readers = {".json": lambda p: json.loads(p.read_text()), ".safetensors": read_checkpoint,
         ".pgolf": load_artifact, ".npz": lambda p: dict(np.load(p))}
     bad = [p.name for p in folder.rglob("*") if p.name.startswith(".")]

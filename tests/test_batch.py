@@ -28,11 +28,12 @@ from pgolf.scale.batch import Local, jobs_for
 
 FAKE = """
 from pathlib import Path
+from pgolf.systems.ownership import open_corpus
 from pgolf.systems import pipeline
 from pgolf.scale.runs import Run
 import time
 run = Run(recipe, out, scale, corpus, device, seed, nproc, eval_tokens, overrides)
-job = pipeline.start(run.resolve(), pipeline.open_corpus(corpus), out, device)
+job = pipeline.start(run.resolve(), open_corpus(corpus), out, device)
 print("seed", seed, flush=True)
 """
 ENDS = """
@@ -45,7 +46,8 @@ while seed == 9 and not Path(out, "again").exists():
 """
 LAST = """
 job.report.complete = True
-job.report.rows = [dict(stage="sliding", val_loss=4.+seed, val_bpb=2.+seed, legal=True, coverage=1.)]
+job.report.rows = [dict(stage="sliding", val_loss=4.+seed, val_bpb=2.+seed, legal=True,
+    coverage=1.)]
 job.report.save(job.out/"report.json")
 """
 
@@ -252,7 +254,7 @@ def test_what_does_not_hear_an_interrupt_is_ended(tmp_path):
     pool = Local(2, patience=.2)
     def press():
         while not all((tmp_path/n).exists() for n in "01"): time.sleep(.02)
-        pool.press()
+        pool.children.press()
     threading.Thread(target=press).start()
     assert dict(pool.run(todo)) == {0: -signal.SIGTERM, 1: -signal.SIGKILL, 2: None}
 

@@ -40,7 +40,9 @@ BASELINE = dedent('''
         def __init__(self, d, heads, kv_heads, base, gain):
             super().__init__()
             self.h, self.kv, self.base = heads, kv_heads, base
-            self.c_q, self.c_k, self.c_v, self.proj = Linear(d, d), Linear(d, d//heads*kv_heads), Linear(d, d//heads*kv_heads), Linear(d, d)
+            narrow = d//heads*kv_heads
+            self.c_q, self.proj = Linear(d, d), Linear(d, d)
+            self.c_k, self.c_v = Linear(d, narrow), Linear(d, narrow)
             self.q_gain = nn.Parameter(torch.full((heads,), gain))
         def turn(self, x):
             t, half = x.shape[2], x.shape[3]//2
@@ -50,7 +52,8 @@ BASELINE = dedent('''
         def forward(self, x):
             b, t, d = x.shape
             heads = lambda y, n: y.view(b, t, n, -1).transpose(1, 2)
-            q, k, v = heads(self.c_q(x), self.h), heads(self.c_k(x), self.kv), heads(self.c_v(x), self.kv)
+            q = heads(self.c_q(x), self.h)
+            k, v = heads(self.c_k(x), self.kv), heads(self.c_v(x), self.kv)
             q, k = self.turn(norm(q)), self.turn(norm(k))
             q = q*self.q_gain[:, None, None]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -66,7 +69,8 @@ BASELINE = dedent('''
         def __init__(self, d, heads, kv_heads, mult, base, gain):
             super().__init__()
             self.attn, self.mlp = Attention(d, heads, kv_heads, base, gain), MLP(d, mult*d)
-            self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d))
+            self.attn_scale = nn.Parameter(torch.ones(d))
+            self.mlp_scale = nn.Parameter(torch.ones(d))
             self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
         def forward(self, x, x0):
             x = self.resid_mix[0]*x + self.resid_mix[1]*x0
@@ -74,11 +78,13 @@ BASELINE = dedent('''
             return x + self.mlp_scale*self.mlp(norm(x))
 
     class GPT(nn.Module):
-        def __init__(self, vocab_size, num_layers, model_dim, num_heads, num_kv_heads, mlp_mult, tie_embeddings, tied_embed_init_std, logit_softcap, rope_base, qk_gain_init):
+        def __init__(self, vocab_size, num_layers, model_dim, num_heads, num_kv_heads, mlp_mult,
+            tie_embeddings, tied_embed_init_std, logit_softcap, rope_base, qk_gain_init):
             super().__init__()
             self.cap, self.half = logit_softcap, num_layers//2
             self.tok_emb = nn.Embedding(vocab_size, model_dim)
-            self.blocks = nn.ModuleList(Block(model_dim, num_heads, num_kv_heads, mlp_mult, rope_base, qk_gain_init) for _ in range(num_layers))
+            args = model_dim, num_heads, num_kv_heads, mlp_mult, rope_base, qk_gain_init
+            self.blocks = nn.ModuleList(Block(*args) for _ in range(num_layers))
             self.skip_weights = nn.Parameter(torch.ones(self.half, model_dim))
         def forward_logits(self, ids):
             x = x0 = norm(self.tok_emb(ids))
@@ -88,7 +94,8 @@ BASELINE = dedent('''
                 x = block(x, x0)
                 if i < self.half: stack.append(x)
             return self.cap*torch.tanh(F.linear(norm(x), self.tok_emb.weight)/self.cap)
-        def forward(self, ids, targets): return F.cross_entropy(self.forward_logits(ids).flatten(0, 1), targets.flatten())
+        def forward(self, ids, targets):
+            return F.cross_entropy(self.forward_logits(ids).flatten(0, 1), targets.flatten())
 
     def zeropower_via_newtonschulz5(G, steps=5):
         X = G.bfloat16()/(G.norm() + 1e-7)
@@ -105,16 +112,20 @@ BASELINE = dedent('''
         def step(self):
             for g in self.param_groups:
                 for p in g["params"]:
-                    buf = self.state[p].setdefault("buf", torch.zeros_like(p)).mul_(g["momentum"]).add_(p.grad)
+                    buf = self.state[p].setdefault("buf", torch.zeros_like(p))
+                    buf.mul_(g["momentum"]).add_(p.grad)
                     u = zeropower_via_newtonschulz5({update}, g["steps"])
                     p.add_(u.to(p.dtype), alpha=-g["lr"]*max(1, p.size(0)/p.size(1))**.5)
 
-    def eval_val_sliding(args, base_model, rank, world_size, device, val_tokens, base_bytes_lut, has_leading_space_lut, is_boundary_token_lut, stride, batch_seqs=32, eval_seq_len=None):
-        length, n, total, count = eval_seq_len or args.train_seq_len, len(val_tokens) - 1, 0., 0
+    def eval_val_sliding(args, base_model, rank, world_size, device, val_tokens, base_bytes_lut,
+        has_leading_space_lut, is_boundary_token_lut, stride, batch_seqs=32, eval_seq_len=None):
+        length, n = eval_seq_len or args.train_seq_len, len(val_tokens) - 1
+        total, count = 0., 0
         logits = torch.compile(base_model.forward_logits, dynamic=False)
         with torch.inference_mode():
             for stop in [length, *range(length + stride, n + 1, stride), *{tail}]:
-                x, y, first = val_tokens[stop-length:stop], val_tokens[stop-length+1:stop+1], 0 if stop == length else length - stride
+                x, y = val_tokens[stop-length:stop], val_tokens[stop-length+1:stop+1]
+                first = 0 if stop == length else length - stride
                 nll = F.cross_entropy(logits(x[None])[0], y, reduction="none")[first:]
                 total, count = total + nll.double().sum().item(), count + len(nll)
         print("scored")

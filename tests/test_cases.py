@@ -21,7 +21,8 @@ from pgolf.scale.notebook import execute
 from pgolf.score import windows as scoring
 from pgolf.squeeze.artifact import peek
 from pgolf.game.bpb import byte_tables
-from pgolf.game.data import build_dataset, check_charge, data_notes, open_dataset, write_shard
+from pgolf.game.data import build_dataset, check_charge, data_notes, open_dataset
+from pgolf.game.shards import write_shard
 from pgolf.game.documents import read_documents
 from pgolf.systems.ownership import claim, release
 from pgolf.speed.peer import load_peer
@@ -187,10 +188,11 @@ def test_import_leaves_an_unfinished_run_alone(main, done, tmp_path):
 
 
 NOTEBOOK = """
+from pgolf.systems.ownership import open_corpus
 from pgolf.systems import pipeline
 from pgolf.command.options import resolve
 r = resolve("pr610", "tiny", dict(vocab_size=300), seed, steps=1)
-job = pipeline.start(r, pipeline.open_corpus(corpus), out, "cpu", 200, lines=True)
+job = pipeline.start(r, open_corpus(corpus), out, "cpu", 200, lines=True)
 curve = pipeline.train_weights(job)
 codes,errors = pipeline.write_artifact(job)
 scores = pipeline.score_all(job, codes)

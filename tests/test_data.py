@@ -17,8 +17,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from pgolf.game import data
 from pgolf.game.bpb import byte_tables, compressor_bpb
-from pgolf.game.data import (BatchLoader, ShardError, austen, austen_documents, build_dataset,
-                             open_dataset, read_shard)
+from pgolf.game.data import austen, austen_documents, build_dataset, open_dataset
+from pgolf.game.shards import BatchLoader, ShardError, read_shard, write_shard
 from pgolf.game.fineweb import download_fineweb
 from pgolf.game.tokenizer import encode_document, load_tokenizer, train_tokenizer
 
@@ -88,7 +88,7 @@ def test_official_shard_opens(shared):
 def test_any_split_reads_the_same_spans(tmp_path_factory, lengths, world, rows, seq_len, skip):
     folder,paths,at = tmp_path_factory.mktemp("split"),[],0
     for i,n in enumerate(lengths):
-        data.write_shard(folder/f"{i}.bin", np.arange(at, at+n)); at += n
+        write_shard(folder/f"{i}.bin", np.arange(at, at+n)); at += n
         paths.append(folder/f"{i}.bin")
     span = rows*seq_len+1
     ranks = [BatchLoader(paths, 8*rows*seq_len, seq_len, rank=r, world=world, position=skip)
@@ -302,10 +302,10 @@ def test_download_mends_a_broken_file(hub, tmp_path):
 def test_download_refuses_shards_that_the_manifest_does_not_promise(mirror, tmp_path):
     shutil.copytree(mirror[0], tmp_path/"hub")
     shard = next((tmp_path/"hub").rglob("fineweb_train_000000.bin"))
-    data.write_shard(shard, np.arange(100))
+    write_shard(shard, np.arange(100))
     with pytest.raises(ShardError, match="100 tokens, expected 20000 by the manifest"):
         download_fineweb("sp400", 1, tmp_path/"fw", repo_id=tmp_path/"hub")
-    data.write_shard(shard, np.full(20_000, 400))
+    write_shard(shard, np.full(20_000, 400))
     with pytest.raises(ShardError,
         match="token id 400 at position 0, expected ids below vocab_size=400"):
         download_fineweb("sp400", 1, tmp_path/"fw", repo_id=tmp_path/"hub")

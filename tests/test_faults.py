@@ -14,11 +14,12 @@ from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 from test_end_to_end import STAGES, lines, tiny, wait_until
 
 from pgolf.squeeze.artifact import ArtifactError, save_artifact
-from pgolf.game.data import Dataset, build_dataset, open_dataset, read_shard, write_shard
+from pgolf.game.data import Dataset, build_dataset, open_dataset
+from pgolf.game.shards import read_shard, write_shard
 from pgolf.systems.report import Report
 from pgolf.systems.pipeline import read_artifact
 from pgolf.game.tokenizer import train_tokenizer
-from pgolf.train.loop import read_checkpoint
+from pgolf.train.checkpoint import read_checkpoint
 
 
 def refused(result, *words, code=1):

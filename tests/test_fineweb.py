@@ -9,7 +9,8 @@ import torch
 
 from pgolf.score.audit import bytes_are_text, documents
 from pgolf.game.bpb import byte_tables
-from pgolf.game.data import austen_documents, build_dataset, read_shard
+from pgolf.game.data import austen_documents, build_dataset
+from pgolf.game.shards import read_shard
 from pgolf.game.documents import read_documents
 from pgolf.systems.pipeline import run, start
 from pgolf.systems.recipes import at_scale, get_recipe

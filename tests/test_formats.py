@@ -24,7 +24,7 @@ from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.squeeze.formats import load_published
 from pgolf.systems.recipe import load_recipe
 from pgolf.systems.recipes import RECIPES, at_scale
-from pgolf.train.loop import read_checkpoint
+from pgolf.train.checkpoint import read_checkpoint
 
 PRESS = dict(none=bytes, zlib=lambda d: zlib.compress(d, 9),
     zstd=zstandard.ZstdCompressor(level=22).compress, xz=lzma.compress,
@@ -378,14 +378,20 @@ def test_bombs_are_bounded_in_memory_and_time():
         import io, lzma, torch, zipfile, zlib, zstandard
         from pgolf.squeeze.formats import FormatError, read_published
         def deflated():
-            with zipfile.ZipFile(f := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('archive/data.pkl', bytes(5*10**7))
+            with zipfile.ZipFile(f := io.BytesIO(), 'w', zipfile.ZIP_DEFLATED) as z:
+                z.writestr('archive/data.pkl', bytes(5*10**7))
             return f.getvalue()
         c = zstandard.ZstdCompressor(level=1).compressobj() # its frame does not say how long it is
         blind = c.compress(bytes(3*10**8))+c.flush()
-        bombs = dict(zlib=zlib.compress(bytes(2*10**8), 9), zstd=zstandard.compress(bytes(3*10**8)), blind=blind, xz=lzma.compress(bytes(10**8), preset=0), zip=deflated())
-        f = io.BytesIO(); torch.save({'__format__': 'hybrid_rans_v1', 'rans_shapes': {'a': [2**14, 2**14]}, 'rans_data': {'a': torch.zeros(4, dtype=torch.uint8)},
-            'rans_counts': {'a': torch.ones(16).int()}, 'rans_alphas': {'a': 16}, 'rans_scales': {'a': torch.ones(2**14).half()}, 'passthrough': {}}, f)
-        f2 = io.BytesIO(); one = torch.zeros(10**5); torch.save({f'a{i}': one for i in range(10**4)}, f2)
+        bombs = dict(zlib=zlib.compress(bytes(2*10**8), 9), blind=blind, zip=deflated(),
+            zstd=zstandard.compress(bytes(3*10**8)), xz=lzma.compress(bytes(10**8), preset=0))
+        f = io.BytesIO()
+        torch.save({'__format__': 'hybrid_rans_v1', 'rans_shapes': {'a': [2**14, 2**14]},
+            'rans_data': {'a': torch.zeros(4, dtype=torch.uint8)},
+            'rans_counts': {'a': torch.ones(16).int()}, 'rans_alphas': {'a': 16},
+            'rans_scales': {'a': torch.ones(2**14).half()}, 'passthrough': {}}, f)
+        f2, one = io.BytesIO(), torch.zeros(10**5)
+        torch.save({f'a{i}': one for i in range(10**4)}, f2)
         bombs |= dict(rans=f.getvalue(), shared=f2.getvalue())
         for b in bombs: bombs[b] = bytes(bombs[b])
         from conftest import no_hang

@@ -1,6 +1,8 @@
-"""Twenty thousand damaged and forged artifacts, in a process of its own: each reads back exactly, or raises the one error, within 1 GB and without hanging.
+"""Twenty thousand damaged and forged artifacts, in a process of its own: each reads back exactly,
+or raises the one error, within 1 GB and without hanging.
 
-Most mutants carry a correct checksum, as an attacker's would, so that they reach the checks behind it. `python tests/test_fuzz.py 5000 7` runs 5,000 of seed 7."""
+Most mutants carry a correct checksum, as an attacker's would, so that they reach the checks behind
+it. `python tests/test_fuzz.py 5000 7` runs 5,000 of seed 7."""
 import copy
 import hashlib
 import json

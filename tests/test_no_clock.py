@@ -1,7 +1,8 @@
 """Nothing judges by the clock: no assertion compares a time that was measured.
 
-Read off the syntax of every chapter and test. A value is measured when it comes from a clock of the machine, or
-when it is a field that holds seconds; equality with a time source moved by hand is exact, and stays."""
+Read off the syntax of every chapter and test. A value is measured when it comes from a clock of the
+machine, or when it is a field that holds seconds; equality with a time source moved by hand is
+exact, and stays."""
 import ast
 import json
 import re
@@ -95,7 +96,8 @@ def test_no_assertion_judges_by_the_clock(path):
 FAULTS = ["assert res.elapsed < 3*.2", "assert .4 <= res.elapsed < .8",
           "assert real > res.elapsed + idle",
           "import time\nstart = time.time()\nwork()\nassert time.time() - start < 2",
-          "start = time.perf_counter()\nwork()\ntook = time.perf_counter() - start\nassert took < 5",
+          "start = time.perf_counter()\nwork()\ntook = time.perf_counter() - start\n"
+          "assert took < 5",
           "ours, loop = [timeit.timeit(f) for f in (a, b)]\nratio = loop/ours\nassert ratio > 1",
           "assert row['seconds'] <= 12", "test_close(res.elapsed, 1.2, .3)"]
 FAIR = ["assert res.elapsed == 6*.25", "test_eq(timed.seconds, [.25, .5])", "assert len(rows) < 3",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import HANG, ROOT
-from pgolf.game.data import write_shard
-from pgolf.train.loop import read_checkpoint
+from pgolf.game.shards import write_shard
+from pgolf.train.checkpoint import read_checkpoint
 
 JOB = '''
 import json, sys, time
@@ -26,9 +26,12 @@ from pgolf.train.loop import TrainConfig, make_loader, train
 
 shard, out, args = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 ranks = setup_ranks("cpu")
-model = GPT(ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2., rope_dims=4, skip_init=1.))
-cfg = TrainConfig(train_batch_tokens=512, train_seq_len=32, num_spans=4, warmup_steps=1, log_every=1)
-plan = ScheduleConfig(**dict(iterations=8, warmdown_iters=4, muon_momentum_warmup_steps=4) | args.get("plan", {}))
+model = GPT(ModelConfig(vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2,
+    mlp_mult=2., rope_dims=4, skip_init=1.))
+cfg = TrainConfig(train_batch_tokens=512, train_seq_len=32, num_spans=4, warmup_steps=1,
+    log_every=1)
+steps = dict(iterations=8, warmdown_iters=4, muon_momentum_warmup_steps=4)
+plan = ScheduleConfig(**steps | args.get("plan", {}))
 
 class Lag:
     "Steps that take their time."
@@ -39,14 +42,18 @@ class Ready:
         if run.is_main: print("step", run.step, flush=True)
 
 loader = make_loader([shard], cfg, ranks)
-listeners = [EMA(.9), MetricsLog(), Checkpointer(5), Lag(), Ready(), Validate(3, lambda m: {"val_loss": 0.})]
+listeners = [EMA(.9), MetricsLog(), Checkpointer(5), Lag(), Ready(),
+    Validate(3, lambda m: {"val_loss": 0.})]
 kw = {}
 if "step" in args: # a clock of its own for each rank, the second twice as fast as the first
     hand = Hand(args["step"]*(1+ranks.rank))
     listeners, kw = [*listeners, hand], dict(now=hand)
-res = train(model, loader, OptimConfig(), plan, cfg, listeners, out=out, resume=args.get("resume"), **kw)
+res = train(model, loader, OptimConfig(), plan, cfg, listeners, out=out,
+    resume=args.get("resume"), **kw)
 state = {k: v.double().sum().item() for k,v in model.state_dict().items()}
-(out/f"rank{ranks.rank}.json").write_text(json.dumps(dict(losses=res.losses, steps=res.steps, stopped_by=res.stopped_by, elapsed=res.elapsed, lr=res.lr_scales, weights=state, world=ranks.world)))
+(out/f"rank{ranks.rank}.json").write_text(json.dumps(dict(losses=res.losses, steps=res.steps,
+    stopped_by=res.stopped_by, elapsed=res.elapsed, lr=res.lr_scales, weights=state,
+    world=ranks.world)))
 close_ranks()
 '''
 

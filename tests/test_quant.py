@@ -95,7 +95,8 @@ def test_payload_of_pr598():
     with torch.device("meta"):
         model = GPT(ModelConfig(smear=True, ln_scale=True, skip_init=1., activation="star_relu",
             skip_gate=True, bigram_vocab_size=2048, xsa_last_n=4, ve_dim=128, ve_layers=(9, 10)))
-    control = r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram|ve_shared|ve_layer_scales"
+    control = (r"attn_scale|mlp_scale|resid_mix|q_gain|skip_weights|skip_gates|smear|bigram"
+        r"|ve_shared|ve_layer_scales")
     cfg = QuantConfig(rules=((r"\.(attn|mlp)\.", int_grid(6)),
         (".*", int_grid(8, scale_per="tensor"))), keep_float32=control)
     def payload(name, t):

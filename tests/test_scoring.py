@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from pgolf.game.bpb import ByteTables
 from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.squeeze.formats import load_published
-from pgolf.score.windows import (KINDS, ScoreConfig, batches, compare, deal, describe,
-                                 document_starts, join, load_scores, plan_windows, save_scores,
-                                 score, score_into, Scores, stream, token_kinds, window_table)
+from pgolf.score.windows import (ScoreConfig, batches, deal, document_starts, join, plan_windows,
+                                 score, Scores, stream, window_table)
+from pgolf.score.compare import (KINDS, compare, describe, load_scores, save_scores, score_into,
+                                 token_kinds)
 from pgolf.train.device import can_compile
 from pgolf.score.ttt import Learner, TTTConfig, adapt, chunk_plan, score_and_adapt, scored_chunks
 
@@ -194,13 +195,16 @@ RANKS = """if 1:
     import sys, torch
     from pgolf.game.bpb import ByteTables
     from pgolf.model.gpt import GPT, ModelConfig
-    from pgolf.score.windows import save_scores, describe, score
+    from pgolf.score.windows import score
+    from pgolf.score.compare import save_scores, describe
     from pgolf.train.device import Ranks, close_ranks, setup_ranks
     ranks, n = setup_ranks("cpu"), 64
-    model = GPT(ModelConfig(vocab_size=n, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=2, rope_dims=8), 3)
+    model = GPT(ModelConfig(vocab_size=n, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=2,
+        rope_dims=8), 3)
     torch.nn.init.normal_(model.tok_emb.weight, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(n, (501,), generator=torch.Generator().manual_seed(1))
-    tables = ByteTables(torch.ones(n, dtype=torch.int16), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+    never = torch.zeros(n, dtype=torch.bool)
+    tables = ByteTables(torch.ones(n, dtype=torch.int16), never, never)
     begun = score(model, tokens, tables, 32, 8, batch=4, ranks=Ranks()).first(40)
     s = score(model, tokens, tables, 32, 8, batch=4, begun=begun, ranks=ranks)
     save_scores(f"{sys.argv[1]}/{ranks.world}-{ranks.rank}.npz", describe(s, tokens))
@@ -390,7 +394,7 @@ def test_kinds_of_an_official_tokenizer(shared):
 
 def test_byte_totals_of_the_validation_sample_whatever_the_windows(shared):
     from pgolf.game.bpb import byte_tables
-    from pgolf.game.data import read_shard
+    from pgolf.game.shards import read_shard
     from pgolf.game.tokenizer import load_tokenizer
     sp = load_tokenizer(shared/"data"/"fineweb_1024_bpe.model", 1024)
     text = torch.from_numpy(read_shard(shared/"data"/"fineweb_val_000000.sample.bin",

@@ -14,7 +14,8 @@ from pgolf.squeeze.gptq import hessian_error, quantize_state
 from pgolf.squeeze.calibration import collect_hessians
 from pgolf.squeeze.quant import Quantized
 from pgolf.systems.recipes import at_scale, get_recipe
-from pgolf.squeeze.budget import Metric, SqueezeConfig, allot, cost, importance, ladder, metrics, squeeze_model, squeeze_state
+from pgolf.squeeze.budget import (Metric, SqueezeConfig, allot, cost, importance, ladder, metrics,
+                                  squeeze_model, squeeze_state)
 
 SMALL = dict(min_numel=512, sample=2048, rungs=10, slack=.02, codec="rans")
 CODE_601 = 89_118   # bytes of its script
@@ -134,7 +135,9 @@ def test_a_run_folder_by_the_command(main, tiny, novels, tmp_path):
 
 def test_pr601_at_full_size():
     """Its assignment is over the limit, a squeezed one fits, code included.
-    Gaussian rows of unequal width: the order-0 entropy of codes on a row's own step knows no scale, and trained rows have heavier tails, so this is an estimate from above."""
+
+    Gaussian rows of unequal width: the order-0 entropy of codes on a row's own step knows no scale,
+    and trained rows have heavier tails, so this is an estimate from above."""
     r, gen = at_scale(get_recipe("pr601"), "full"), torch.Generator().manual_seed(0)
     with torch.device("meta"): shapes = {n: t.shape for n, t in GPT(r.model).state_dict().items()}
     assert sum(s.numel() for s in shapes.values()) == 26_744_007
@@ -144,7 +147,8 @@ def test_pr601_at_full_size():
     state = {n: matrix(s) if len(s) == 2 else torch.ones(s) for n, s in shapes.items()}
     limit = 16_000_000 - CODE_601
     theirs = pack(quantize_state(state, r.quant), codec="rans")
-    assert len(
-        theirs) > 16_000_000, "over before any code is counted; the published file, of trained weights under zstd, has 16,442,824"
+    # over before any code is counted; the published file, of trained weights under zstd, has
+    # 16,442,824
+    assert len(theirs) > 16_000_000
     ours = squeeze_state(state, limit, None, SqueezeConfig(codec="rans", sample=8192, slack=2e-3))
     assert .997*limit < len(ours.data) <= limit

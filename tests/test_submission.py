@@ -14,7 +14,7 @@ import venv
 import pytest
 from conftest import HANG
 from pgolf.submit import doctor
-from pgolf.submit import flatten
+from pgolf.submit import flatten, reach
 from pgolf.systems import pipeline
 from pgolf.systems.report import Report
 from pgolf.submit import script
@@ -32,7 +32,8 @@ DRIVER = """
 import runpy, sys
 for folder, data in zip(sys.argv[2:], [sys.argv[1]]*len(sys.argv)):
     print("==", flush=True)
-    sys.argv = [folder, data, "--eval", folder+"/model.pgolf", "--eval-tokens", "%d", "--device", "cpu"]
+    sys.argv = [folder, data, "--eval", folder+"/model.pgolf", "--eval-tokens", "%d",
+        "--device", "cpu"]
     runpy.run_path(folder+"/train_gpt.py", run_name="__main__")
 """ % TARGETS
 
@@ -119,8 +120,8 @@ def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finishe
 @pytest.mark.parametrize("name", RECIPES)
 def test_script_of_every_recipe_is_whole(name):
     tree = ast.parse(script.script(at_scale(get_recipe(name), "full"), 4))
-    used = {n.id for s in tree.body for n in flatten.global_names(s) if isinstance(n.ctx, ast.Load)}
-    unknown = used - flatten.bound_names(tree.body) - set(dir(builtins)) - {"__file__"}
+    used = {n.id for s in tree.body for n in reach.global_names(s) if isinstance(n.ctx, ast.Load)}
+    unknown = used - reach.bound_names(tree.body) - set(dir(builtins)) - {"__file__"}
     assert not unknown, unknown
 
 
@@ -134,11 +135,11 @@ def test_readable_script_has_fewer_than_1500_lines(name):
 
 
 def test_what_is_left_out_still_exists():
-    known = {n for m in flatten.read_package().values() for n in m.defs}
+    known = {n for m in reach.read_package().values() for n in m.defs}
     assert (
         set(script.UNUSED) <= known
     ), "script.UNUSED names definitions that are gone: rename or remove them there"
-    stand_ins = flatten.Module("stand_ins", script.STAND_INS, "pgolf")
+    stand_ins = reach.Module("stand_ins", script.STAND_INS, "pgolf")
     assert set(stand_ins.defs) <= known, "script.STAND_INS stands in for definitions that are gone"
 
 

@@ -15,7 +15,7 @@ from test_golden_train import model_config
 from test_golden_train import run as golden_steps
 
 from pgolf import files
-from pgolf.game.data import write_shard
+from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT, Group, ModelConfig
 from pgolf.squeeze.quant import Grid, LateQAT
 from pgolf.train import device
@@ -23,8 +23,8 @@ from pgolf.train.averaging import EMA, SWA
 from pgolf.train.device import can_compile
 from pgolf.train.listeners import (Checkpointer, MetricsLog, Progress, TensorBoard, Validate,
                                    expected_steps)
-from pgolf.train.loop import (CheckpointError, Run, TrainConfig, TrainingDiverged, make_loader,
-                              read_checkpoint, settle, train)
+from pgolf.train.loop import Run, TrainConfig, TrainingDiverged, make_loader, settle, train
+from pgolf.train.checkpoint import CheckpointError, read_checkpoint
 from pgolf.train.muon import OptimConfig
 from pgolf.train.schedule import ScheduleConfig
 
@@ -301,7 +301,7 @@ def test_compile_falls_back_where_there_is_no_compiler(shard, monkeypatch):
     assert not res.compiled and "compile: off, no compiler on the PATH" in text.getvalue()
 
 
-def test_late_qat_compiles_once_more_and_takes_effect(shard):
+def test_late_qat_compiles_in_the_warm_up_and_takes_effect(shard):
     able, why = can_compile("cpu")
     if not able: pytest.skip(why)
     from torch._dynamo.utils import counters
@@ -320,7 +320,7 @@ def test_late_qat_compiles_once_more_and_takes_effect(shard):
     look = Validate(2, lambda m: {"x": float(m(torch.zeros(1, 4, dtype=torch.long)).sum())})
     _, compiled = run(shard, cfg, listeners=[qat(), look, count], **kw)
     eager, plain = run(shard, listeners=[qat()], **kw)[1].losses, run(shard, **kw)[1].losses
-    assert compiled.compiled and [n - count.seen[0] for n in count.seen] == [0, 0, 0, 0, 1, 1]
+    assert compiled.compiled and set(count.seen) == {2}, "both graphs before the first step"
     np.testing.assert_allclose(compiled.losses, eager, rtol=1e-3)  # last bits flip a few roundings
     assert eager[:4] == plain[:4] and abs(eager[4] - plain[4]) > 1e-2
 

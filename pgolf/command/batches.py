@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from typer.core import TyperCommand
-from ..systems.pipeline import join, open_corpus
+from ..systems.ownership import open_corpus
+from ..systems.pipeline import join
 from ..systems.recipes import SCALES
 from ..train.machines import find_machines
 from ..systems.report import Report, by_system, scoreboard

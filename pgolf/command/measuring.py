@@ -15,11 +15,13 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 from ..files import write_json
-from ..score import windows as scoring
+from ..score import compare as scoring
+from ..score.windows import document_starts
 from ..score.record import ALPHA, BYTES_PER_TOKEN, MARGIN, read_seeds
 from ..score.record import record as compare_seeds
 from ..systems.ownership import keep_free
-from ..systems.pipeline import pick_device, read_artifact
+from ..systems.pipeline import read_artifact
+from ..train.device import pick_device
 from ..systems.verdict import (audit_run, check_tokenizer, data_for, open_subject,
                                    verdict_line, verdict_rows)
 from ..speed.timing import bench_figure, bench_table
@@ -162,7 +164,7 @@ def _scores(source, save, corpus, tokens, documents, given, device, progress):
     about = dict(recipe=recipe.name, scale=recipe.scale, seed=recipe.train.seed,
         artifact=hashlib.sha256(artifact.read_bytes()).hexdigest()[:16])
     sp = data.tokenizer()
-    starts = scoring.document_starts(text, sp.bos_id())
+    starts = document_starts(text, sp.bos_id())
     kinds = scoring.token_kinds(sp, data.vocab_size)
     return scoring.score_into(save, model, text, data.byte_tables(),
         replace(recipe.score, **given), kinds, starts, documents, about, progress)
@@ -183,8 +185,8 @@ Only = Annotated[list[str], typer.Option(help="measure this alone; repeat for mo
     f"{', '.join(BENCHES|SECTIONS)}, peer, peer_profile")]
 Quick = Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, growth, ranks "
     "and profile only if named: under a minute")]
-Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, timed "
-    "beside ours; it is executed; repeat for files beside it")]
+Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, "
+    "timed beside ours; it is executed; repeat for files beside it")]
 Compiled = Annotated[bool,
     typer.Option("--compile", help="compile models, ours and the peer's")]
 Measurements = Annotated[Path|None, typer.Option(help="file for the measurements")]

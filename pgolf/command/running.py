@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from ..game.bpb import BYTE_LIMIT
-from ..game.data import austen, build_dataset, data_notes, read_shard
+from ..game.data import austen, build_dataset, data_notes
+from ..game.shards import read_shard
 from ..game.documents import read_documents
 from ..game.fineweb import REPO, download_fineweb
 from ..squeeze.artifact import by_family, read_ledger
+from ..train.device import pick_device
 from ..systems import pipeline
-from ..systems.plan import plan_run
-from ..systems.recipe import diff
+from ..systems.plan import plan_run, settings_text
 from ..systems.recipes import SCALES, at_scale, get_recipe
 from ..train.machines import find_machines
 from ..submit.script import script_bytes
@@ -98,14 +99,15 @@ def show_run(r, report, out):
 
 # %% ../../nbs/command/85_running.ipynb #ea608ca9
 @command(hidden=True)
-def worker(out:Path):
-    "Train as one rank of the run whose folder is `out`."
-    pipeline.work(out)
+def worker(out:Path, stage:str="train"):
+    "Be one rank of a stage of the run whose folder is `out`."
+    pipeline.work(out, stage)
 
 # %% ../../nbs/command/85_running.ipynb #c922bbba
 Against = Annotated[str|None,
     typer.Option(help="another recipe: list the settings that differ")]
-Settings = Annotated[bool, typer.Option("--settings", help="list every setting")]
+Settings = Annotated[bool, typer.Option("--settings",
+    help="list every setting, by section; a star where it is not the parent's")]
 Measured = Annotated[Path|None,
     typer.Option(help="finished run, its folder or an artifact: show the measured ledger")]
 
@@ -121,11 +123,9 @@ def plan(
 ):
     "Say what a run will cost, before any training."
     r = resolve(recipe, scale, parse_overrides(override))
-    if settings: return print_table(r.settings().items(), ["setting","value"])
-    if against:
-        return print_table(diff(r, at_scale(get_recipe(against), scale)),
-            ["setting",r.name,against])
-    print_plan(r, plan_run(r, pipeline.pick_device(device)))
+    other = at_scale(get_recipe(against), scale) if against else None
+    if settings or other: return print(settings_text(r, other, every=settings))
+    print_plan(r, plan_run(r, pick_device(device)))
     if run:
         print_table(by_family(read_ledger(run/"model.pgolf" if run.is_dir() else run)),
             ["measured","stored as","raw bytes","bytes"])
@@ -139,8 +139,8 @@ def print_plan(r, p):
     kinds = p["parameters"]
     print_table([*kinds.items(), ("total", sum(kinds.values()))], ["kind","parameters"])
     steps,tokens,flops = p["steps"], p["tokens_per_step"], p["flops_per_token"]
-    print(f"\n{flops:,} FLOPs per training token, {tokens:,} tokens per step, about {steps:,} steps:"
-        f" {steps*tokens:,} tokens, {steps*tokens*flops:.3g} FLOPs\n")
+    print(f"\n{flops:,} FLOPs per training token, {tokens:,} tokens per step, about {steps:,}"
+        f" steps: {steps*tokens:,} tokens, {steps*tokens*flops:.3g} FLOPs\n")
     memory = p["memory"]
     print_table([*memory.items(), ("total", sum(memory.values()))],
         ["memory of one process","bytes"])
@@ -203,7 +203,7 @@ def describe(d):
     "What a dataset holds, and what its user should know."
     train = sum(len(read_shard(p)) for p in d.train_shards)
     val = sum(len(read_shard(p)) for p in d.val_shards)
-    print(f"{d.path}: {train:,} training tokens in {len(d.train_shards)} shard(s), {val:,} held out,"
-        f" vocabulary {d.vocab_size}")
+    print(f"{d.path}: {train:,} training tokens in {len(d.train_shards)} shard(s), {val:,} held"
+        f" out, vocabulary {d.vocab_size}")
     for note in data_notes(d): print(f"note: {note}")
     say_next(f"`pgolf run pr610 --corpus {d.path}` trains on it")

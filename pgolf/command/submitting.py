@@ -18,7 +18,8 @@ from ..squeeze.budget import SqueezeConfig, bits_table, open_checkpoint, squeeze
 from ..squeeze.calibration import calibration_windows
 from ..squeeze.formats import LIMIT, describe, fitting, import_weights, read_published
 from ..systems.ownership import keep_free
-from ..systems.pipeline import MADE, pick_device, read_artifact
+from ..systems.pipeline import MADE, read_artifact
+from ..train.device import pick_device
 from ..systems.recipe import load_recipe
 from ..systems.recipes import RECIPES, SCALES, at_scale, get_recipe
 from ..systems.verdict import check_tokenizer, data_for, open_subject, tokenizer_of
@@ -148,6 +149,7 @@ def squeeze(
         f" ({budget-total:,} left)")
     say_next(f"`pgolf audit {out} --system {r.name}` scores and checks it")
 
+# %% ../../nbs/command/88_submitting.ipynb #cf88000a
 def _subject(checkpoint, r, corpus, samples):
     "Model, tokens to calibrate on, and what the artifact shall say of itself."
     data = None if corpus == "none" else data_for(checkpoint, corpus)

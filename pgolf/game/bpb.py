@@ -43,25 +43,25 @@ class ByteTables:
 # %% ../../nbs/game/02_bpb.ipynb #20b66593
 def byte_tables(
     sp,                  # SentencePiece processor
-    vocab_size:int=None, # rows of the model's embedding; ids beyond the tokenizer count no bytes
+    # rows of the model's embedding; ids beyond the tokenizer count no bytes
+    vocab_size:int|None=None,
 )->ByteTables:
     "Read the tables off a tokenizer, as the challenge's own script does."
     n = max(sp.vocab_size(), vocab_size or 0)
-    base,space,edge = torch.zeros(n, dtype=torch.int16), torch.zeros(n,
-        dtype=torch.bool), torch.ones(n, dtype=torch.bool)
+    base = torch.zeros(n, dtype=torch.int16)
+    space = torch.zeros(n, dtype=torch.bool)
+    edge = torch.ones(n, dtype=torch.bool)
     for i in range(sp.vocab_size()):
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i): continue
         edge[i] = False
         if sp.is_byte(i): base[i] = 1; continue
         piece = sp.id_to_piece(i)
         space[i] = piece.startswith("▁")
-        # a space inside is one byte
-        base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())
+        base[i] = len(piece.removeprefix("▁").replace("▁", " ").encode())  # a space inside: 1 byte
     if space.any() and not (space & (base == 0)).any():
         raise ValueError(
-            "the tokenizer has no piece for a lone space, so spaces would be counted as the three"
-            " bytes of its mark"
-        )
+            "the tokenizer has no piece for a lone space,"
+            " so spaces would be counted as the three bytes of its mark")
     return ByteTables(base, space, edge)
 
 # %% ../../nbs/game/02_bpb.ipynb #0515673e
@@ -80,8 +80,7 @@ class SidecarBytes(ByteTables):
         if not torch.equal(target.cpu(), self.stream[1:n+1].to(target.dtype)):
             raise ValueError(
                 "these targets are not the start of the stream that the byte sidecar belongs to:"
-                " score the held-out text from its start"
-            )
+                " score the held-out text from its start")
         return self.counts[1:n+1].to(target.device)
 
 # %% ../../nbs/game/02_bpb.ipynb #402b6cfe

@@ -30,10 +30,10 @@ NOT_TEXT = {b"PAR1": "a Parquet table", b"ARROW1": "an Arrow table", b"PK\3\4": 
     b"7z\xbc\xaf": "a 7z archive", b"%PDF": "a PDF", b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text"}
 READS = (
-    "text (one document a file) or JSONL (an object with a \"text\" a line), plain or under gzip,"
-    " zstd, bzip2 or xz"
-)
+    "text (one document a file) or JSONL (an object with a \"text\" a line),"
+    " plain or under gzip, zstd, bzip2 or xz")
 
+# %% ../../nbs/game/05_documents.ipynb #6c1238e7
 def unpacked(
     path:Path, # file, compressed or not
 )->bytes: # of the text
@@ -63,20 +63,23 @@ def _is_jsonl(path, text):
     try: return isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict)
     except (ValueError, RecursionError): return False
 
+# %% ../../nbs/game/05_documents.ipynb #586f757d
 def _objects(path, text):
     "Each JSON value of a file with the place where it stands."
     if text.lstrip()[:1] == "[":
         try: yield from ((f"item {i}", v) for i,v in enumerate(json.loads(text), 1))
         except (ValueError, RecursionError) as e:
             raise ValueError(
-                f"{path}: starts as a JSON list and is none ({e}): write one object a line") from None
+                f"{path}: starts as a JSON list and is none ({e}):"
+                " write one object a line") from None
         return
     for i,line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: yield f"line {i}", json.loads(line)
         except (ValueError, RecursionError):
             raise ValueError(
-                f'{path} line {i}: expected a JSON object with a "text", found {line[:40]!r}') from None
+                f'{path} line {i}: expected a JSON object with a "text",'
+                f' found {line[:40]!r}') from None
 
 # %% ../../nbs/game/05_documents.ipynb #e8261dc4
 def read_documents(
@@ -85,18 +88,25 @@ def read_documents(
     "Read documents from files."
     docs = []
     for path in map(Path, paths):
-        if path.is_dir(): raise ValueError(f"{path} is a folder: name its files")
-        try: text = unpacked(path).decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): pgolf reads {READS}") from None
-        if not text.strip(): raise ValueError(f"{path} is empty: expected text")
-        if "\0" in text[:4096]:
-            raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
-        docs += [_text_of(path, *o) for o in _objects(path, text)] if _is_jsonl(path,
-            text) else [text]
+        text = _text(path)
+        if _is_jsonl(path, text): docs += [_text_of(path, *o) for o in _objects(path, text)]
+        else: docs.append(text)
     return docs
 
+def _text(path):
+    "The text of a file, if it is one."
+    if path.is_dir(): raise ValueError(f"{path} is a folder: name its files")
+    try: text = unpacked(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): pgolf reads {READS}"
+        ) from None
+    if not text.strip(): raise ValueError(f"{path} is empty: expected text")
+    if "\0" in text[:4096]:
+        raise ValueError(f"{path} holds zero bytes, so it is no text: pgolf reads {READS}")
+    return text
+
+# %% ../../nbs/game/05_documents.ipynb #35ba75e1
 def _text_of(path, where, value):
     "The document in a JSON value."
     if not isinstance(value, dict) or "text" not in value:
@@ -107,5 +117,6 @@ def _text_of(path, where, value):
         raise ValueError(f'{path} {where}: "text" is {doc!r:.40}, expected a string')
     if half := re.search("[\ud800-\udfff]", doc):
         raise ValueError(
-            f"{path} {where}: {half[0]!r} at character {half.start()} is half a character, which no UTF-8 text can hold: mend or drop the document")
+            f"{path} {where}: {half[0]!r} at character {half.start()} is half a character,"
+            " which no UTF-8 text can hold: mend or drop the document")
     return doc

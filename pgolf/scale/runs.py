@@ -13,7 +13,8 @@ import yaml
 from ..files import read_json
 from ..systems.ownership import fingerprint
 from ..systems.page import FORMS
-from ..systems.pipeline import open_corpus, pick_device
+from ..systems.ownership import open_corpus
+from ..train.device import pick_device
 from ..systems.recipe import Recipe
 from ..systems.recipes import SCALES, at_scale, get_recipe
 from ..systems.report import Report

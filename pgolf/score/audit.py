@@ -37,25 +37,18 @@ class Evaluation:
     scorer:Callable
     vocab_size:int              # tokens that could have come
     bos_id:int=1                # starts a document
-    # tokens, targets -> (targets, vocab_size) log-probabilities before each target was seen
-    distributions:Callable=None
-    # tokens, targets -> (targets, ...) gates, mixture weights or look-up keys used for each
-    weights:Callable=None
-    # ids (T,) -> (T, C): the input of the first layer that was meant to look at other positions
-    mixer:Callable=None
-    windows:Callable=None       # n -> (start, stop, first scored) of each window over n targets
-    log:Callable=None           # tokens -> UpdateLog
-    # tokens, k -> as `scorer`, but learning from the first k chunks only
-    stopped:Callable=None
+    distributions:Callable|None=None # tokens, targets -> (targets, V) log-probabilities before
+    weights:Callable|None=None # tokens, targets -> (targets, ...) gates, weights or keys used
+    mixer:Callable|None=None # ids (T,) -> (T, C): input of the first layer that looks elsewhere
+    windows:Callable|None=None # n -> (start, stop, first scored) of each window over n targets
+    log:Callable|None=None     # tokens -> UpdateLog
+    stopped:Callable|None=None # tokens, k -> as `scorer`, but learning from the first k chunks only
     chunk_tokens:int=0          # targets between two updates; 0: nothing is learnt
 
 # %% ../../nbs/score/42_audit.ipynb #2bd2bdc7
 PASSED,FAILED,ABSENT = "passed","failed","not applicable"
-# ruled on in the last days of the challenge, after the five systems: reported, but not decisive
-LATER = ("D9",)
-# nats; other shapes sum float32 numbers in another order, which moves a score by about 1e-6, after
-# some updates 1e-5
-TOL = 1e-4
+LATER = ("D9",) # ruled on in the last days, after the five systems: reported, but not decisive
+TOL = 1e-4 # nats; float32 sums in another order move a score by 1e-6, after some updates by 1e-5
 
 @dataclass(frozen=True)
 class Finding:
@@ -74,13 +67,15 @@ def passes(
     return not any(f.status == FAILED and f.name not in LATER for f in findings)
 
 # %% ../../nbs/score/42_audit.ipynb #27dbb6d3
+_MOVES = "target {place} moves by"
+
 def _finding(name, what, leaks, tol, good, bad, unit="nats"):
     "Passed if no leak (size, place, how) exceeds `tol`; not a number is the largest."
     leaks = [(math.inf if math.isnan(s) else s, *rest) for s,*rest in leaks]
     size,place,how = max(leaks, key=lambda l: l[0], default=(0., None, ""))
     if size <= tol: return Finding(name, what, PASSED, good)
-    return Finding(name, what, FAILED, f"{bad.format(place=place)} {size:.2g} {unit}".strip()
-        +how, place, size)
+    amount = f"{bad.format(place=place)} {size:.2g} {unit}".strip()
+    return Finding(name, what, FAILED, amount+how, place, size)
 
 def _moved(new, old, how):
     "The largest change between two rows of scores, as a leak."
@@ -100,8 +95,7 @@ def changes(
     other = (tokens+torch.randint(1, ev.vocab_size, tokens.shape, generator=gen)) % ev.vocab_size
     only,start,rest = tokens.clone(),tokens.clone(),tokens.clone()
     only[target+1] = other[target+1]
-    if tokens[target+1] != ev.bos_id: start[target+1] = ev.bos_id
-    else: start[target+1] = (ev.bos_id+1) % ev.vocab_size
+    start[target+1] = (ev.bos_id+int(tokens[target+1] == ev.bos_id)) % ev.vocab_size
     rest[target+2:] = other[target+2:]
     return [("it is another token", only, target),
         ("it starts a document, or no longer does", start, target),
@@ -117,20 +111,20 @@ def future_flip(
     "Whether a score depends on its own target or on later ones."
     base,again = ev.scorer(tokens),ev.scorer(tokens)
     noise = 4*float((base-again).abs().max())
-    rows,leaks = ev.distributions(tokens, places) if ev.distributions else None,[]
+    rows = ev.distributions(tokens, places) if ev.distributions else None
+    leaks = []
     for i,t in enumerate(places):
         for what,changed,free in changes(ev, tokens, t, seed):
             new = ev.scorer(changed)
             leaks.append(_moved(new[:free], base[:free], f" when, at target {t}, {what}"))
             if rows is None or free > t: continue
-            promised = abs(float(rows[i, changed[t+1]]-new[t]))
-            leaks.append((promised if promised > TOL else 0., t,
+            off = abs(float(rows[i, changed[t+1]]-new[t]))
+            leaks.append((off if off > TOL else 0., t,
                 f" from what was promised when, at target {t}, {what}"))
-    good = f"{3*len(places)} changes; earlier scores stand" + (" to the last bit" if noise == 0
-        else f" within {noise:.1g} nats") + ("; promised scores are given"
-        if rows is not None else "")
-    return _finding("T1a", "later tokens change no score", leaks, noise, good,
-        "target {place} moves by")
+    exactly = "to the last bit" if noise == 0 else f"within {noise:.1g} nats"
+    good = f"{3*len(places)} changes; earlier scores stand {exactly}"
+    if rows is not None: good += "; promised scores are given"
+    return _finding("T1a", "later tokens change no score", leaks, noise, good, _MOVES)
 
 # %% ../../nbs/score/42_audit.ipynb #5b73c6d9
 def prefix_only(
@@ -142,9 +136,8 @@ def prefix_only(
     base = ev.scorer(tokens)
     leaks = [_moved(ev.scorer(tokens[:t+2]), base[:t+1], f" when the text ends at {t}")
         for t in places]
-    return _finding("T1b", "the prefix is enough", leaks, TOL,
-        f"{len(places)} prefixes score as in the whole, within {TOL} nats",
-        "target {place} moves by")
+    good = f"{len(places)} prefixes score as in the whole, within {TOL} nats"
+    return _finding("T1b", "the prefix is enough", leaks, TOL, good, _MOVES)
 
 # %% ../../nbs/score/42_audit.ipynb #ce66dfd3
 def gates_are_blind(
@@ -174,8 +167,7 @@ def _runs(tokens, n):
     return h
 
 def calibration_apart(
-    # (windows, T) or (n,) tokens that something was fitted to; None: unknown
-    calibration:Tensor|None,
+    calibration:Tensor|None, # (windows, T) or (n,) tokens that something was fitted to, if known
     val:Tensor,              # (n+1,) validation tokens
     run:int=32,              # tokens that count as the same text
 )->Finding: # T1e
@@ -186,45 +178,43 @@ def calibration_apart(
     rows = calibration if calibration.ndim > 1 else calibration[None]
     seen = torch.isin(torch.cat([_runs(r, run) for r in rows]), _runs(val, run))
     share = float(seen.double().mean()) if len(seen) else 0.
-    good = (
-        f"{rows.numel():,} calibration tokens share no run of {run} with {len(val):,} validation"
-        " tokens"
-    )
-    return _finding("T1e", what, [(share, None, "")], 0., good,
-        f"share of calibration runs of {run} tokens that are validation text:", "")
+    good = (f"{rows.numel():,} calibration tokens share no run of {run}"
+        f" with {len(val):,} validation tokens")
+    bad = f"share of calibration runs of {run} tokens that are validation text:"
+    return _finding("T1e", what, [(share, None, "")], 0., good, bad, "")
 
 # %% ../../nbs/score/42_audit.ipynb #ba258c1d
 def every_candidate(
     ev:Evaluation,  # to ask
     tokens:Tensor,  # (n+1,) int64
     target:int,     # 0..n-1
-)->Tensor: # (vocab_size,) log-probabilities
-    """Score each token of the vocabulary as if it were the target: as many evaluations of the
-    prefix."""
+)->Tensor: # (vocab_size,) log-probabilities; one evaluation of the prefix for each
+    "Score each token of the vocabulary as if it were the target."
     prefix = tokens[:target+1]
     return torch.stack([ev.scorer(torch.cat([prefix, torch.tensor([v])]))[-1]
         for v in range(ev.vocab_size)])
 
+# %% ../../nbs/score/42_audit.ipynb #f8f98835
 def sums_to_one(
     ev:Evaluation,  # to ask
     tokens:Tensor,  # (n+1,) int64
     places:list,    # targets; without `distributions` the first alone
 )->Finding: # T2a
     "Whether what could have come sums to 1, and what came was scored with it."
+    leaks = []
     if ev.distributions:
         rows,base = ev.distributions(tokens, places).double(),ev.scorer(tokens).double()
-        leaks = [(abs(float(rows[i, tokens[t+1]]-base[t])), t, " from the distribution it shows")
-            for i,t in enumerate(places)]
+        for i,t in enumerate(places):
+            off = abs(float(rows[i, tokens[t+1]]-base[t]))
+            leaks.append((off, t, " from the distribution it shows"))
     else:
-        places, leaks = places[:1], []
+        places = places[:1]
         rows = every_candidate(ev, tokens, places[0]).double()[None]
     total = rows.exp().sum(1)
-    leaks += [(abs(float(s)-1), t, f": the candidates sum to {float(s):.6g}")
-        for s,t in zip(total, places)]
-    good = (
-        f"{ev.vocab_size} candidates at each of {len(places)} places: sums within"
-        f" {float((total-1).abs().max()):.1g} of 1"
-    )
+    for s,t in zip(total.tolist(), places):
+        leaks.append((abs(s-1), t, f": the candidates sum to {s:.6g}"))
+    good = (f"{ev.vocab_size} candidates at each of {len(places)} places:"
+        f" sums within {float((total-1).abs().max()):.1g} of 1")
     return _finding("T2a", "every candidate has a probability, sum 1", leaks, TOL, good,
         "target {place} is off by", "")
 
@@ -235,13 +225,13 @@ def learns_after_scoring(
     "Whether each update learnt from targets that had been scored."
     what = "updates learn from scored targets"
     if log is None: return Finding("T3a", what, ABSENT, "nothing is learnt, or no log is kept")
-    leaks = [(float(log.scored[t]-k), t, f", first by update {k}") for k,targets in log.updates
-        for t in targets if log.scored[t] > k]
-    leaks = sorted(leaks, key=lambda l: l[1])[:1]
-    return _finding("T3a", what, leaks, 0,
-        f"{len(log.updates)} updates, {len(log.scored):,} targets in order",
+    early = sorted((t, k) for k,targets in log.updates for t in targets if log.scored[t] > k)
+    leaks = [(float(log.scored[t]-k), t, f", first by update {k}") for t,k in early[:1]]
+    good = f"{len(log.updates)} updates, {len(log.scored):,} targets in order"
+    return _finding("T3a", what, leaks, 0, good,
         "target {place} was learnt from before it was scored, too early by", "updates")
 
+# %% ../../nbs/score/42_audit.ipynb #1c8d6f79
 def learning_is_late(
     ev:Evaluation,  # with `stopped` and `chunk_tokens`
     tokens:Tensor,  # (n+1,) int64
@@ -252,38 +242,44 @@ def learning_is_late(
     if ev.stopped is None:
         return Finding("T3b", what, ABSENT,
             "nothing is learnt, or learning cannot be stopped from outside")
-    base,cut,end = ev.scorer(tokens),ev.stopped(tokens, k),(k+1)*ev.chunk_tokens
-    good = (
-        f"without learning from chunk {k} on, chunks 0 to {k} keep their scores to the last bit"
-        + ("" if end >= len(base) or bool((base != cut)[end:].any())
-            else "; nor does any other score move"))
-    return _finding("T3b", what,
-        [_moved(cut[:end], base[:end], f" when learning stops before chunk {k}")], 0., good,
-        "target {place} moves by")
+    base,cut = ev.scorer(tokens),ev.stopped(tokens, k)
+    end = (k+1)*ev.chunk_tokens
+    good = f"without learning from chunk {k} on, chunks 0 to {k} keep their scores to the last bit"
+    if end < len(base) and not bool((base != cut)[end:].any()):
+        good += "; nor does any other score move"
+    leak = _moved(cut[:end], base[:end], f" when learning stops before chunk {k}")
+    return _finding("T3b", what, [leak], 0., good, _MOVES)
 
 # %% ../../nbs/score/42_audit.ipynb #edb3b852
 def counted_once(
-    windows:list,      # (start, stop, first scored) of each
+    windows:list|None, # (start, stop, first scored) of each; None: not shown
     n:int,             # targets there are
 )->Finding: # T4a
     "Whether each target is scored in exactly one window."
+    what = "each target is scored once"
+    if windows is None: return Finding("T4a", what, ABSENT, "the windows are not shown")
     count = torch.zeros(n+1, dtype=torch.int64)
-    for _,stop,first in windows: count[first] += 1; count[stop] -= 1
+    for _,stop,first in windows:
+        count[first] += 1
+        count[stop] -= 1
     count = count.cumsum(0)[:n]
     wrong = (count != 1).nonzero().flatten().tolist()
-    leaks = ([(float(len(wrong)), wrong[0], f", the first of them {int(count[wrong[0]])} times")]
-        if wrong else [])
-    return _finding("T4a", "each target is scored once", leaks, 0,
+    leaks = [(float(len(wrong)), t, f", the first of them {int(count[t])} times")
+        for t in wrong[:1]]
+    return _finding("T4a", what, leaks, 0,
         f"{n:,} targets in {len(windows):,} windows, each once",
         "from target {place} on, not scored once:", "targets")
 
+# %% ../../nbs/score/42_audit.ipynb #7485beed
 def windows_advance(
-    windows:list,      # (start, stop, first scored) of each, in order
+    windows:list|None, # (start, stop, first scored) of each, in order; None: not shown
 )->Finding: # T4c
     "Whether each window scores only what no window before it has reached."
+    what = "windows score their last targets only"
+    if windows is None: return Finding("T4c", what, ABSENT, "the windows are not shown")
     leaks = [(float(b-g), g, f", in window {i+1}")
         for i,((_,b,_),(_,_,g)) in enumerate(zip(windows, windows[1:])) if g < b]
-    return _finding("T4c", "windows score their last targets only", leaks[:1], 0,
+    return _finding("T4c", what, leaks[:1], 0,
         f"{len(windows):,} windows, each from where the one before ended",
         "target {place} is the first of those scored again,", "targets")
 
@@ -296,9 +292,8 @@ def reported_sum(
 )->Finding: # T4b
     "Whether the reported number is the sum of the first scores."
     found = -float(logp.double().sum())/math.log(2)/n_bytes
-    leak = abs(bpb/found-1)
-    return _finding("T4b", "the report is the sum of first scores",
-        [(leak if leak > tol else 0., None, f": reported {bpb:.6f}, summed {found:.6f} bpb")], 0.,
+    leak = (abs(bpb/found-1), None, f": reported {bpb:.6f}, summed {found:.6f} bpb")
+    return _finding("T4b", "the report is the sum of first scores", [leak], tol,
         f"{len(logp):,} scores, {n_bytes:,} bytes: {found:.6f} bpb", "relative difference", "")
 
 # %% ../../nbs/score/42_audit.ipynb #81758431
@@ -335,11 +330,12 @@ def all_is_scored(
     "Whether the whole split was scored, and if not, whether the report says so."
     said = "and reported as all" if coverage == 1 else f"reported as {coverage:.2%}"
     how = f": {scored:,} of {available:,} targets, {said}"
-    return _finding("D3", "the full split is scored",
-        [(1-scored/available if scored <= available else math.inf, scored, how)], 0,
+    missing = 1-scored/available if scored <= available else math.inf
+    return _finding("D3", "the full split is scored", [(missing, scored, how)], 0,
         f"{scored:,} targets of {available:,}",
         "from target {place} on nothing is scored, a share of", "")
 
+# %% ../../nbs/score/42_audit.ipynb #433e9e26
 def bytes_are_text(
     tokens:Tensor,     # (n+1,) int64; starts with a document
     tables:ByteTables, # as the score used them
@@ -348,9 +344,11 @@ def bytes_are_text(
     "Whether the bytes charged to the targets of each document are those of its text."
     docs,leaks,total = documents(tokens, sp.bos_id()),[],0
     for i,d in enumerate(docs):
-        text,counted = len(sp.decode(d.tolist()).encode()),int(tables.count(d[:-1], d[1:]).sum())
+        text = len(sp.decode(d.tolist()).encode())
+        counted = int(tables.count(d[:-1], d[1:]).sum())
         total += text
-        if text != counted and not (i == len(docs)-1 and abs(text-counted) < 12):
+        cut_off = i == len(docs)-1 and abs(text-counted) < 12 # in the middle of a character
+        if text != counted and not cut_off:
             leaks.append((abs(counted/max(1, text)-1), i, f", {counted:,} bytes for {text:,}"))
     return _finding("D7", "bytes charged are the text's", leaks, 0,
         f"{len(docs):,} documents, {total:,} bytes, as decoded",
@@ -367,12 +365,13 @@ def bos_is_blank(
         return Finding("D9", what, ABSENT, "the input of the first layer is not shown")
     ids = torch.randint(ev.vocab_size, (16,), generator=torch.Generator().manual_seed(seed))
     ids[8] = ev.bos_id
-    other = ids.clone(); other[:8] = (other[:8]+1) % ev.vocab_size
+    other = ids.clone()
+    other[:8] = (other[:8]+1) % ev.vocab_size
     a,b = ev.mixer(ids)[8].double(),ev.mixer(other)[8].double()
-    return _finding("D9", what,
-        [(float((a-b).norm()/a.norm()), None,
-            " of its length with the last token of the document before")], 1e-6,
-            "the row of BOS is its own", "the row of BOS moves by", "")
+    moved = float((a-b).norm()/a.norm())
+    how = " of its length with the last token of the document before"
+    return _finding("D9", what, [(moved, None, how)], 1e-6, "the row of BOS is its own",
+        "the row of BOS moves by", "")
 
 # %% ../../nbs/score/42_audit.ipynb #708f7647
 def pick_places(
@@ -383,11 +382,12 @@ def pick_places(
 )->list[int]: # targets in order
     "Choose targets: the first document start, the first after an update, and others by chance."
     n = len(tokens)-1
-    special = (tokens[1:] == ev.bos_id).nonzero().flatten().tolist()[:1]+([ev.chunk_tokens]
-        if 0 < ev.chunk_tokens < n else [])
+    special = (tokens[1:] == ev.bos_id).nonzero().flatten().tolist()[:1]
+    if 0 < ev.chunk_tokens < n: special.append(ev.chunk_tokens)
     chance = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(list(dict.fromkeys(special+chance))[:count])
 
+# %% ../../nbs/score/42_audit.ipynb #a2056063
 def audit(
     ev:Evaluation,  # to ask
     tokens:Tensor,  # (n+1,) int64, the text it is asked about; the shorter, the cheaper
@@ -395,18 +395,16 @@ def audit(
     seed:int=0,     # of the targets and of the other tokens
 )->list[Finding]: # one per property
     "Put an evaluation to every test that needs no data set."
-    tokens,n = torch.as_tensor(tokens).long(),len(tokens)-1
+    tokens = torch.as_tensor(tokens).long()
+    n = len(tokens)-1
     if n < 2: raise ValueError(f"{n} target(s): an audit needs at least 2, better some hundred")
-    at,more = pick_places(ev, tokens, places, seed),pick_places(ev, tokens, 16*places, seed+1)
-    out = [future_flip(ev, tokens, at, seed), prefix_only(ev, tokens, at),
-        gates_are_blind(ev, tokens, at, seed), sums_to_one(ev, tokens, more)]
-    out += [learns_after_scoring(ev.log(tokens) if ev.log else None), learning_is_late(ev, tokens)]
-    if ev.windows: out += [counted_once(ev.windows(n), n), windows_advance(ev.windows(n))]
-    else:
-        out += [Finding(name, what, ABSENT, "the windows are not shown")
-            for name,what in (("T4a","each target is scored once"),
-                ("T4c","windows score their last targets only"))]
-    return out+[bos_is_blank(ev, seed)]
+    at = pick_places(ev, tokens, places, seed)
+    more = pick_places(ev, tokens, 16*places, seed+1)
+    windows = ev.windows(n) if ev.windows else None
+    return [future_flip(ev, tokens, at, seed), prefix_only(ev, tokens, at),
+        gates_are_blind(ev, tokens, at, seed), sums_to_one(ev, tokens, more),
+        learns_after_scoring(ev.log(tokens) if ev.log else None), learning_is_late(ev, tokens),
+        counted_once(windows, n), windows_advance(windows), bos_is_blank(ev, seed)]
 
 # %% ../../nbs/score/42_audit.ipynb #3032615e
 def as_rows(
@@ -422,38 +420,54 @@ def model_evaluation(
     tables:ByteTables,     # byte counts of the vocabulary
     cfg:ScoreConfig,       # windows
     length:int,            # targets of the text, known beforehand
-    ttt:TTTConfig=None,    # what is learnt on the way; None: nothing
+    ttt:TTTConfig|None=None, # what is learnt on the way; None: nothing
     bos_id:int=1,          # starts a document
     rescore:float=0.,      # grade all again afterwards, at this temperature: illegal; 0: no
 )->Evaluation:
     "pgolf's own scoring of a model, ready to be audited."
-    c = cfg
     def full(tokens): return F.pad(tokens, (0, length+1-len(tokens)))
-    def run(tokens, ttt):
+    def learnt(tokens, ttt):
         learner = Learner(model, ttt)
-        return learner,-score_with(learner, full(tokens), tables, c).nll[:len(tokens)-1]
-    def scorer(tokens):
-        if ttt is None:
-            return -score(model, full(tokens), tables, c.eval_seq_len, c.eval_stride, c.eval_batch,
-                c.eval_temperature).nll[:len(tokens)-1]
-        learner,logp = run(tokens, ttt)
-        return -illegal_rescore(learner, full(tokens), tables,
-            replace(c, eval_temperature=rescore)).nll[:len(logp)] if rescore else logp
+        return learner, score_with(learner, full(tokens), tables, cfg)
+    def scorer(tokens): return -_graded(tokens, full, learnt, model, tables, cfg, ttt, rescore)
     def embed(ids):
         with torch.no_grad():
             return model.embed(ids[None].to(next(model.parameters()).device))[0].float().cpu()
-    learns = {} if ttt is None else dict(chunk_tokens=ttt.ttt_chunk_tokens,
-        log=lambda x: log_of(run(x, ttt)[0]),
-        stopped=lambda x,k: run(x, replace(ttt, ttt_max_chunks=k))[1])
+    learns:dict = {} if ttt is None else dict(chunk_tokens=ttt.ttt_chunk_tokens,
+        log=lambda x: log_of(learnt(x, ttt)[0]),
+        stopped=lambda x,k: -learnt(x, replace(ttt, ttt_max_chunks=k))[1].nll[:len(x)-1])
     return Evaluation(scorer, len(tables.base_bytes), bos_id,
-        lambda x,at: distributions(model, full(x), tables, c, ttt, at, rescore), None, embed,
-        lambda n: [w for ws in _chunks(n, c, ttt) for w in ws], **learns)
+        lambda x,at: distributions(model, full(x), tables, cfg, ttt, at, rescore), None, embed,
+        lambda n: [w for ws in _chunks(n, cfg, ttt) for w in ws], **learns)
+
+# %% ../../nbs/score/42_audit.ipynb #b0658af3
+def _graded(tokens, full, learnt, model, tables, cfg, ttt, rescore):
+    "Losses of some tokens, graded as a model, as a learner, or a second time."
+    if ttt is None:
+        scores = score(model, full(tokens), tables, cfg.eval_seq_len, cfg.eval_stride,
+            cfg.eval_batch, cfg.eval_temperature)
+    else: learner,scores = learnt(tokens, ttt)
+    if ttt is not None and rescore:
+        at = replace(cfg, eval_temperature=rescore)
+        scores = illegal_rescore(learner, full(tokens), tables, at)
+    return scores.nll[:len(tokens)-1]
 
 # %% ../../nbs/score/42_audit.ipynb #527d90ef
 def _chunks(n, cfg, ttt):
-    return chunk_plan(n, cfg, ttt.ttt_chunk_tokens,
-        ttt.ttt_local) if ttt else [plan_windows(n, cfg.eval_seq_len, cfg.eval_stride)]
+    "Windows by chunk; one chunk of all where nothing is learnt."
+    if ttt: return chunk_plan(n, cfg, ttt.ttt_chunk_tokens, ttt.ttt_local)
+    return [plan_windows(n, cfg.eval_seq_len, cfg.eval_stride)]
 
+def _look(model, tokens, windows, temperature, rows):
+    "Fill in those of `rows` (target -> distribution) that these windows score."
+    with evaluating(model):
+        for start,stop,first in windows:
+            here = [t for t in rows if first <= t < stop]
+            if not here: continue
+            logits = window_logits(model, tokens, [(start, stop, first)])[1][0]
+            for t in here: rows[t] = (logits[t-first].float()/temperature).log_softmax(-1).cpu()
+
+# %% ../../nbs/score/42_audit.ipynb #e0d34fe9
 def distributions(
     model:nn.Module,   # as `score` takes it
     tokens:Tensor,     # (n+1,) int64
@@ -464,31 +478,22 @@ def distributions(
     rescore:float=0.,  # of a second grading at this temperature; 0: of the first
 )->Tensor: # (targets, vocab_size) float32 log-probabilities, on the CPU
     "The whole distribution that each target was scored with."
-    rows,device = {},next(model.parameters()).device
-    def look(model, windows, temperature):
-        with evaluating(model):
-            for start,stop,first in windows:
-                here = [t for t in targets if first <= t < stop]
-                if not here: continue
-                logits = window_logits(model, tokens.to(device), [(start, stop, first)])[1][0]
-                for t in here: rows[t] = (logits[t-first].float()/temperature).log_softmax(-1).cpu()
+    x = tokens.to(next(model.parameters()).device)
+    rows:dict = dict.fromkeys(targets)
     plan = _chunks(len(tokens)-1, cfg, ttt)
-    if ttt is None: look(model, plan[0], cfg.eval_temperature)
+    if ttt is None: _look(model, x, plan[0], cfg.eval_temperature, rows)
     else:
-        learner = Learner(model, ttt)
+        learner,most = Learner(model, ttt),ttt.ttt_max_chunks or math.inf
         for chunk in scored_chunks(learner, tokens, tables, cfg):
-            if not rescore: look(learner.model, plan[chunk.index], chunk.temperature)
-            if not chunk.last and chunk.index < (ttt.ttt_max_chunks or math.inf):
-                adapt(learner, chunk, cfg.eval_seq_len)
-        if rescore:
-            look(learner.model,
-                plan_windows(len(tokens)-1, cfg.eval_seq_len, cfg.eval_stride), rescore)
+            if not rescore: _look(learner.model, x, plan[chunk.index], chunk.temperature, rows)
+            if not chunk.last and chunk.index < most: adapt(learner, chunk, cfg.eval_seq_len)
+        if rescore: _look(learner.model, x, _chunks(len(tokens)-1, cfg, None)[0], rescore, rows)
     return torch.stack([rows[t] for t in targets])
 
+# %% ../../nbs/score/42_audit.ipynb #045701d7
 def log_of(
     learner:Learner, # after `score_with`
 )->UpdateLog:
     "What a learner has done, and when."
     scored = [c.updates for c in learner.graded for _ in c.nll]
-    updates = [(s.number, range(s.start, s.stop)) for s in learner.steps]
-    return UpdateLog(scored, updates)
+    return UpdateLog(scored, [(s.number, range(s.start, s.stop)) for s in learner.steps])

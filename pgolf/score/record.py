@@ -18,6 +18,7 @@ MARGIN,ALPHA = .005,.01 # the challenge's rule: nats per token, and the largest 
 BYTES_PER_TOKEN = 2.435930
 
 def _spread(values, name):
+    "Mean, variance of the mean, and number of some seeds."
     v = np.asarray(values, dtype=np.float64)
     if v.ndim != 1 or len(v) < 2:
         raise ValueError(f"{name} has {v.size} seed(s): the test needs at least 2 of each system")
@@ -26,20 +27,22 @@ def _spread(values, name):
             f"{name} holds {v[~np.isfinite(v)][0]}: a loss must be a finite number of nats")
     return v.mean(),v.var(ddof=1)/len(v),len(v)
 
+# %% ../../nbs/score/44_record.ipynb #afb9baff
 def record_test(
     new:list,            # val_loss per seed, nats per token
     old:list,            # the same of the system to beat
     margin:float=MARGIN, # nats per token
 )->float: # p: chance of such a lead, or a larger one, if the true lead were just the margin
     "One-sided Welch test of the challenge's record rule."
-    (a,va,na),(b,vb,nb) = _spread(new, "new"),_spread(old, "old")
+    a,va,na = _spread(new, "new")
+    b,vb,nb = _spread(old, "old")
     if va+vb == 0:
         raise ValueError(
-            f"all seeds of a system agree to the last digit ({a}, {b}): give every digit, or runs"
-            " that differ"
-        )
+            f"all seeds of a system agree to the last digit ({a}, {b}):"
+            " give every digit, or runs that differ")
     from scipy.stats import t # half a second, so only where it is needed
-    return float(t.sf((b-a-margin)/math.sqrt(va+vb), (va+vb)**2/(va**2/(na-1)+vb**2/(nb-1))))
+    degrees = (va+vb)**2/(va**2/(na-1)+vb**2/(nb-1))
+    return float(t.sf((b-a-margin)/math.sqrt(va+vb), degrees))
 
 # %% ../../nbs/score/44_record.ipynb #b094d62d
 def power(
@@ -56,10 +59,13 @@ def power(
             f"seeds={seeds}, std={std}: power needs at least 2 seeds and a positive scatter")
     from scipy.stats import t
     gen = np.random.default_rng(0)
-    z,(va,vb) = gen.standard_normal(draws),gen.chisquare(seeds-1, (2,draws))/(seeds-1)
+    z = gen.standard_normal(draws)
+    va,vb = gen.chisquare(seeds-1, (2,draws))/(seeds-1)
     found = ((lead-margin)/std+z*math.sqrt(2/seeds))/np.sqrt((va+vb)/seeds)
-    return float((found > t.isf(alpha, (va+vb)**2/(va**2+vb**2)*(seeds-1))).mean())
+    needed = t.isf(alpha, (va+vb)**2/(va**2+vb**2)*(seeds-1))
+    return float((found > needed).mean())
 
+# %% ../../nbs/score/44_record.ipynb #18f012c7
 def seeds_needed(
     lead:float,          # true lead, nats per token
     std:float,           # scatter over seeds of either system, nats per token
@@ -88,27 +94,20 @@ class Record:
     p:float     # of the record test
     margin:float # nats per token
     alpha:float # largest p of a record
-    # of each system for 80 % power, should the lead be the true one; None: no number would do
-    seeds:int|None
+    seeds:int|None # of each for 80 % power, should the lead be the true one; None: no number does
     is_record = property(lambda self: self.lead >= self.margin and self.p < self.alpha,
         doc="Whether the rule is met.")
     def rows(self)->list[tuple[str,str]]: # for a table
         "What the comparison found."
         def group(g): return f"{g[0]:.6f} +- {g[1]:.6f} nats per token, {g[2]} seeds"
-        out = [("new",group(self.new)), ("old",group(self.old)),
-            ("lead",f"{self.lead:+.6f} nats per token, {self.lead_bpb:+.6f} bpb")]
-        out.append(
-            (
-                "record",
-                (
-                    f"{'yes' if self.is_record else 'no'}: p = {self.p:.3g} that the lead is"
-                    f" {self.margin} nats or less; the rule wants p < {self.alpha}"
-                ),
-            )
-        )
-        return out+[("seeds for 80 % power",str(self.seeds) if self.seeds
-            else "no number: the lead is within the margin")]
+        verdict = (f"{'yes' if self.is_record else 'no'}: p = {self.p:.3g} that the lead is"
+            f" {self.margin} nats or less; the rule wants p < {self.alpha}")
+        seeds = str(self.seeds or "no number: the lead is within the margin")
+        return [("new", group(self.new)), ("old", group(self.old)),
+            ("lead", f"{self.lead:+.6f} nats per token, {self.lead_bpb:+.6f} bpb"),
+            ("record", verdict), ("seeds for 80 % power", seeds)]
 
+# %% ../../nbs/score/44_record.ipynb #22f5fea2
 def record(
     new:list,            # val_loss per seed, nats per token
     old:list,            # the same of the system to beat
@@ -118,36 +117,47 @@ def record(
 )->Record:
     "Compare two systems over their seeds."
     if bytes_per_token <= 0: raise ValueError(f"bytes_per_token={bytes_per_token} must be positive")
-    p,groups = record_test(new, old, margin),[(float(np.mean(g)), float(np.std(g, ddof=1)), len(g))
-        for g in (new, old)]
-    lead,std = groups[1][0]-groups[0][0],math.sqrt((groups[0][1]**2+groups[1][1]**2)/2)
-    return Record(*groups, lead, lead/math.log(2)/bytes_per_token, p, margin, alpha,
+    p = record_test(new, old, margin)
+    ours,theirs = ((float(np.mean(g)), float(np.std(g, ddof=1)), len(g)) for g in (new, old))
+    lead = theirs[0]-ours[0]
+    std = math.sqrt((ours[1]**2+theirs[1]**2)/2)
+    return Record(ours, theirs, lead, lead/math.log(2)/bytes_per_token, p, margin, alpha,
         seeds_needed(lead, std, margin, alpha))
 
 # %% ../../nbs/score/44_record.ipynb #b1459624
+def _last_row(item, stage):
+    "The last legal row of a run's report, or its last of one stage."
+    path = Path(item)/"report.json" if Path(item).is_dir() else Path(item)
+    try:
+        rows = [r for r in json.loads(path.read_text())["rows"]
+            if r["legal"] and r["stage"] == (stage or r["stage"])]
+    except (OSError,ValueError,TypeError,KeyError) as e:
+        raise ValueError(
+            f"{item}: expected a loss in nats,"
+            f" a report.json or the folder of a run ({e})") from None
+    if not rows:
+        raise ValueError(
+            f"{path} has no legal row{f' of stage {stage!r}' if stage else ''}:"
+            " let the run finish, or name another stage")
+    return rows[-1]
+
+# %% ../../nbs/score/44_record.ipynb #587a3c62
 def read_seeds(
     items:list,    # numbers, report files or folders of runs
     stage:str="",  # row of the reports; "": the last legal one
-)->tuple[list[float],
-float|None]: # nats per token of each; bytes per token of their text, None for plain numbers
+)->tuple[list[float],float|None]: # nats per token; bytes per token of the text, if reports tell
     "Collect the seeds of a system."
     losses,texts = [],set()
     for item in items:
-        try: losses.append(float(item)); continue
-        except (TypeError,ValueError):
-            path = Path(item)/"report.json" if Path(item).is_dir() else Path(item)
         try:
-            rows = [r for r in json.loads(path.read_text())["rows"] if r["legal"]
-                and r["stage"] == (stage or r["stage"])]
-        except (OSError,ValueError,TypeError,KeyError) as e:
-            raise ValueError(
-                f"{item}: expected a loss in nats, a report.json or the folder of a run ({e})") from None
-        if not rows:
-            raise ValueError(
-                f"{path} has no legal row{f' of stage {stage!r}' if stage else ''}: let the run finish, or name another stage")
-        losses.append(rows[-1]["val_loss"])
-        texts.add((rows[-1]["targets"], rows[-1]["text_bytes"], rows[-1]["coverage"]))
+            losses.append(float(item))
+            continue
+        except (TypeError,ValueError): row = _last_row(item, stage)
+        losses.append(row["val_loss"])
+        texts.add((row["targets"], row["text_bytes"], row["coverage"]))
     if len(texts) > 1:
         raise ValueError(
             f"the runs scored different texts (targets, bytes, coverage): {sorted(texts)}")
-    return losses,(lambda n,b,_: b/n)(*texts.pop()) if texts else None
+    if not texts: return losses, None
+    targets,text_bytes,_ = texts.pop()
+    return losses, text_bytes/targets

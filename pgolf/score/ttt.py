@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['TTTConfig', 'trainable', 'ScoredChunk', 'Step', 'chunk_plan', 'choose_temperature', 'Learner', 'scored_chunks',
-           'training_rows', 'ttt_lr', 'adapt', 'score_with', 'score_and_adapt', 'Gain', 'ttt_gain', 'illegal_rescore']
+           'share', 'training_rows', 'ttt_lr', 'adapt', 'score_with', 'score_and_adapt', 'Gain', 'ttt_gain',
+           'illegal_rescore']
 
 # %% ../../nbs/score/41_ttt.ipynb #d7beb301
 import copy, math, re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
-from ..train.device import maybe_compile
+from ..train.device import Ranks, maybe_compile
+from ..train.loop import average_gradients
 from ..squeeze.quant import first_match
 from .windows import (Difference, ScoreConfig, Scores, _bar, batches, check_stream,
                                  evaluating, paired_difference, plan_windows, score, token_nll,
@@ -28,35 +31,29 @@ class TTTConfig:
     "How a model learns from what it has been graded on; the defaults are PR #610's."
     ttt_optimizer:str="sgd"     # "sgd" or "adamw"
     ttt_lr:float=.002           # step of the first chunk
-    # (regex, factor) pairs: some parameters' multiple of the step, first match wins
-    ttt_lr_mult:tuple=()
+    ttt_lr_mult:tuple=()        # (regex, factor) pairs: multiples of the step, first match wins
     ttt_momentum:float=.9       # of SGD; its buffer lives on from chunk to chunk
     ttt_weight_decay:float=0.   # of AdamW
     ttt_epochs:int=3            # passes over a chunk
     ttt_chunk_tokens:int=32_768 # targets scored between two adaptations
     ttt_batch_seqs:int=32       # rows per optimizer step
-    # cosine over the "chunks", over the "steps" within each chunk, or "none"
-    ttt_decay:str="chunks"
+    ttt_decay:str="chunks" # cosine over the "chunks", over the "steps" within each chunk, or "none"
     ttt_grad_clip:float=1.      # global norm over the trained parameters; 0: off
     ttt_freeze_blocks:int=2     # first blocks that stay as they are
     ttt_freeze_embeddings:bool=True # token, bigram and value embeddings stay as they are
     ttt_only:str=""             # regex: of the rest, train matching names only; "": all
-    # regex: matching names learn whatever the three rules above say; "": none
-    ttt_always:str=""
-    # learn in train mode, where `CastLinear.fake_quant` acts; scoring is in eval mode, where
-    # `eval_quant` does
+    ttt_always:str="" # regex: matching names learn whatever the three rules above say; "": none
+    # learn in train mode, where `fake_quant` acts; scoring is in eval mode, where `eval_quant` does
     ttt_train_mode:bool=False
     ttt_local:bool=False        # windows do not reach back into the chunk before
-    # candidates: a chunk takes the best on the chunks before it, the first takes 1; ():
-    # `eval_temperature` throughout
-    ttt_temperatures:tuple=()
+    # a chunk takes the candidate that did best on the chunks before it, the first takes 1
+    ttt_temperatures:tuple=()   # (): `eval_temperature` throughout
     ttt_max_chunks:int=0        # learn from the first n chunks only, score all; 0: no limit
-    # share of the chunks that are scored at all; below 1 the score is partial and says so
-    ttt_coverage:float=1.
+    ttt_coverage:float=1.       # share of the chunks that is scored; below 1 the score says so
     def __post_init__(self):
         for f in ("ttt_lr_mult", "ttt_temperatures"): # JSON gives lists
-            object.__setattr__(self, f,
-                tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, f)))
+            values = (tuple(v) if isinstance(v, list) else v for v in getattr(self, f))
+            object.__setattr__(self, f, tuple(values))
         for ok, name, rule in _ttt_rules(self):
             if not ok: raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
 
@@ -68,9 +65,11 @@ def _is_regex(pattern):
 
 def _is_multiple(rule):
     "Whether `rule` is a pair of regex and factor."
-    return isinstance(rule, tuple) and len(rule) == 2 and _is_regex(rule[0]) and isinstance(
-        rule[1], (int, float)) and 0 <= rule[1] < math.inf
+    if not isinstance(rule, tuple) or len(rule) != 2: return False
+    pattern, factor = rule
+    return _is_regex(pattern) and isinstance(factor, (int, float)) and 0 <= factor < math.inf
 
+# %% ../../nbs/score/41_ttt.ipynb #9b3a0370
 def _ttt_rules(c):
     "Yield (holds, field, rule) for each condition on a `TTTConfig`."
     yield c.ttt_optimizer in ("sgd", "adamw"), "ttt_optimizer", "'sgd' or 'adamw'"
@@ -113,16 +112,15 @@ class ScoredChunk:
     updates:int   # optimizer steps that the model had taken when it gave them
     last:bool=False          # nothing is graded after it, so nothing is to be learnt
     temperature:float=1.     # that they were given at
-    # (m,) float64, nats of the targets scored in its turn under each of `ttt_temperatures`
-    trials:Tensor|None=None
+    trials:Tensor|None=None  # (m,) float64, nats of its targets under each of `ttt_temperatures`
     start:int=0              # its first target in the text
     def __post_init__(self):
-        missing, n = len(self.tokens)-1-int((~self.nll.isnan()).sum()), len(self.tokens)-1
+        n = len(self.tokens)-1
+        missing = n-int((~self.nll.isnan()).sum())
         if missing:
             raise ValueError(
                 f"chunk {self.index}: {missing} of {n} targets have no grade: score a chunk before"
-                " learning from it, or lower ttt_lr if the model diverged"
-            )
+                " learning from it, or lower ttt_lr if the model diverged")
 
 class Step(NamedTuple):
     "One update of the weights and the targets in its loss."
@@ -141,9 +139,8 @@ def chunk_plan(
     L, s = cfg.eval_seq_len, cfg.eval_stride
     if chunk_tokens < L:
         raise ValueError(
-            f"ttt_chunk_tokens={chunk_tokens} is shorter than a window, eval_seq_len={L}; take a"
-            " multiple of it"
-        )
+            f"ttt_chunk_tokens={chunk_tokens} is shorter than a window,"
+            f" eval_seq_len={L}; take a multiple of it")
     if local:
         return [[(a+c, b+c, f+c) for a, b, f in plan_windows(min(chunk_tokens, n-c), L, s)]
             for c in range(0, n, chunk_tokens)]
@@ -156,41 +153,48 @@ def choose_temperature(
     candidates:tuple,         # positive
     graded:list[ScoredChunk], # the chunks before
 )->float: # for the chunk to come
-    """Take the candidate that graded chunks did best with; the one nearest 1 in a tie, and 1 before
-    there are any."""
+    "Take the candidate that graded chunks did best with, in a tie the one nearest 1; 1 at first."
     if not all(isinstance(c, ScoredChunk) for c in graded):
         raise TypeError("only a list of ScoredChunk can be chosen from; see scored_chunks")
     if not graded: return 1.
-    sums = torch.stack([c.trials for c in graded]).sum(0).tolist()
+    trials:list[Any] = [c.trials for c in graded] # there, since candidates are
+    sums = torch.stack(trials).sum(0).tolist()
     return min(zip(sums, candidates), key=lambda p: (p[0], abs(p[1]-1)))[1]
 
 # %% ../../nbs/score/41_ttt.ipynb #baf22962
+def _learning_groups(model, cfg):
+    "What learns, as groups of an optimizer; all else is switched off."
+    groups = {}
+    for name, p in model.named_parameters():
+        p.requires_grad_(trainable(name, cfg))
+        mult = first_match(name, cfg.ttt_lr_mult, 1.)
+        if p.requires_grad: groups.setdefault(mult, []).append(p)
+    if not groups:
+        raise ValueError(
+            f"ttt_freeze_blocks={cfg.ttt_freeze_blocks},"
+            f" ttt_only={cfg.ttt_only!r} leave nothing to train; loosen them")
+    return [dict(params=ps, lr_mult=m) for m, ps in groups.items()]
+
+
+# %% ../../nbs/score/41_ttt.ipynb #68d68c39
 class Learner:
     "A copy of a model that learns from graded chunks; the model itself stays as it is."
     def __init__(self,
         model:nn.Module, # has `hidden`, `logits`, `loss` and the parameter names of `GPT`
         cfg:TTTConfig,   # what learns, and how
+        ranks:Ranks=Ranks(), # processes that share the work, each with a copy of its own
+        compile:bool|str=False, # the loss of full batches; "auto": on CUDA
     ):
-        self.model, self.cfg = copy.deepcopy(model), cfg
-        # in the order of the text; the last one is the only one that may be learnt from
-        self._graded:list[ScoredChunk] = []
+        self.model, self.cfg, self.ranks = copy.deepcopy(model), cfg, ranks
+        device = next(self.model.parameters()).device
+        self.loss = maybe_compile(self.model.loss, compile, str(device))[0]
+        self._graded:list[ScoredChunk] = [] # in order; only the last one may be learnt from
         self.steps:list[Step] = []          # the record of updates
-        # of each chunk that was learnt from: loss before each step
-        self.losses:list[Tensor] = []
-        groups = {}
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(trainable(name, cfg))
-            if p.requires_grad:
-                groups.setdefault(first_match(name, cfg.ttt_lr_mult, 1.), []).append(p)
-        if not groups:
-            raise ValueError(
-                f"ttt_freeze_blocks={cfg.ttt_freeze_blocks}, ttt_only={cfg.ttt_only!r} leave"
-                " nothing to train; loosen them"
-            )
-        self.params, groups = sum(groups.values(), []), [dict(params=ps, lr_mult=m)
-            for m, ps in groups.items()]
+        self.losses:list[Tensor] = []       # of each chunk learnt from: loss before each step
+        groups = _learning_groups(self.model, cfg)
+        self.params = [p for g in groups for p in g["params"]]
         if cfg.ttt_optimizer == "sgd":
-            self.opt = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+            self.opt:Any = torch.optim.SGD(groups, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
         else:
             self.opt = torch.optim.AdamW(groups, lr=cfg.ttt_lr, weight_decay=cfg.ttt_weight_decay)
     graded = property(lambda self: tuple(self._graded),
@@ -206,40 +210,57 @@ def scored_chunks(
     progress:bool=False,   # show a bar with time left and running bpb
 )->Iterator[ScoredChunk]: # chunk by chunk; `adapt` to one before asking for the next
     "Grade a text chunk by chunk."
-    if learner.graded or learner.steps:
-        raise ValueError(
-            f"this learner has graded {len(learner.graded)} chunks and may have learnt from them;"
-            " take a new Learner"
-        )
+    _check_new(learner)
     tokens, n_bytes = check_stream(tokens, tables)
     t, n, device = learner.cfg, len(n_bytes), learner.params[0].device
-    plan, stream, nll = (chunk_plan(n, cfg, t.ttt_chunk_tokens, t.ttt_local), tokens.to(device),
-        torch.full((n,), math.nan, device=device))
+    plan = chunk_plan(n, cfg, t.ttt_chunk_tokens, t.ttt_local)
+    stream, nll = tokens.to(device), torch.full((n,), math.nan, device=device)
     graded = max(1, round(len(plan)*t.ttt_coverage))
     hidden = maybe_compile(learner.model.hidden, cfg.eval_compile, device)[0]
     with _bar(n_bytes[:graded*t.ttt_chunk_tokens], progress) as tick:
         for c, windows in enumerate(plan[:graded]):
-            at = choose_temperature(t.ttt_temperatures,
-                learner.graded) if t.ttt_temperatures else cfg.eval_temperature
+            at = cfg.eval_temperature
+            if t.ttt_temperatures: at = choose_temperature(t.ttt_temperatures, learner.graded)
             trials = _grade(learner, stream, windows, cfg.eval_batch, at, hidden, nll, tick)
             a, b = c*t.ttt_chunk_tokens, min(n, (c+1)*t.ttt_chunk_tokens)
             learner._graded.append(ScoredChunk(c, len(plan), stream[a:b+1].clone(),
                 nll[a:b].clone(), learner.updates, c == graded-1, at, trials, a))
             yield learner.graded[-1]
 
+
+# %% ../../nbs/score/41_ttt.ipynb #c9b42ff7
+def _check_new(learner):
+    if learner.graded or learner.steps:
+        raise ValueError(
+            f"this learner has graded {len(learner.graded)} chunks and may have learnt from them;"
+            " take a new Learner")
+
 def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
-    """Write the losses of some windows into `nll`; return their sums under the candidate
-    temperatures."""
+    "Write losses of windows into `nll`; return their sums under the candidate temperatures."
     trials = nll.new_zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
+    ranks, (a, b) = learner.ranks, (windows[0][2], windows[-1][1])
+    if ranks.world > 1: nll[a:b] = 0. # others add theirs
     with evaluating(learner.model):
-        for group in batches(windows, batch):
-            at, logits = window_logits(learner.model, stream, group,
-                hidden if len(group) == batch else None)
+        for group in batches(share(windows, ranks), batch):
+            full = len(group) == batch
+            at, logits = window_logits(learner.model, stream, group, hidden if full else None)
             nll[at] = token_nll(logits, stream[at+1], temperature)
             for i, t in enumerate(learner.cfg.ttt_temperatures):
                 trials[i] += token_nll(logits, stream[at+1], t).sum()
             tick(nll, group[-1][1])
+    if ranks.world > 1:
+        for t in (nll[a:b], trials): dist.all_reduce(t)
     return trials
+
+
+# %% ../../nbs/score/41_ttt.ipynb #c9b42f0s
+def share(
+    items:list, # the same on every rank
+    ranks:Ranks,# whose share
+)->list: # consecutive ones
+    "What this rank does of a list of equal jobs."
+    return items[len(items)*ranks.rank//ranks.world:len(items)*(ranks.rank+1)//ranks.world]
+
 
 # %% ../../nbs/score/41_ttt.ipynb #e6ee22e5
 def training_rows(
@@ -271,72 +292,87 @@ def _check_turn(learner, chunk):
             f"{type(chunk).__name__}: only a ScoredChunk can be learnt from; see scored_chunks")
     if not any(chunk is c for c in learner.graded):
         raise ValueError(
-            f"chunk {chunk.index} was not graded by this learner; it learns only from what its own"
-            " scored_chunks yields"
-        )
+            f"chunk {chunk.index} was not graded by this learner;"
+            " it learns only from what its own scored_chunks yields")
     if chunk is not learner.graded[-1]:
         raise ValueError(
             f"chunk {chunk.index} comes too late: chunk {learner.graded[-1].index} has been graded"
-            " since; learn from a chunk before asking for the next"
-        )
+            " since; learn from a chunk before asking for the next")
     if learner.steps and learner.steps[-1].start >= chunk.start:
         raise ValueError(
-            f"chunk {chunk.index} has been learnt from; ttt_epochs={learner.cfg.ttt_epochs} says"
-            " how often"
-        )
+            f"chunk {chunk.index} has been learnt from;"
+            f" ttt_epochs={learner.cfg.ttt_epochs} says how often")
 
 # %% ../../nbs/score/41_ttt.ipynb #699b1ba5
 def adapt(
-    learner: Learner,  # changed in place
-    chunk: ScoredChunk,  # the one that it has graded last
-    seq_len: int,  # tokens per training row
-) -> (
-    Tensor
-):  # (steps,) training loss before each step, nats per token; empty if the chunk is shorter than a row
+    learner:Learner,   # changed in place
+    chunk:ScoredChunk, # the one that it has graded last
+    seq_len:int,       # tokens per training row
+)->Tensor: # (steps,) loss before each step, nats per token; empty if the chunk is below a row
     "Learn from a graded chunk."
     _check_turn(learner, chunk)
-    cfg, rows = (learner.cfg,
-        list(zip(*(t.split(learner.cfg.ttt_batch_seqs) for t in training_rows(chunk, seq_len)))))
-    steps = [(i*cfg.ttt_batch_seqs*seq_len, x, y) for i, (x, y) in enumerate(rows)
-        if len(x)]*cfg.ttt_epochs
+    cfg = learner.cfg
+    x, y = (t.split(cfg.ttt_batch_seqs) for t in training_rows(chunk, seq_len))
+    starts = [chunk.start+i*cfg.ttt_batch_seqs*seq_len for i in range(len(x))]
+    steps = [s for s in zip(starts, x, y) if len(s[1])]*cfg.ttt_epochs
     was, losses = learner.model.training, []
     learner.model.train(cfg.ttt_train_mode)
-    for i, (offset, x, y) in enumerate(steps):
+    for i, (start, x, y) in enumerate(steps):
         losses.append(_step(learner, x, y, ttt_lr(cfg, chunk.index, chunk.total, i, len(steps))))
-        learner.steps.append(Step(learner.updates, chunk.start+offset,
-            chunk.start+offset+y.numel()))
+        learner.steps.append(Step(learner.updates, start, start+y.numel()))
     learner.model.train(was)
     learner.losses.append(torch.stack(losses) if losses else torch.zeros(0))
     return learner.losses[-1]
 
 
+# %% ../../nbs/score/41_ttt.ipynb #ead28c6a
 def _step(learner, x, y, lr):
     "Take one optimizer step; return the loss before it."
     for g in learner.opt.param_groups: g["lr"] = g["lr_mult"]*lr
     learner.opt.zero_grad(set_to_none=True)
-    loss = learner.model.loss(x, y)
-    loss.backward()
+    loss = _gradient(learner, x, y)
     if learner.cfg.ttt_grad_clip:
         nn.utils.clip_grad_norm_(learner.params, learner.cfg.ttt_grad_clip)
     learner.opt.step()
-    return loss.detach()
+    return loss
+
+
+# %% ../../nbs/score/41_ttt.ipynb #ead28c0s
+def _gradient(learner, x, y):
+    "Leave the gradient of a batch of rows, to which each rank adds its own; return the loss."
+    ranks, full = learner.ranks, len(x) == learner.cfg.ttt_batch_seqs
+    loss_fn = learner.loss if full else learner.model.loss # one shape is compiled
+    if ranks.world == 1:
+        loss = loss_fn(x, y)
+        loss.backward()
+        return loss.detach()
+    at, to = (len(x)*r//ranks.world for r in (ranks.rank, ranks.rank+1))
+    loss = torch.zeros((), device=x.device)
+    if to > at:
+        loss = loss_fn(x[at:to], y[at:to])*((to-at)*ranks.world/len(x))
+        loss.backward()
+    for p in learner.params: # with fewer rows than ranks some have none
+        if p.grad is None: p.grad = torch.zeros_like(p)
+    return average_gradients(learner.params, loss.detach(), ranks.world)
+
 
 # %% ../../nbs/score/41_ttt.ipynb #c7b14c12
 def score_with(
-    # new; afterwards it holds the adapted `model`, the `graded` chunks and the `losses`
-    learner:Learner,
+    learner:Learner,       # new; holds the adapted `model`, `graded` chunks and `losses` afterwards
     tokens:Tensor,         # (N+1,) ids: N targets
     tables:ByteTables,     # byte counts of the vocabulary
     score_cfg:ScoreConfig, # windows; training rows are as long
     progress:bool=False,   # show a bar with time left and running bpb
 )->Scores: # every target once, graded before it was learnt from
     "Score a text while a learner learns from what has been scored."
-    most, n_bytes = learner.cfg.ttt_max_chunks or math.inf, check_stream(tokens, tables)[1]
+    most = learner.cfg.ttt_max_chunks or math.inf
+    _, n_bytes = check_stream(tokens, tables)
     for chunk in scored_chunks(learner, tokens, tables, score_cfg, progress):
         if not chunk.last and chunk.index < most: adapt(learner, chunk, score_cfg.eval_seq_len)
     nll = torch.cat([c.nll for c in learner.graded]).cpu().double()
     return Scores(nll, n_bytes[:len(nll)], len(n_bytes))
 
+# %% ../../nbs/score/41_ttt.ipynb #60552fc1
 def score_and_adapt(
     model:nn.Module,       # left as it is: a copy learns
     tokens:Tensor,         # (N+1,) ids: N targets
@@ -354,30 +390,28 @@ class Gain(Difference):
     "How much adaptation lowers the score of the targets it was graded on; above 0 it helps."
     coverage:float=1. # part of the text, 0 to 1
     def __str__(self):
-        part = ("" if self.coverage == 1
-            else f" over the first {self.coverage:.2%} of the text: says nothing about the rest")
+        part = f" over the first {self.coverage:.2%} of the text: says nothing about the rest"
+        if self.coverage == 1: part = ""
         return f"{self.bpb:+.4f} bpb ({self.low:+.4f} to {self.high:+.4f}){part}"
 
+# %% ../../nbs/score/41_ttt.ipynb #6eb4608b
 def ttt_gain(
     adapted:Scores, # perhaps of a part
-    # of the same text without adaptation; what the other one does not cover is left out
-    plain:Scores,
+    plain:Scores,   # of the same text without adaptation; what the other lacks is left out
     block:int=512,  # targets per block of the standard error; ignored if `starts` is given
     starts:Tensor|None=None, # first target of each document, ascending from 0
 )->Gain: # plain - adapted, on the same targets
     "Compare an adapted score with the plain score of the same targets."
     if not (adapted.legal and plain.legal):
         raise ValueError(
-            "an illegal score has no gain: its weights had learnt from the targets; take the scores"
-            " of the first pass"
-        )
-    if adapted.n_targets > plain.n_targets:
+            "an illegal score has no gain: its weights had learnt from the targets;"
+            " take the scores of the first pass")
+    n = adapted.n_targets
+    if n > plain.n_targets:
         raise ValueError(
-            f"{adapted.n_targets} adapted targets, {plain.n_targets} plain ones: score all of them"
-            f" without adaptation, or take adapted.first({plain.n_targets})"
-        )
-    diff = paired_difference(plain.first(adapted.n_targets), adapted,
-        min(block, max(1, adapted.n_targets//2)), starts)
+            f"{n} adapted targets, {plain.n_targets} plain ones: score all of them"
+            f" without adaptation, or take adapted.first({plain.n_targets})")
+    diff = paired_difference(plain.first(n), adapted, min(block, max(1, n//2)), starts)
     return Gain(**vars(diff), coverage=adapted.coverage)
 
 # %% ../../nbs/score/41_ttt.ipynb #56b8330c
@@ -393,5 +427,5 @@ def illegal_rescore(
         raise ValueError("this learner has learnt from nothing, so nothing can leak; use score")
     c = score_cfg
     again = score(learner.model, tokens, tables, c.eval_seq_len, c.eval_stride, c.eval_batch,
-        c.eval_temperature, progress=progress, compile=c.eval_compile)
+        c.eval_temperature, progress=progress, compile=c.eval_compile, ranks=learner.ranks)
     return replace(again, legal=False)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..squeeze.artifact import load_artifact, save_artifact
 from ..train.averaging import EMA, HMA, SWA
 from ..game.bpb import ByteTables
-from ..game.data import bar, write_shard
+from ..show import bar
+from ..game.shards import write_shard
 from ..train.device import Ranks, best_dtype, keep_memory
 from ..squeeze.entropy import decode, encode, entropy
 from ..model.gpt import GPT, flops_per_token
@@ -108,7 +109,9 @@ def new_model(case:Case)->GPT:
     """A model of the case, in training mode; rounding its weights if the system does so from the
     first step."""
     s = case.recipe.stages
-    model = stir(GPT(case.recipe.model, 1)).to(case.device)
+    model = GPT(case.recipe.model, 1)
+    stir(model)
+    model = model.to(case.device)
     model.compute_dtype = best_dtype(case.device)
     if s.late_qat_threshold > 1: set_fake_quant(model, s.qat_rules)
     set_eval_quant(model, s.eval_rules)
@@ -397,10 +400,12 @@ def machine(
     device:str, # that is measured
 )->dict:
     "What was measured on, and how busy it was."
+    cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return environment(device) | dict(cpu=torch.backends.cpu.get_cpu_capability(),
-        cores=os.cpu_count(), load=load, shared=load is not None and load > os.cpu_count()+.5)
+    return environment(device) | dict(cpu=torch.backends.cpu.get_cpu_capability(), cores=cores,
+        load=load, shared=load is not None and load > cores+.5)
 
+# %% ../../nbs/speed/80_bench.ipynb #c8000003
 def run_benches(
     # recipes; the training step is measured for each, everything else for the first
     systems=FIVE[:1],
@@ -420,11 +425,12 @@ def run_benches(
     if device=="cpu": keep_memory() # as a run does
     cases = [make_case(s, scale, device, quick, compile, overrides) for s in systems]
     todo = [(n,c) for n in only or benches for c in (cases if n=="step" else cases[:1])]
-    out = dict(machine=machine(device), scale=scale, quick=quick, compiled=compile, rows=[])
+    rows:list[dict] = []
+    out = dict(machine=machine(device), scale=scale, quick=quick, compiled=compile, rows=rows)
     with bar(todo, disable=not progress, unit="bench") as shown:
         for name,c in shown:
             shown.set_postfix_str(f"{name} {c.system}")
             found = benches[name](c)
             if isinstance(found, dict): out |= found
-            else: out["rows"] += map(asdict, found)
+            else: rows += map(asdict, found)
     return out

@@ -171,6 +171,7 @@ def short(x:float|None)->str: # four characters or so
         if abs(x) >= p: return f"{x/p:.3g}{u}"
     return f"{x:.3g}"
 
+# %% ../../nbs/speed/79_timing.ipynb #c7900009
 def bench_table(
     rows:list[dict],       # of `run_benches`
     tablefmt:str="simple", # of tabulate

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .artifact import family, ledger, pack
 from ..game.bpb import BYTE_LIMIT
-from ..game.data import bar
+from ..show import bar
 from .entropy import entropy
 from ..model.gpt import GPT, ModelConfig
 from .formats import load_published
@@ -31,13 +31,13 @@ from .quant import Grid, Quantized, store, to_codes
 # %% ../../nbs/squeeze/36_budget.ipynb #bbf13462
 # every code a signed byte can say; behind an entropy coder only those in use cost anything
 WIDE = Grid(-127, 127)
-STEPS = ("common", "sigma", "weighted")
+STEPS = ("common", # one for all rows: rms of the matrix
+    "sigma",       # standard deviation of each row
+    "weighted")    # rms over the row's importance^(1/4)
 
 def base_step(
     W:Tensor,     # (r, n) float32
-    # "common": one step, rms of the matrix; "sigma": standard deviation of each row; "weighted":
-    # rms over the row's importance^(1/4)
-    steps:str,
+    steps:str,    # one of `STEPS`
     importance:Tensor|None=None, # (r,) for "weighted"
 )->Tensor: # (r, 1) or (1, 1) float32: the step of size 1
     "The unit in which a matrix's step is counted."
@@ -56,8 +56,8 @@ def sigma_scale(
 )->Tensor: # (r, 1) float32, rounded to float16
     "Steps of PR #1394: clip each row at `k` of its standard deviations, without a search."
     if not k > 0: raise ValueError(f"k={k} must be above 0")
-    return (k*base_step(W, "sigma")/(grid.peak or grid.hi)).clamp(
-        min=grid.scale_floor).half().float()
+    scale = k*base_step(W, "sigma")/(grid.peak or grid.hi)
+    return scale.clamp(min=grid.scale_floor).half().float()
 
 # %% ../../nbs/squeeze/36_budget.ipynb #d2813de2
 def row_errors(
@@ -70,33 +70,35 @@ def row_errors(
 # %% ../../nbs/squeeze/36_budget.ipynb #27ec95d2
 def importance(
     model:nn.Module, # returns the mean loss from `model.loss(ids, targets)`
-    # iterable of token ids (B, T) int64, from training data or the model's own samples
-    batches,
+    batches, # iterable of token ids (B, T) int64, from training data or the model's own samples
     split:str="train", # where the ids come from; "val" is refused
     progress:bool=False, # bar if it takes more than 5 s
-)->dict[str,
-Tensor]: # matrix name -> (r,) float32, mean over a row of the expected squared gradient, per token
+)->dict[str,Tensor]: # matrix -> (r,) float32, row mean of the expected squared gradient of a token
     "How much the loss of a token bends when a weight of a row moves."
     if split != "train":
         raise ValueError(
             f"split={split!r}: calibration must not see validation tokens; pass training batches")
-    device,count,training = next(model.parameters()).device,0,model.training
     mats = {n: p for n,p in model.named_parameters() if p.dim() == 2}
-    total = {n: torch.zeros(len(p), device=device) for n,p in mats.items()}
+    total = {n: torch.zeros(len(p), device=p.device) for n,p in mats.items()}
+    training = model.training
     model.eval()
     rows = [row for ids in batches for row in ids]
     for row in bar(rows, desc="importance", unit="window", delay=5, leave=False,
         disable=not progress):
-        row = row.to(device)
-        # sum over the sequence: its gradients are one draw
-        loss = model.loss(row[None,:-1], row[None,1:])*(len(row)-1)
-        grads = torch.autograd.grad(loss, mats.values(), allow_unused=True)
-        for t,g in zip(total.values(), grads):
-            if g is not None: t += g.float().square().mean(1)
-        count += len(row)-1
+        _add_gradients(model, row, mats, total)
     model.train(training)
+    count = sum(len(row)-1 for row in rows)
     if not count: raise ValueError("batches is empty: nothing to measure the importance on")
     return {n: t/count for n,t in total.items()}
+
+# %% ../../nbs/squeeze/36_budget.ipynb #567a9f43
+def _add_gradients(model, row, mats, total):
+    "Add the squared gradients of one window: of the sum over it, since that is one draw."
+    row = row.to(next(model.parameters()).device)
+    loss = model.loss(row[None,:-1], row[None,1:])*(len(row)-1)
+    grads = torch.autograd.grad(loss, mats.values(), allow_unused=True)
+    for t,g in zip(total.values(), grads):
+        if g is not None: t += g.float().square().mean(1)
 
 # %% ../../nbs/squeeze/36_budget.ipynb #45f1792e
 class Metric(NamedTuple):
@@ -110,14 +112,16 @@ def metrics(
     rows:dict|None=None,  # from `importance`; None: an output error costs the same everywhere
 )->dict: # name -> Metric of each matrix
     "Put Hessians and importance together."
-    out,hessians = {},hessians or {}
-    for n,W in ((n,t) for n,t in state.items() if t.dim() == 2):
-        H = hessians.get(n)
-        H = (H.float() if H is not None and H.shape == (W.shape[1],
-            )*2 and H.diagonal().mean() > 0 else None)
+    out = {}
+    for n,W in state.items():
+        if W.dim() != 2: continue
+        H = (hessians or {}).get(n)
+        usable = H is not None and H.shape == (W.shape[1],)*2 and H.float().diagonal().mean() > 0
+        H = H.float() if H is not None and usable else None
         mean = 1. if H is None else H.diagonal().mean()
-        out[n] = Metric(torch.full((len(W),), float(mean)) if rows is None else rows[n].float(),
-            None if H is None else H/mean)
+        cost = torch.full((len(W),), float(mean), device=W.device)
+        if rows is not None: cost = rows[n].float()
+        out[n] = Metric(cost, None if H is None else H/mean)
     return out
 
 # %% ../../nbs/squeeze/36_budget.ipynb #e332ea56
@@ -128,14 +132,12 @@ class SqueezeConfig:
     use_gptq:bool=True     # round against the Hessian where there is one; False: to nearest
     min_numel:int=4096     # smaller matrices, and what is no matrix, stay float16
     sample:int=32_768      # weights of each matrix that its ladder looks at
-    # smallest step, in units of the base step; a byte sets a limit of its own
-    finest:float=2**-7.
+    finest:float=2**-7. # smallest step, in units of the base step; a byte sets a limit of its own
     coarsest:float=4.      # largest step
     rungs:int=28           # steps tried from finest to coarsest
     slack:float=5e-4       # share of the budget that may stay unused
     tries:int=8            # times the whole model may be rounded and packed to get there
-    # of the codes: "rans", or "best", the smaller of rANS and zstd layer by layer
-    codec:str="best"
+    codec:str="best" # of the codes: "rans", or "best", the smaller of rANS and zstd layer by layer
     gptq:GPTQConfig=GPTQConfig() # damping, order, block
     def __post_init__(self):
         if self.steps not in STEPS:
@@ -191,7 +193,8 @@ def ladder(
     cfg:SqueezeConfig=SqueezeConfig(),
 )->list[Rung]: # finest first
     "Bytes and error of a matrix at every step of the ladder, from a sample of its rows."
-    W,sizes = W.detach().float(),cfg.sizes()
+    W = W.detach().float()
+    sizes = cfg.sizes()
     pick = torch.linspace(0, len(W)-1, min(len(W), max(16, cfg.sample//W.shape[1]))).long()
     # every rung of a row as a row of its own
     scale = torch.cat([scale_of(W, s, metric, cfg).expand(len(W), 1)[pick] for s in sizes])
@@ -261,8 +264,8 @@ def cost(
 )->dict: # name -> what the rounding of each matrix costs, in the unit of the metrics
     "Error of a quantized model."
     def one(W, Q, m):
-        return .5*(row_errors(W.detach().float() - Q.dequantize().to(W.device),
-            m.hessian) @ m.rows).item()
+        D = W.detach().float() - Q.dequantize().to(W.device)
+        return .5*(row_errors(D, m.hessian) @ m.rows).item()
     return {n: one(state[n], Q, measure[n]) for n,Q in tensors.items() if isinstance(Q, Quantized)}
 
 # %% ../../nbs/squeeze/36_budget.ipynb #4738f431
@@ -282,14 +285,13 @@ def squeeze_state(
 )->Squeezed:
     "Choose a step for every matrix so that the artifact fits."
     measure = metrics(state) if measure is None else measure
-    names = [n for n,t in state.items() if t.dim() == 2 and t.is_floating_point()
-        and t.numel() >= cfg.min_numel]
-    ladders = {n: ladder(state[n], measure[n], cfg)
-        for n in bar(names, desc="ladders", unit="matrix", delay=5, leave=False,
-            disable=not progress)}
-    sizes = {n: r.size for n,r in allot(ladders, budget-_fixed_bytes(state, names, meta)).items()}
+    names = [n for n,t in state.items()
+        if t.dim() == 2 and t.is_floating_point() and t.numel() >= cfg.min_numel]
+    ladders = {n: ladder(state[n], measure[n], cfg) for n in bar(names, desc="ladders",
+        unit="matrix", delay=5, leave=False, disable=not progress)}
+    rungs = allot(ladders, budget-_fixed_bytes(state, names, meta))
     def build(shift):
-        now = {n: min(max(s*2**shift, cfg.finest), cfg.coarsest) for n,s in sizes.items()}
+        now = {n: min(max(r.size*2**shift, cfg.finest), cfg.coarsest) for n,r in rungs.items()}
         tensors = quantize_to(state, now, measure, cfg, progress)
         return Squeezed(pack(tensors, meta, codec="rans"), tensors, now)
     return _close_in(build, budget, sum(state[n].numel() for n in names), cfg, meta)
@@ -302,48 +304,53 @@ def _fixed_bytes(state, names, meta):
     return len(pack(quantize_to(state, {}, {}) | empty, meta, codec="rans"))
 
 def _packed(s, cfg, meta): # each layer by its better codec
-    return s if cfg.codec == "rans" else s._replace(data=min(s.data,
-        pack(s.tensors, meta, codec=cfg.codec), key=len))
+    if cfg.codec == "rans": return s
+    return s._replace(data=min(s.data, pack(s.tensors, meta, codec=cfg.codec), key=len))
 
+def _next_shift(seen, goal, weights):
+    "The shift that should meet the goal, by those tried: (size, shift) each."
+    above,below = [p for p in seen if p[0] > goal],[p for p in seen if p[0] <= goal]
+    if above and below: return np.interp(goal, *zip(max(below), min(above))).item()
+    # a step twice as wide saves a bit on each weight; half as much again, to get across
+    size,shift = seen[-1]
+    return shift + 12*(size-goal)/weights
+
+# %% ../../nbs/squeeze/36_budget.ipynb #2280b263
 def _close_in(build, budget, weights, cfg, meta):
     "Shift all steps together, by a power of 2, until the model just fits."
-    shift,gain,best,goal,seen = 0.,0,None,(1-cfg.slack/2)*budget,[]
+    shift,gain,best,seen = 0.,0,None,[]
+    goal,enough = (1-cfg.slack/2)*budget,(1-cfg.slack)*budget
     for _ in range(cfg.tries if weights else 0):
         s = build(shift)
-        size,low,high = len(s.data)-gain,min(s.sizes.values()),max(s.sizes.values())
-        # packing with every codec takes time
-        if best is None or abs(size-goal) < .02*budget:
+        size = len(s.data)-gain
+        if best is None or abs(size-goal) < .02*budget: # packing with every codec takes time
             s = _packed(s, cfg, meta)
             gain,size = gain+size-len(s.data),len(s.data)
         if len(s.data) <= budget and (best is None or len(s.data) > len(best.data)): best = s
-        if size > budget and low >= cfg.coarsest or best and (len(best.data) >= (1-cfg.slack)
-            *budget or high <= cfg.finest):
-            break
+        if size > budget and min(s.sizes.values()) >= cfg.coarsest: break
+        if best and (len(best.data) >= enough or max(s.sizes.values()) <= cfg.finest): break
         seen.append((size, shift))
-        above,below = [p for p in seen if p[0] > goal],[p for p in seen if p[0] <= goal]
-        if above and below: shift = np.interp(goal, *zip(max(below), min(above))).item()
-        else:
-            # a step twice as wide saves a bit on each weight; half as much again, to get across
-            shift += 12*(size-goal)/weights
+        shift = _next_shift(seen, goal, weights)
         if shift in [p[1] for p in seen]: break
     s = best or _packed(build(math.inf), cfg, meta)
     if len(s.data) <= budget: return s
     raise ValueError(
-        f"budget={budget} bytes: the smallest artifact of this model has {len(s.data)}; raise the budget, take a smaller model, or change coarsest={cfg.coarsest:g} or min_numel={cfg.min_numel}")
+        f"budget={budget} bytes: the smallest artifact of this model has {len(s.data)};"
+        " raise the budget, take a smaller model,"
+        f" or change coarsest={cfg.coarsest:g} or min_numel={cfg.min_numel}")
 
 # %% ../../nbs/squeeze/36_budget.ipynb #4b25fcfe
 def bits_table(
     data:bytes, # an artifact
-)->list[
-tuple]: # (family, weights, bits per weight, bytes), largest first; steps count with their codes
+)->list[tuple]: # (family, weights, bits per weight, bytes), largest first; steps are with codes
     "Where the bytes of an artifact go, added up over the blocks."
     total = {}
     for r in ledger(data):
         n,b = total.get(family(r.name), (0, 0))
-        total[family(r.name)] = n + (math.prod(r.shape) if r.kind in ("codes","tensor")
-            else 0), b + r.stored
-    return sorted(((f, n, 8*b/n if n else None, b) for f,(n,b) in total.items()),
-        key=lambda r: -r[3])
+        weights = math.prod(r.shape) if r.kind in ("codes", "tensor") else 0
+        total[family(r.name)] = n+weights, b+r.stored
+    rows = [(f, n, 8*b/n if n else None, b) for f,(n,b) in total.items()]
+    return sorted(rows, key=lambda r: -r[3])
 
 # %% ../../nbs/squeeze/36_budget.ipynb #6dddafc8
 def read_weights(
@@ -354,26 +361,32 @@ def read_weights(
         with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise ValueError(
-            f"{path}: cannot be read as safetensors ({e}); give the folder of a run, or a safetensors file") from None
+            f"{path}: cannot be read as safetensors ({e});"
+            " give the folder of a run, or a safetensors file") from None
     kept = {k.removeprefix("averaged/"): t for k,t in state.items() if k.startswith("averaged/")}
     if not (state := kept or state): raise ValueError(f"{path}: holds no tensors")
     return state
 
+def _model_of(folder):
+    "The model of a run, as its recipe says."
+    if not (folder/"recipe.json").is_file():
+        raise ValueError(
+            f"{folder}: no recipe.json, so no folder of a run;"
+            " give a safetensors file, and name the model with --recipe and --scale")
+    return ModelConfig(**json.loads((folder/"recipe.json").read_text())["model"])
+
+# %% ../../nbs/squeeze/36_budget.ipynb #b0dc1715
 def open_checkpoint(
     path,                      # folder of a run, or a safetensors file
     cfg:ModelConfig|None=None, # of the model; a run's folder knows it
 )->GPT: # in eval mode
     "A model with the weights of a checkpoint, published names translated."
     path = Path(path)
-    if path.is_dir():
-        if not (path/"recipe.json").is_file():
-            raise ValueError(
-                f"{path}: no recipe.json, so no folder of a run; give a safetensors file, and name the model with --recipe and --scale")
-        cfg,path = (ModelConfig(**json.loads((path/"recipe.json").read_text())["model"]),
-            path/"weights.safetensors")
+    if path.is_dir(): cfg,path = _model_of(path),path/"weights.safetensors"
     if cfg is None:
         raise ValueError(
-            f"{path}: a file of weights does not say which model they belong to; name it with --recipe and --scale")
+            f"{path}: a file of weights does not say which model they belong to;"
+            " name it with --recipe and --scale")
     state = read_weights(path)
     try: return load_published(GPT(cfg), state).eval()
     except (ValueError, RuntimeError) as e:
@@ -383,9 +396,7 @@ def open_checkpoint(
 def squeeze_model(
     model:GPT,       # on the device that shall do the work
     budget:int,      # bytes that the artifact may have
-    # (N, T) windows of training text to calibrate on; None: plain squared error, rounding to
-    # nearest
-    ids:Tensor|None=None,
+    ids:Tensor|None=None, # (N, T) windows of training text; None: plain error, round to nearest
     cfg:SqueezeConfig=SqueezeConfig(),
     meta:dict|None=None, # added to the artifact
     grads:int=32,    # windows that the importance is measured on
@@ -394,12 +405,11 @@ def squeeze_model(
     "Calibrate a model and fit it to a budget."
     if budget <= 0:
         raise ValueError(
-            f"budget={budget}: nothing is left for the model; the limit is {BYTE_LIMIT} bytes, code"
-            " included"
-        )
-    state,meta = model.state_dict(),dict(meta or {}, model=asdict(model.cfg), budget=budget)
+            f"budget={budget}: nothing is left for the model;"
+            f" the limit is {BYTE_LIMIT} bytes, code included")
+    state = model.state_dict()
+    meta = dict(meta or {}, model=asdict(model.cfg), budget=budget)
     if ids is None: return squeeze_state(state, budget, None, cfg, meta, progress)
     hessians = collect_hessians(model, ids.split(8))
-    return squeeze_state(state, budget,
-        metrics(state, hessians, importance(model, [ids[:grads]], progress=progress)),
-        cfg, meta, progress)
+    rows = importance(model, [ids[:grads]], progress=progress)
+    return squeeze_state(state, budget, metrics(state, hessians, rows), cfg, meta, progress)

@@ -6,76 +6,96 @@
 __all__ = ['collect_hessians', 'sample_tokens', 'calibration_windows', 'calibrate']
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #a648cf69
+from typing import Any
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..model.attention import many_lengths
 from ..model.gpt import GPT
+from ..train.device import Ranks
 from .gptq import GPTQConfig
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #22319c90
 class _Moments:
     "Running sums: x x^T for each distinct input tensor, and how often each row of a table is read."
     def __init__(self):
-        self.sums,self.count,self.owner,self.last,self.reads = {},{},{},(None,None),{}
-
+        self.sums,self.count = {},{} # of each input tensor, by the first layer that read it
+        self.owner = {}              # layer -> whose sum it shares
+        self.last = (None, None)     # the tensor just seen, and who read it first
+        self.reads = {}              # table -> how often each row was read
     def add(self, name, x):
-        """Add the positions of `x`; a layer called with the tensor just seen (k and v after q)
-        shares its sum."""
+        "Add the positions of `x`; a layer that reads the tensor just seen (k, v) shares its sum."
         if x is not self.last[0]:
             self.last = x,name
             X = x.detach().flatten(0, -2).float()
             self.sums[name] = self.sums.get(name, 0) + X.T @ X
             self.count[name] = self.count.get(name, 0) + len(X)
         self.owner[name] = self.last[1]
-
     def add_reads(self, name, ids, rows):
         self.reads[name] = self.reads.get(name, 0) + torch.bincount(ids.flatten(), minlength=rows)
-
     def means(self):
         mean = {n: S/self.count[n] for n,S in self.sums.items()}
-        for n,H in mean.items():
-            if not H.sum().isfinite():
-                raise ValueError(
-                    f"{n}: its inputs hold NaN or Inf on the calibration text; check the weights"
-                    " before it"
-                )
+        for n,H in mean.items(): _check_finite(n, H)
         return {n: mean[o] for n,o in self.owner.items()}
-
     def shares(self): return {n: (c+1.)/(c.sum()+len(c)) for n,c in self.reads.items()}
+
+# %% ../../nbs/squeeze/32_calibration.ipynb #22319c9a
+def _add_up(moments):
+    "Sums over ranks; each has seen the same layers."
+    for n,S in moments.sums.items():
+        dist.all_reduce(S)
+        count = torch.tensor(moments.count[n], device=S.device)
+        dist.all_reduce(count)
+        moments.count[n] = int(count)
+    for c in moments.reads.values(): dist.all_reduce(c)
+
+def _check_split(split):
+    if split not in ("train","self"):
+        raise ValueError(
+            f"split={split!r}: calibration must not see validation tokens;"
+            " pass training batches or the model's own samples")
+
+
+# %% ../../nbs/squeeze/32_calibration.ipynb #f6a8e5f4
+def _check_finite(name, H):
+    if not H.sum().isfinite():
+        raise ValueError(
+            f"{name}: its inputs hold NaN or Inf on the calibration text;"
+            " check the weights before it")
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #e2556fe7
 def collect_hessians(
     model:nn.Module,   # its linear layers are the modules with an attribute `fake_quant`
-    # iterable of token ids (B, T) int64, from training data or the model's own samples
-    batches,
-    # where the ids come from: "train", or "self" for the model's samples; "val" is refused
-    split:str="train",
+    batches, # iterable of token ids (B, T) int64, from training data or the model's own samples
+    split:str="train", # where they come from: "train", or "self", the model; "val" is refused
     tables:bool=False, # embedding tables too
-)->dict[str,
-# weight name -> (n, n) float32, one object for layers that read one tensor; table name -> (rows,)
-# shares, tied table (n, n)
-Tensor]:
-    "Mean of x x^T over all positions, for the input x of every linear layer."
-    if split not in ("train","self"):
-        raise ValueError(
-            f"split={split!r}: calibration must not see validation tokens; pass training batches or"
-            " the model's own samples"
-        )
-    moments,device,training = _Moments(),next(model.parameters()).device,model.training
+    ranks:Ranks=Ranks(), # processes that share the batches, given the same ones; all get the means
+)->dict[str,Tensor]: # weight -> (n, n) float32; input table -> (rows,) shares; tied table -> (n, n)
+    "Mean of x x^T over all positions, for the input x of every linear layer; shared where x is."
+    _check_split(split)
+    batches = list(batches)
+    if len(batches) < ranks.world: ranks = Ranks() # each for itself: the same sums
+    moments,training = _Moments(),model.training
     handles = _hook(model, moments, tables)
     try:
         model.eval()
-        with torch.no_grad():
-            for ids in batches:
-                h = model.hidden(ids.to(device)) if tables else model(ids.to(device))
-                if tables: moments.add("head", h)
+        for ids in batches[ranks.rank::ranks.world]: _forward(model, ids, moments, tables)
     finally:
         model.train(training)
         for h in handles: h.remove()
+    if ranks.world > 1: _add_up(moments)
     if not moments.sums:
         raise ValueError(
             "batches is empty or the model has no linear layers: nothing to calibrate on")
     return _with_tables(model, moments) if tables else moments.means()
+
+# %% ../../nbs/squeeze/32_calibration.ipynb #89c754e5
+@torch.no_grad()
+def _forward(model, ids, moments, tables):
+    ids = ids.to(next(model.parameters()).device)
+    if tables: moments.add("head", model.hidden(ids))
+    else: model(ids)
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #a42a11d8
 def _hook(model, moments, tables):
@@ -83,15 +103,18 @@ def _hook(model, moments, tables):
     def linear(name): return lambda m,args: moments.add(f"{name}.weight", args[0])
     def table(name):
         return lambda m,args: moments.add_reads(f"{name}.weight", args[0], m.num_embeddings)
-    return [m.register_forward_pre_hook(linear(n)) for n,m in model.named_modules()
-        if hasattr(m, "fake_quant")
-        ] + [m.register_forward_pre_hook(table(n)) for n,m in model.named_modules() if tables
-        and isinstance(m, nn.Embedding)]
+    handles = []
+    for n,m in model.named_modules():
+        if hasattr(m, "fake_quant"): handles.append(m.register_forward_pre_hook(linear(n)))
+        if tables and isinstance(m, nn.Embedding):
+            handles.append(m.register_forward_pre_hook(table(n)))
+    return handles
 
 def _with_tables(model, moments):
     "Row shares of input tables; for the tied table the head's Hessian plus its share as an input."
     H,out = moments.means(),moments.shares()
-    head,share,W = H.pop("head"),out["tok_emb.weight"],model.tok_emb.weight.detach().float()
+    head,share = H.pop("head"),out["tok_emb.weight"]
+    W = model.tok_emb.weight.detach().float()
     # the norm behind the table divides a row by its own size
     gain = (share / W.square().mean(-1).clamp(min=1e-12)).mean()
     return H | out | {"tok_emb.weight": head + gain*torch.eye(len(head), device=head.device)}
@@ -99,7 +122,7 @@ def _with_tables(model, moments):
 # %% ../../nbs/squeeze/32_calibration.ipynb #b31e17bf
 @torch.no_grad()
 def sample_tokens(
-    model:nn.Module, # with `hidden`, `logits` and `cfg.vocab_size`
+    model:Any,       # with `hidden`, `logits` and `cfg.vocab_size`
     n:int,           # sequences
     seq_len:int,     # tokens of each, the first included
     seed:int,        # of the one generator
@@ -108,18 +131,20 @@ def sample_tokens(
     batch:int=32,         # sequences written together, for memory
 )->Tensor: # (n, seq_len) int64, on the CPU
     "Text that the model writes itself; give it to `collect_hessians(..., split=\"self\")`."
-    V = model.cfg.vocab_size
+    V,training = model.cfg.vocab_size,model.training
     if n < 1 or seq_len < 1: raise ValueError(f"n={n}, seq_len={seq_len}: both must be 1 or more")
     if not temperature > 0: raise ValueError(f"temperature={temperature} must be above 0")
     if bos is not None and not 0 <= bos < V:
         raise ValueError(f"bos={bos} is no token: give 0..{V-1}, or None")
-    gen,training = torch.Generator().manual_seed(seed),model.training
+    gen = torch.Generator().manual_seed(seed)
     first = torch.randint(V, (n,1), generator=gen) if bos is None else torch.full((n,1), bos)
     try:
-        return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
-            for ids in first.split(batch)])
+        with many_lengths(next(model.parameters()).device):
+            return torch.cat([_extend(model.eval(), ids, seq_len, temperature, gen)
+                for ids in first.split(batch)])
     finally: model.train(training)
 
+# %% ../../nbs/squeeze/32_calibration.ipynb #70f7c0b1
 def _extend(model, ids, seq_len, temperature, gen):
     "Draw one token after the other."
     device = next(model.parameters()).device
@@ -142,24 +167,25 @@ def calibration_windows(
     if dataset.vocab_size != vocab_size:
         raise ValueError(
             f"{dataset.path}: its tokenizer has {dataset.vocab_size} ids, the model {vocab_size};"
-            " name the model's own data with --corpus, or --corpus none to do without"
-        )
+            " name the model's own data with --corpus, or --corpus none to do without")
     tokens = dataset.train_tokens(samples*seq_len)
     if len(tokens) < seq_len:
         raise ValueError(
-            f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len}; give more"
-            " data, or --corpus none to do without"
-        )
+            f"{dataset.path}: {len(tokens)} training tokens, one window has {seq_len};"
+            " give more data, or --corpus none to do without")
     return tokens[:len(tokens)//seq_len*seq_len].view(-1, seq_len)
 
+
+# %% ../../nbs/squeeze/32_calibration.ipynb #80cc5b01
 def calibrate(
     model:GPT,      # unquantized
     dataset,        # `Dataset`; only its training split is read
     cfg:GPTQConfig, # windows, how many, and whether tables count
     seq_len:int,    # tokens in each
+    ranks:Ranks=Ranks(), # processes that share the work
 )->dict: # as `collect_hessians`
     "Hessians on training text, or on what the model writes itself."
-    own = cfg.windows=="self"
-    ids = sample_tokens(model, cfg.samples, seq_len,
-        seed=0) if own else calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
-    return collect_hessians(model, ids.split(16), cfg.windows, cfg.tables)
+    if cfg.windows == "self": ids = sample_tokens(model, cfg.samples, seq_len, seed=0)
+    else: ids = calibration_windows(dataset, model.cfg.vocab_size, cfg.samples, seq_len)
+    size = min(16, -(-len(ids)//ranks.world)) # a batch for every rank
+    return collect_hessians(model, ids.split(size), cfg.windows, cfg.tables, ranks)

@@ -24,7 +24,7 @@ from .artifact import DTYPES
 from .entropy import decode_published
 from ..model.gpt import GPT,ModelConfig
 from .quant import Quantized
-from ..train.loop import write_checkpoint
+from ..train.checkpoint import write_checkpoint
 
 # %% ../../nbs/squeeze/35_formats.ipynb #eb00212d
 class FormatError(ValueError):
@@ -42,10 +42,11 @@ def sniff(
         if re.match(magic, data): return name
     raise FormatError(
         f"{len(data)} bytes that begin with {data[:4].hex(' ') or 'nothing'}: neither a torch-saved"
-        " file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote"
-    )
+        " file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote")
 
 # %% ../../nbs/squeeze/35_formats.ipynb #4565ae64
+def _none(data, limit): return data, True
+
 def _zlib(data, limit):
     d = zlib.decompressobj()
     return d.decompress(data, limit+1), d.eof
@@ -60,15 +61,15 @@ def _zstd(data, limit):
         out = b"".join(islice(iter(partial(r.read, 2**20), b""), limit//2**20+1))
     return out, size in (-1, len(out))
 
+# %% ../../nbs/squeeze/35_formats.ipynb #ec3a6bca
 def expand(
     data:bytes,      # a file
     limit:int=LIMIT, # most bytes it may unpack to
 )->tuple[bytes,str]: # what was compressed, and by what
     "Undo the compressor."
     how = sniff(data)
-    try:
-        out,whole = dict(none=lambda d,_: (d,True), zlib=_zlib, zstd=_zstd, xz=_lzma,
-            lzma=_lzma)[how](data, limit)
+    undo = dict(none=_none, zlib=_zlib, zstd=_zstd, xz=_lzma, lzma=_lzma)[how]
+    try: out,whole = undo(data, limit)
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as e:
         raise FormatError(f"damaged {how} data ({e})") from None
     if len(out) > limit:
@@ -86,17 +87,18 @@ def _check_zip(data, limit):
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
             members = z.infolist()
-            plain = all(m.compress_type == zipfile.ZIP_STORED for m in members) and sum(m.file_size
-                for m in members) <= limit
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+            plain = stored and sum(m.file_size for m in members) <= limit
             bad = z.testzip() if plain else None
-    except Exception as e:
-        # zipfile raises a dozen types
+    except Exception as e: # zipfile raises a dozen types
         raise FormatError(f"a damaged or truncated torch-saved file ({e})") from None
     if not plain:
         raise FormatError(
-            f"its zip has compressed members, or more than limit={limit} bytes: not as torch saves it")
+            f"its zip has compressed members, or more than limit={limit} bytes:"
+            " not as torch saves it")
     if bad: raise FormatError(f"damaged: the checksum of member {bad[:80]} differs")
 
+# %% ../../nbs/squeeze/35_formats.ipynb #ef812986
 def load_saved(
     data:bytes,      # of torch.save
     limit:int=LIMIT, # most bytes of its members
@@ -107,10 +109,11 @@ def load_saved(
     try: obj = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        why = (f"it asks for {wants[1][:80]}" if wants else str(e).strip().split("\n")[0][:200]
-            or type(e).__name__)
+        why = str(e).strip().split("\n")[0][:200] or type(e).__name__
+        if wants: why = f"it asks for {wants[1][:80]}"
         raise FormatError(
-            f"holds more than tensors and plain values, or is damaged: {why}; nothing in it was executed") from None
+            "holds more than tensors and plain values, or is damaged:"
+            f" {why}; nothing in it was executed") from None
     if not isinstance(obj, dict):
         raise FormatError(f"holds a {type(obj).__name__} where a dictionary is expected")
     return obj
@@ -118,13 +121,8 @@ def load_saved(
 # %% ../../nbs/squeeze/35_formats.ipynb #33d4626b
 def _tensor(t, who):
     "A plain tensor with no more numbers than the file holds for it."
-    plain = (
-        type(t) in (Tensor, nn.Parameter)
-        and t.layout == torch.strided
-        and t.device.type == "cpu"
-        and not t.is_quantized
-        and not t.is_complex()
-    )
+    plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
+    plain = plain and t.device.type == "cpu" and not t.is_quantized and not t.is_complex()
     if not plain or t.numel()*t.element_size() > t.untyped_storage().nbytes():
         raise FormatError(f"{who}: not a plain tensor")
     return t.detach()
@@ -136,15 +134,15 @@ def _dicts(obj, *names):
             raise FormatError(f"the entry {k!r} is missing or no dictionary")
     return [obj[k] for k in names]
 
+# %% ../../nbs/squeeze/35_formats.ipynb #af0901c2
 def _codes(q, s, who):
     "Codes (r, ...) with one step per row, or one in all."
     q,s = _tensor(q, who),_tensor(s, who)
-    if q.dtype != torch.int8 or not q.dim() or not s.is_floating_point() or s.numel() not in (1,
-        len(q)):
+    are_codes = q.dtype == torch.int8 and q.dim() > 0
+    if not are_codes or not s.is_floating_point() or s.numel() not in (1, len(q)):
         raise FormatError(
-            f"{who}: codes {q.dtype} {tuple(q.shape)} and steps {s.dtype} {tuple(s.shape)} do"
-            " not fit"
-        )
+            f"{who}: codes {q.dtype} {tuple(q.shape)} and"
+            f" steps {s.dtype} {tuple(s.shape)} do not fit")
     return Quantized(q, s.reshape(-1, *[1]*(q.dim()-1)))
 
 # %% ../../nbs/squeeze/35_formats.ipynb #24df836d
@@ -156,17 +154,16 @@ def _clean(obj, limit):
     for n,t in kept.items(): yield n, t, DTYPES[was[n]] if n in was else t.dtype
 
 # %% ../../nbs/squeeze/35_formats.ipynb #9a5427eb
-# bfloat16 parameters of PRs #610, #576 and #601
-BF16_NAMES = r"(tok_emb|\.embed|\.attn_gate)\.weight$"
+BF16_NAMES = r"(tok_emb|\.embed|\.attn_gate)\.weight$" # parameters of PRs #610, #576 and #601
 
 def _pair(obj, limit):
     "PRs #610, #576, #601: tensors as name.q and name.scale or name, beside what each is."
     w,m = _dicts(obj, *obj)
     for n,kind in m.items():
-        dtype = torch.bfloat16 if re.search(BF16_NAMES, n) else torch.float32
-        if not isinstance(kind, (str, dict)) or isinstance(kind,
-            dict) and set(kind)-{"type","bits"}:
+        known = isinstance(kind, str) or isinstance(kind, dict) and set(kind) <= {"type","bits"}
+        if not known:
             raise FormatError(f"{n}: stored as {str(kind)[:80]}, which these systems do not do")
+        dtype = torch.bfloat16 if re.search(BF16_NAMES, n) else torch.float32
         if n+".q" in w: yield n, _codes(w[n+".q"], w[n+".scale"], n), dtype
         else: yield n, w[n], dtype if w[n].dtype == torch.float16 else w[n].dtype
 
@@ -181,20 +178,23 @@ def _rans(obj, limit):
         raise FormatError(
             f"unpacks to more than limit={limit} bytes; raise the limit if you trust the file")
     for n,stream in streams.items():
-        A,shape,counts = alphabets[n],shapes[n],_tensor(histograms[n], n)
+        A,counts = alphabets[n],_tensor(histograms[n], n)
         if A not in (5, 8, 16, 32, 64, 128, 256) or counts.numel() != A:
             raise FormatError(
-                f"{n}: {counts.numel()} counts for an alphabet of {str(A)[:20]}; 5, or a power of"
-                " two from 8 to 256"
-            )
-        try:
-            z = decode_published(_tensor(stream, n).numpy().tobytes(), counts.flatten().tolist(),
-                math.prod(shape))
-        except ValueError as e:
-            raise FormatError(f"{n}: {e}") from None
-        q = torch.from_numpy(z.astype(np.int16)-A//2).to(torch.int8).view(*shape)
-        yield n, _codes(q, _tensor(tops[n], n).float()/(1 if A == 5 else A//2), n), torch.float32
+                f"{n}: {counts.numel()} counts for an alphabet of {str(A)[:20]};"
+                " 5, or a power of two from 8 to 256")
+        q = _decoded(_tensor(stream, n), counts, shapes[n], n)-A//2
+        steps = _tensor(tops[n], n).float()/(1 if A == 5 else A//2)
+        yield n, _codes(q.to(torch.int8), steps, n), torch.float32
     for n,t in kept.items(): yield n, t, torch.float32
+
+# %% ../../nbs/squeeze/35_formats.ipynb #cdd757af
+def _decoded(stream, counts, shape, name):
+    "Symbols of a stream as a matrix, int16."
+    data,counts = stream.numpy().tobytes(),counts.flatten().tolist()
+    try: z = decode_published(data, counts, math.prod(shape))
+    except ValueError as e: raise FormatError(f"{name}: {e}") from None
+    return torch.from_numpy(z.astype(np.int16)).view(*shape)
 
 def _plain(obj, limit):
     "Names and tensors, nothing else."
@@ -215,12 +215,10 @@ def layout_of(
             return name
     if obj and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in obj.items()):
         return "state dict"
-    keys = ", ".join(str(k)[:40] for k in islice(obj, 12)) + (f" and {len(obj)-12} more"
-        if len(obj) > 12 else "")
-    raise FormatError(
-        f"an unknown layout: {f'tag {str(tag)[:60]!r}, ' if tag is not None else ''}keys"
-        f" {keys or 'none'}; known are {'; '.join(LAYOUTS)}"
-    )
+    keys = ", ".join(str(k)[:40] for k in islice(obj, 12)) or "none"
+    if len(obj) > 12: keys += f" and {len(obj)-12} more"
+    tagged = "" if tag is None else f"tag {str(tag)[:60]!r}, "
+    raise FormatError(f"an unknown layout: {tagged}keys {keys}; known are {'; '.join(LAYOUTS)}")
 
 # %% ../../nbs/squeeze/35_formats.ipynb #d57cdb03
 class Stored(NamedTuple):
@@ -232,64 +230,74 @@ class Stored(NamedTuple):
 def _read(data, limit, file):
     raw,how = expand(data, limit)
     obj = load_saved(raw, limit)
-    layout,tensors,dtypes,left = layout_of(obj),{},{},limit
+    layout = layout_of(obj)
+    tensors,dtypes,left = {},{},limit
     for n,t,dtype in LAYOUTS[layout](obj, limit):
         if not isinstance(n, str) or n in tensors:
             raise FormatError(f"the name {str(n)[:80]!r} is there twice, or no text")
-        tensors[n],dtypes[n] = t if isinstance(t, Quantized) else _tensor(t, n),dtype
+        tensors[n] = t if isinstance(t, Quantized) else _tensor(t, n)
+        dtypes[n] = dtype
         left -= 4*_numel(tensors[n])
         if left < 0:
             raise FormatError(
-                f"its weights take more than limit={limit} bytes in float32; raise the limit if you"
-                " trust the file"
-            )
-    inside = [t for v in obj.values() for t in (v.values() if isinstance(v, dict) else [v])
-        if isinstance(t, Tensor)]
-    coded = sum(_numel(t) for t in tensors.values() if isinstance(t, Quantized))
+                f"its weights take more than limit={limit} bytes in float32;"
+                " raise the limit if you trust the file")
     about = dict(file=file, format=layout, compressor=how, bytes=len(data), unpacked=len(raw),
-        container=len(raw)-sum(t.nbytes for t in inside),
-        tensors=len(tensors), parameters=sum(map(_numel, tensors.values())), coded=coded)
+        container=len(raw)-_tensor_bytes(obj), tensors=len(tensors), **_numbers(tensors))
     return Stored(tensors, dtypes, about)
 
+# %% ../../nbs/squeeze/35_formats.ipynb #360f211e
 def _numel(t): return (t.codes if isinstance(t, Quantized) else t).numel()
+
+def _numbers(tensors):
+    coded = sum(_numel(t) for t in tensors.values() if isinstance(t, Quantized))
+    return dict(parameters=sum(map(_numel, tensors.values())), coded=coded)
+
+def _tensor_bytes(obj):
+    "Bytes of the tensors of a saved dictionary, and of the dictionaries in it."
+    total = 0
+    for v in obj.values():
+        inside = v.values() if isinstance(v, dict) else [v]
+        total += sum(t.nbytes for t in inside if isinstance(t, Tensor))
+    return total
 
 # %% ../../nbs/squeeze/35_formats.ipynb #c7f92b33
 def read_stored(
     source,          # file, or its bytes
     limit:int=LIMIT, # most bytes it may unpack to, compressed or as weights
 )->Stored: # codes and steps as they are in the file
-    """Read a published file as it is stored; whatever is wrong with it is a `FormatError` that
-    names it."""
+    "Read a published file as it is stored; a `FormatError` names it and what is wrong with it."
     name = "these bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, bytes): return _read(source, limit, name)
-        if (size := Path(source).stat().st_size) > limit:
+        size = Path(source).stat().st_size
+        if size > limit:
             raise FormatError(
                 f"{size} bytes, more than limit={limit}; raise the limit if you trust the file")
         return _read(Path(source).read_bytes(), limit, Path(source).name)
     except OSError as e:
         raise FormatError(
-            f"{name}: cannot be read ({e.strerror}); give the file that the system's script wrote") from None
+            f"{name}: cannot be read ({e.strerror});"
+            " give the file that the system's script wrote") from None
     except FormatError as e: raise FormatError(f"{name}: {e}") from None
-    except Exception as e:
-        # a layout in name only
-        raise FormatError(
-            f"{name}: its entries do not fit together ({type(e).__name__}: {str(e)[:200]})") from None
+    except Exception as e: # a layout in name only
+        raise FormatError(f"{name}: its entries do not fit together"
+            f" ({type(e).__name__}: {str(e)[:200]})") from None
 
+# %% ../../nbs/squeeze/35_formats.ipynb #bac71d92
 def read_published(
     source,          # file, or its bytes
     limit:int=LIMIT, # most bytes it may unpack to, compressed or as weights
-)->tuple[dict,
-dict]: # published name -> weights in the type the system's loader gives them; `Stored.about`
+)->tuple[dict,dict]: # published name -> weights in the system's own type; `Stored.about`
     "Read a published model as its own system would."
     tensors,dtypes,about = read_stored(source, limit)
-    return {n:(t.dequantize() if isinstance(t, Quantized) else t).to(dtypes[n])
-        for n,t in tensors.items()}, about
+    weights = {n: t.dequantize() if isinstance(t, Quantized) else t for n,t in tensors.items()}
+    return {n: t.to(dtypes[n]) for n,t in weights.items()}, about
 
 # %% ../../nbs/squeeze/35_formats.ipynb #fb3c1c93
 NAME_MAPS = ((r"^(_orig_mod\.|module\.)+", ""), (r"^bigram_emb\.", "bigram."),
-    (r"^smear_gate\.", "smear."),
-             (r"\.mlp\.up(_proj)?\.", ".mlp.fc."), (r"\.mlp\.down(_proj)?\.", ".mlp.proj."))
+    (r"^smear_gate\.", "smear."), (r"\.mlp\.up(_proj)?\.", ".mlp.fc."),
+    (r"\.mlp\.down(_proj)?\.", ".mlp.proj."))
 
 def published_name(
     name:str, # of a parameter in a published system
@@ -301,29 +309,31 @@ def published_name(
 # %% ../../nbs/squeeze/35_formats.ipynb #c91a5809
 def load_published(
     model:GPT, # built with the matching configuration
-    # parameter name -> tensor or numpy array, under the names of any of the five systems
-    state:Mapping[str,Tensor],
+    state:Mapping[str,Tensor], # name in any of the five systems -> tensor or numpy array
 )->GPT: # the same model, its weights replaced
     "Load a checkpoint of a published system."
-    new = {published_name(n):torch.as_tensor(v) for n,v in state.items()}
+    new = {published_name(n): torch.as_tensor(v) for n,v in state.items()}
     problems = _differences(dict(model.named_parameters()), new)
     if problems:
-        more = f"; and {len(problems)-20} more" if len(problems) > 20 else ""
-        raise ValueError("the checkpoint does not fit the model, so their configurations differ: "
-            + "; ".join(problems[:20]) + more)
+        said = "; ".join(problems[:20])
+        if len(problems) > 20: said += f"; and {len(problems)-20} more"
+        raise ValueError(
+            f"the checkpoint does not fit the model, so their configurations differ: {said}")
     model.load_state_dict(new)
     return model
 
+# %% ../../nbs/squeeze/35_formats.ipynb #e4af520e
 def _differences(own:Mapping[str,Tensor], new:Mapping[str,Tensor])->list[str]:
     "Say what is missing, what is unexpected and which shapes differ."
     def near(n, pool):
         return "".join(f" (near: {m})" for m in difflib.get_close_matches(n, pool, 1))
     missing,extra = sorted(own.keys()-new.keys()),sorted(new.keys()-own.keys())
-    shapes = [n for n,p in own.items() if n in new and new[n].shape != p.shape]
-    return ([f"missing {n}{near(n, extra)}" for n in missing]
-        + [f"unexpected {n}{near(n, missing)}" for n in extra]
-            + [f"{n} is {tuple(new[n].shape)}, the model wants {tuple(own[n].shape)}"
-                for n in shapes])
+    out = [f"missing {n}{near(n, extra)}" for n in missing]
+    out += [f"unexpected {n}{near(n, missing)}" for n in extra]
+    for n,p in own.items():
+        if n in new and new[n].shape != p.shape:
+            out.append(f"{n} is {tuple(new[n].shape)}, the model wants {tuple(p.shape)}")
+    return out
 
 # %% ../../nbs/squeeze/35_formats.ipynb #79681cdf
 def split_extras(
@@ -353,24 +363,25 @@ def import_weights(
     out,             # folder that receives weights.safetensors
     known:dict={},   # name -> ModelConfig, to say what a file that does not fit would fit
 )->GPT: # holding the weights
-    """Write published weights as a finished training leaves its own: raw and averaged, here the
-    same."""
+    "Write published weights as a training leaves its own: raw and averaged, here the same."
     path = Path(out)/"weights.safetensors"
     if path.exists(): raise ValueError(f"{path} exists: choose another folder, or remove it")
     params,extras = split_extras(state)
     try: model = load_published(GPT(cfg), params)
     except ValueError as e:
-        raise FormatError(
-            f"{about['file']}: {e}; it fits {' or '.join(fitting(state, known)) or 'none that is known'}") from None
+        fits = " or ".join(fitting(state, known)) or "none that is known"
+        raise FormatError(f"{about['file']}: {e}; it fits {fits}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(path,
-        {f"{k}/{n}":t.clone() for k in ("raw","averaged") for n,t in model.state_dict().items()},
-        about | dict(extras=extras))
+    weights = model.state_dict()
+    both = {f"{k}/{n}": t.clone() for k in ("raw", "averaged") for n,t in weights.items()}
+    write_checkpoint(path, both, about | dict(extras=extras))
     return model
 
+# %% ../../nbs/squeeze/35_formats.ipynb #e1c1c457
 def describe(
     about:dict, # from `read_published`
 )->str: # for people
     "Say what a file was."
     return (
-        "{file}: {format}, {compressor}, {bytes:,} bytes, {unpacked:,} unpacked; {tensors} tensors, {parameters:,} parameters, {coded:,} of them as codes".format(**about))
+        "{file}: {format}, {compressor}, {bytes:,} bytes, {unpacked:,} unpacked;"
+        " {tensors} tensors, {parameters:,} parameters, {coded:,} of them as codes".format(**about))

@@ -23,23 +23,16 @@ class GPTQConfig:
     samples:int=256
     windows:str="train"      # "train"ing text, or the model's own writing: "self"
     tables:bool=False        # Hessians of the embedding tables too
-    # columns of which each corrects the others at once; behind them, 1, 2, 1, 4, ... blocks correct
-    # as many
+    # columns of which each corrects the others at once; behind them 1, 2, 1, 4, ... blocks do
     block:int=8
-    # added to the diagonal, share of its mean; times ten until the factor exists
-    damping:float=.01
+    damping:float=.01 # added to the diagonal, share of its mean; times ten until the factor exists
     order:str="descending"   # columns by diagonal: "descending", "ascending" or "natural"
     # "plain_inverse" is the faulty rule that PR #576 and PR #610 ran: exhibits only
     rule:str="cholesky"
-    # clip candidate of a row by squared error, or by "hessian" error after the pass
-    search:str="plain"
-    # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
-    refit:str=""
+    search:str="plain" # clip candidate of a row by squared error, or by "hessian" after the pass
+    refit:str="" # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
     def __post_init__(self):
-        for name,known in (("order",("descending","ascending","natural")),
-            ("rule",("cholesky","plain_inverse")),
-                           ("search",("plain","hessian")), ("refit",("","hessian","plain")),
-                           ("windows",("train","self"))):
+        for name,known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
         for name in ("samples","block"):
@@ -47,18 +40,19 @@ class GPTQConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.search == "hessian" and self.rule != "cholesky":
             raise ValueError(
-                f"search='hessian' needs rule='cholesky': under rule={self.rule!r} the pass does"
-                " not know its error"
-            )
+                "search='hessian' needs rule='cholesky':"
+                f" under rule={self.rule!r} the pass does not know its error")
         if not self.damping > 0: raise ValueError(f"damping={self.damping} must be above 0")
+
+_CHOICES = dict(order=("descending","ascending","natural"), rule=("cholesky","plain_inverse"),
+    search=("plain","hessian"), refit=("","hessian","plain"), windows=("train","self"))
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #a48a08cc
 def _cholesky(A, panel=192):
-    """Lower factor of A (n, n), and whether it failed. On a CPU panels of columns, all else matrix
-    products: faster than LAPACK for large n."""
+    "Lower factor of A (n, n), and whether it failed; on a CPU by panels of columns."
     if A.is_cuda or len(A) <= 4*panel: return torch.linalg.cholesky_ex(A)
     L,info = torch.zeros_like(A).mT, 0
-    for a in range(0, len(A), panel):
+    for a in range(0, len(A), panel):  # all but the panels is matrix products: faster than LAPACK
         b = a + panel
         S = torch.addmm(A[a:,a:b], L[a:,:a], L[a:b,:a].mT, alpha=-1)
         L[a:b,a:b],failed = torch.linalg.cholesky_ex(S[:panel])
@@ -118,20 +112,21 @@ def factor(
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #904d9fae
 def _round_columns(W, feed, scale, grid, cfg):
-    """Codes (int8) and targets in steps of W (N, n, r), columns of the layer first and in order;
-    feed (N, n, n), scale (N, 1, r)."""
+    "Codes (int8) and targets in steps, (N, n, r) as W is; feed (N, n, n), scale (N, 1, r)."
     W = W/torch.where(scale > 0, scale, torch.inf)
     X,D,codes = W.clone(),torch.empty_like(W),torch.empty_like(W)
-    x,q,d = (A.split(1, 1) for A in (X, codes, D))         # by columns, each (N, 1, r)
-    # the faulty rule passes on x - q, not w - q
-    truth = W.split(1, 1) if cfg.rule == "cholesky" else x
-    for i,b in enumerate(range(W.shape[1], 0, -cfg.block), 1):
-        a,w = max(0, b-cfg.block),(i & -i)*cfg.block
-        for j in range(b-1, a-1, -1):
+    x,q,d = (A.split(1, 1) for A in (X, codes, D))          # by columns, each (N, 1, r)
+    truth = W.split(1, 1) if cfg.rule == "cholesky" else x  # the faulty rule passes on x - q
+    for i,stop in enumerate(range(W.shape[1], 0, -cfg.block), 1):
+        first = max(0, stop-cfg.block)
+        for j in range(stop-1, first-1, -1):
             torch.round(x[j], out=q[j]).clamp_(grid.lo, grid.hi)
             torch.sub(truth[j], q[j], out=d[j])
-            if a < j: X[:,a:j].addcmul_(feed[:,a:j,j:j+1], d[j])
-        if a: X[:,max(0, a-w):a].baddbmm_(feed[:,max(0, a-w):a,a:a+w], D[:,a:a+w])
+            if first < j: X[:,first:j].addcmul_(feed[:,first:j,j:j+1], d[j])
+        if not first: break
+        reach = (i & -i)*cfg.block  # columns corrected at once: largest power of two that divides i
+        free,done = slice(max(0, first-reach), first), slice(first, first+reach)
+        X[:,free].baddbmm_(feed[:,free,done], D[:,done])
     return codes.to(torch.int8), X
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #ec9758d0
@@ -148,6 +143,7 @@ def _restored(codes, factors):
     for c,f,o in zip(codes, factors, out): o.copy_(c.index_select(0, f.order.argsort()).mT)
     return out
 
+# %% ../../nbs/squeeze/31_gptq.ipynb #db86ce56
 def _feeds(factors):
     "The feeds of all factors (N, n, n), which lie transposed, as `factor` makes them."
     return torch.stack([f.feed.mT for f in factors]).mT
@@ -177,8 +173,8 @@ def gptq(
 
 def _rounded(W, factors, scale, grid, cfg):
     "The pass, (N, r, n) to codes of the same shape, int8."
-    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors),
-        scale.float().mT.expand(-1, -1, W.shape[1]), grid, cfg)
+    steps = scale.float().mT.expand(-1, -1, W.shape[1])
+    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors), steps, grid, cfg)
     return _restored(codes, factors)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #98e0aae4
@@ -202,9 +198,9 @@ def refit_scale(
 )->Tensor: # (..., r, 1) float32
     "Least-squares step of each row for fixed codes, where it lowers the error."
     G = codes if H is None else codes @ H.float()
-    # one step per tensor, or per row
-    dims = (-2,-1) if scale.shape[-2] == 1 else (-1,)
-    a,b = (W*G).sum(dims, keepdim=True), (codes*G).sum(dims, keepdim=True)
+    dims = (-2,-1) if scale.shape[-2] == 1 else (-1,)  # one step per tensor, or per row
+    a = (W*G).sum(dims, keepdim=True)
+    b = (codes*G).sum(dims, keepdim=True)
     new = torch.where(b > 0, a/b, scale).clamp(min=grid.scale_floor)
     if grid.half_first: new = new.half().float()
     def err(s): return s*s*b - 2*s*a
@@ -213,18 +209,20 @@ def refit_scale(
 # %% ../../nbs/squeeze/31_gptq.ipynb #b46053fd
 def _search_rows(W, factors, grid, cfg):
     "A pass with each candidate step; each row keeps the one with the smallest Hessian error."
-    V,feed,cost = _sorted(W, factors),_feeds(factors),torch.stack([f.cost for f in factors])
-    best = least = None
-    for scale in candidate_scales(W, grid).mT:                              # (N, 1, r)
+    V,feed = _sorted(W, factors),_feeds(factors)
+    cost = torch.stack([f.cost for f in factors])
+    best = least = chosen = None
+    for scale in candidate_scales(W, grid).mT:                          # (N, 1, r)
         codes,X = _round_columns(V, feed, scale, grid, cfg)
-        # (N, 1, r)
-        err = torch.where(scale > 0,
-            cost[:,None] @ X.sub_(codes).square_() * scale.square(), torch.inf)
-        if least is None: best,least,chosen = codes,err,scale
-        else:
-            better = err < least
-            best,least,chosen = torch.where(better, codes, best), torch.minimum(err,
-                least), torch.where(better, scale, chosen)
+        err = cost[:,None] @ X.sub_(codes).square_() * scale.square()   # (N, 1, r)
+        err = torch.where(scale > 0, err, torch.inf)
+        if least is None:
+            best,least,chosen = codes,err,scale
+            continue
+        better = err < least
+        best = torch.where(better, codes, best)
+        chosen = torch.where(better, scale, chosen)
+        least = torch.minimum(err, least)
     return _restored(best, factors), chosen.mT
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #7df3baa2
@@ -242,15 +240,17 @@ def gptq_fit(
         scale = pentanary(W)[1] if grid.rule == "pentanary" else search_scale(W, grid)
         codes = _rounded(W, factors, scale, grid, cfg)
     if not cfg.refit: return codes, scale
-    return codes, refit_scale(W, codes.float(), scale, torch.stack([f.H for f in factors])
-        if cfg.refit == "hessian" else None, grid)
+    under = torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None
+    return codes, refit_scale(W, codes.float(), scale, under, grid)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #738d52ec
 def _groups(state, cfg, hessians):
     "Names to be rounded together: same shape, same grid, both with a Hessian over columns."
     groups = {}
     for name,H in hessians.items():
-        if name in state and H.dim() == 2 and isinstance(grid := cfg.grid(name, state[name]), Grid):
+        if name not in state or H.dim() != 2: continue
+        grid = cfg.grid(name, state[name])
+        if isinstance(grid, Grid):
             groups.setdefault((tuple(state[name].shape), grid), []).append(name)
     return groups
 
@@ -259,11 +259,10 @@ def _factor_of(name, W, H, cfg, known):
     if H.shape != (W.shape[1],)*2:
         raise ValueError(
             f"{name}: Hessian of shape {tuple(H.shape)} for a weight of shape {tuple(W.shape)};"
-            " collect the Hessians on this model"
-        )
+            " collect the Hessians on this model")
     if not W.sum().isfinite():
         raise ValueError(f"{name}: the weight holds NaN or Inf: check the checkpoint")
-    try:return known.setdefault(id(H), known.get(id(H)) or factor(H, cfg))
+    try: return known.setdefault(id(H), known.get(id(H)) or factor(H, cfg))
     except ValueError as e: raise ValueError(f"{name}: {e}") from e
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #2e492f52
@@ -271,14 +270,15 @@ def quantize_state(
     state:dict,       # name -> tensor
     cfg:QuantConfig,  # which tensor gets which grid
     gptq_cfg:GPTQConfig|None=None, # None: round to nearest everywhere
-    # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
-    hessians:dict|None=None,
+    hessians:dict|None=None, # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
 )->dict: # name -> Quantized or tensor, on the CPU, in the order of `state`
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
     if gptq_cfg and not hessians:
         raise ValueError("gptq_cfg is given but hessians are not: call collect_hessians first")
-    done,known,hessians = {},{},hessians or {}
-    for (_,grid),names in (_groups(state, cfg, hessians) if gptq_cfg else {}).items():
+    hessians = hessians or {}
+    if gptq_cfg is None: return {n: _plain(n, t, cfg, hessians.get(n)) for n,t in state.items()}
+    done,known = {},{}
+    for (_,grid),names in _groups(state, cfg, hessians).items():
         factors = [_factor_of(n, state[n], hessians[n], gptq_cfg, known) for n in names]
         W = torch.stack([state[n].detach().to(hessians[n].device).float() for n in names])
         if cfg.prune: W = torch.stack([prune(w, cfg.prune) for w in W])
@@ -308,18 +308,15 @@ def quant_errors(
     state:dict,     # name -> tensor before
     quantized:dict, # name -> Quantized or tensor after
     hessians:dict|None=None, # weight name -> (n, n)
-)->list[
-# name, numel, codes (distinct ones in use), mse and output (relative errors; output None without
-# Hessian)
-dict]:
+)->list[dict]: # name, numel, codes (in use), mse and output: relative errors, None without Hessian
     "Relative squared error of each quantized matrix, plain and as seen in the layer's output."
     rows = []
     for name,q in quantized.items():
         if not isinstance(q, Quantized): continue
         W = state[name].detach().float().cpu()
-        D,H = W - q.dequantize(),(hessians or {}).get(name)
-        # a matrix of zeros has error 0
-        def relative(f): return (f(D) / f(W).clamp(min=1e-30)).item()
+        D = W - q.dequantize()
+        H = (hessians or {}).get(name)
+        def relative(f): return (f(D) / f(W).clamp(min=1e-30)).item() # of a matrix of zeros: 0
         out = None if H is None else relative(lambda X: hessian_error(X, 0*X, H.cpu()))
         rows.append(dict(name=name, numel=W.numel(), codes=len(q.codes.unique()),
             mse=relative(lambda X: X.square().sum()), output=out))

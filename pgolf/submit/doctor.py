@@ -267,9 +267,9 @@ def check_seeds(f:Folder)->Iterator[Check]:
             f"claimed {', '.join(f.claims.seeds)}; logs {', '.join(sorted(seeds))}",
             "list the seeds that have a log, and add the logs of the others",
             "fail" if own else "warn")
-    odd = [f"{n} says {s}" for n,(s,sure) in runs.items()
+    other = [f"{n} says {s}" for n,(s,sure) in runs.items()
         if sure and re.search(r"seed[_-]?\d", n) and _named_seed(n)!=s]
-    if odd: yield Check("seed of the log", "warn", "; ".join(odd),
+    if other: yield Check("seed of the log", "warn", "; ".join(other),
         "the seed that a log prints and its name should agree")
 
 # %% ../../nbs/submit/67_doctor.ipynb #57f00007

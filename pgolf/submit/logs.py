@@ -84,8 +84,8 @@ def read_score(
     label = re.sub(r"\b(eval_)?(stride|seq_len):\d+| sliding$", "", found["label"] or "").strip()
     if found["sliding"]: label += " sliding"
     time = _SECONDS.search(found["rest"])
-    seconds = time and float(time[1].replace(",", ""))/(1000 if time[2]=="ms" else 1)
-    loss = found["loss"] and float(found["loss"].replace(",", ""))
+    seconds = float(time[1].replace(",", ""))/(1000 if time[2]=="ms" else 1) if time else None
+    loss = float(found["loss"].replace(",", "")) if found["loss"] else None
     digits = len(found["bpb"].partition(".")[2])
     return Score(label or "val_bpb", loss, float(found["bpb"]), digits, seconds, number)
 

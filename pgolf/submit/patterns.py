@@ -157,7 +157,7 @@ def space_twice(code:Code)->Iterator[May]:
         for n in f.parts:
             sums = isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add) and n.left in sizes
             if sums and isinstance(n.right, ast.Constant):
-                yield May("space twice", n.lineno, f"{f.name} adds {n.right.value} to the bytes "
+                yield May("space twice", n.lineno, f"{f.name} adds {n.right.value!r} to the bytes "
                     f"of a piece, and marks the space to be counted again")
 
 # %% ../../nbs/submit/65_patterns.ipynb #3ac916ba

@@ -11,7 +11,8 @@ import builtins
 from dataclasses import MISSING,fields,is_dataclass
 from typing import NamedTuple
 import pgolf
-from .flatten import Module,flatten,global_names,minify,pack_code,read_package
+from .reach import Module,global_names,read_package
+from .flatten import flatten,minify,pack_code
 from ..systems.recipe import Recipe
 
 # %% ../../nbs/submit/61_script.ipynb #27613abe
@@ -25,24 +26,29 @@ def literal(
     if isinstance(value, tuple):
         return f"({', '.join(map(literal, value))}{',' if len(value)==1 else ''})"
     if not is_dataclass(value): return repr(value)
-    default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()
-    return (
-        f"{type(value).__name__}({', '.join(f'{f.name}={literal(v)}' for f in fields(value) if (v := getattr(value, f.name))!=default(f))})"
-    )
+    set_ = {f.name:getattr(value, f.name) for f in fields(value)
+        if getattr(value, f.name)!=_default(f)}
+    return f"{type(value).__name__}({', '.join(f'{k}={literal(v)}' for k,v in set_.items())})"
+
+def _default(f):
+    "What a field of a dataclass is if nothing is said."
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
 
 # %% ../../nbs/submit/61_script.ipynb #34e79ff9
 def parts_of(
     value, # of a recipe
 )->set[type]: # classes that `literal` names
     "Dataclasses that a value is made of."
-    inside = value if isinstance(value, tuple) else [getattr(value, f.name)
-        for f in fields(value)] if is_dataclass(value) else ()
-    return ({type(value)} if is_dataclass(value) else set()).union(*map(parts_of, inside))
+    if isinstance(value, tuple): return set().union(*map(parts_of, value))
+    if not is_dataclass(value): return set()
+    return {type(value)}.union(*(parts_of(getattr(value, f.name)) for f in fields(value)))
+
 
 # %% ../../nbs/submit/61_script.ipynb #75791739
 HEAD = '''
 import argparse,json,time
-from dataclasses import asdict,replace
+from dataclasses import replace
 from pathlib import Path
 import torch
 
@@ -58,11 +64,19 @@ class Log:
 
 def open_data(folder, tokenizer):
     "Shards and tokenizer, wherever they lie below a folder."
-    shards = [sorted(p for p in Path(folder).rglob(f"*_{{split}}_*.bin") if p.stem.rpartition("_")[0].endswith("_"+split)) for split in ("train","val")]
-    if any(Path(folder).rglob("*_val_bytes_*.bin")): raise ValueError(f"{{folder}} holds byte counts of a text that was rewritten (*_val_bytes_*.bin), which this script does not read: score it with `pgolf run`")
-    places,models = {{p.parent for ps in shards for p in ps}},[Path(tokenizer)] if tokenizer else list(Path(folder).rglob("*.model"))
-    if len(places)!=1 or len(models)!=1: raise ValueError(f"{{folder}} holds shards in {{len(places)}} folders and {{len(models)}} tokenizers (*.model): name a folder with the shards of one dataset, and its --tokenizer")
-    return Dataset(places.pop().name, Path(folder), MODEL.vocab_size, models[0], *map(tuple, shards))
+    shards = [sorted(p for p in Path(folder).rglob(f"*_{{split}}_*.bin")
+        if p.stem.rpartition("_")[0].endswith("_"+split)) for split in ("train","val")]
+    if any(Path(folder).rglob("*_val_bytes_*.bin")):
+        raise ValueError(f"{{folder}} holds byte counts of a text that was rewritten "
+            "(*_val_bytes_*.bin), which this script does not read: score it with `pgolf run`")
+    places,models = ({{p.parent for ps in shards for p in ps}},
+        [Path(tokenizer)] if tokenizer else list(Path(folder).rglob("*.model")))
+    if len(places)!=1 or len(models)!=1:
+        raise ValueError(f"{{folder}} holds shards in {{len(places)}} folders and {{len(models)}} "
+            "tokenizers (*.model): name a folder with the shards of one dataset, and its "
+            "--tokenizer")
+    return Dataset(places.pop().name, Path(folder), MODEL.vocab_size, models[0],
+        *map(tuple, shards))
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #076c790d
@@ -72,16 +86,20 @@ def train_weights(data, seed, ranks):
     model,average = GPT(MODEL, seed),{average}
     loader = make_loader(data.train_shards, TRAIN, ranks, vocab_size=MODEL.vocab_size)
     done = train(model, loader, OPTIM, SCHEDULE, TRAIN, [{listeners}Log()], ranks.device)
-    if ranks.is_main: say("trained", seed=seed, steps=done.steps, tokens=done.tokens, seconds=done.elapsed, stopped_by=done.stopped_by)
+    if ranks.is_main:
+        say("trained", seed=seed, steps=done.steps, tokens=done.tokens, seconds=done.elapsed,
+            stopped_by=done.stopped_by)
     return {{k:t.detach().cpu() for k,t in {weights}.items()}}
 
 def write_artifact(path, data, state, device):
     "Weights to bytes."
     began = time.perf_counter()
     {squeeze}
-    meta = dict(recipe={name!r}, scale={scale!r}, model=asdict(MODEL), tokenizer=data.name, tokenizer_id=tokenizer_id(data.tokenizer_path))
+    meta = dict(recipe={name!r}, scale={scale!r}, model=stored(MODEL), tokenizer=data.name,
+        tokenizer_id=tokenizer_id(data.tokenizer_path))
     size,code = save_artifact(path, codes, meta, {codec}),Path(__file__).stat().st_size
-    say("squeezed", bytes_artifact=size, bytes_code=code, bytes_total=size+code, seconds=time.perf_counter()-began)
+    say("squeezed", bytes_artifact=size, bytes_code=code, bytes_total=size+code,
+        seconds=time.perf_counter()-began)
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #86a3d4d8
@@ -90,21 +108,26 @@ def grade(stage, fn, tokens, tables):
     "Score and say it."
     began = time.perf_counter()
     s = fn(tokens, tables)
-    say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb, targets=s.n_targets, text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal, seconds=time.perf_counter()-began)
+    say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb, targets=s.n_targets,
+        text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal,
+        seconds=time.perf_counter()-began)
 
 def evaluate(path, data, limit, device):
     "Bytes to scores."
     model = read_artifact(path, device, {eval_rules})
     text = data.val_tokens(limit+1 if limit else None),data.byte_tables()
-    grade("sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride, SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile), *text)
+    grade("sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
+        SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile), *text)
 {adapt}
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #e09c4d98
 MAIN = '''
 def main():
-    p = argparse.ArgumentParser(description="Train on a folder of token shards, write the artifact, read it back and score it.")
-    p.add_argument("data", help="folder with *_train_*.bin, *_val_*.bin and the tokenizer's *.model somewhere below")
+    p = argparse.ArgumentParser(description="Train on a folder of token shards, write the "
+        "artifact, read it back and score it.")
+    p.add_argument("data", help="folder with *_train_*.bin, *_val_*.bin and the tokenizer's "
+        "*.model somewhere below")
     p.add_argument("--tokenizer", help="SentencePiece model, where the folder holds several")
     p.add_argument("--eval", metavar="ARTIFACT", help="score this artifact; train nothing")
     p.add_argument("--out", default="model.pgolf", help="artifact to write")
@@ -113,7 +136,10 @@ def main():
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     a = p.parse_args()
     ranks,data = setup_ranks(pick_device(a.device)),open_data(a.data, a.tokenizer)
-    if ranks.is_main: say("run", recipe={name!r}, scale={scale!r}, seed=a.seed, nproc=ranks.world, torch=torch.__version__, device=torch.cuda.get_device_name(ranks.device) if torch.device(ranks.device).type=="cuda" else "cpu")
+    if ranks.is_main:
+        say("run", recipe={name!r}, scale={scale!r}, seed=a.seed, nproc=ranks.world,
+            torch=torch.__version__, device=torch.cuda.get_device_name(ranks.device)
+            if torch.device(ranks.device).type=="cuda" else "cpu")
     state = None if a.eval else train_weights(data, a.seed, ranks)
     close_ranks()
     if not ranks.is_main: return
@@ -133,26 +159,27 @@ def _average(s):
     "Listener, and the weights that are kept."
     made = dict(ema=f"EMA({s.ema_decay})", hma=f"HMA({s.ema_decay})",
         swa=f"SWA({s.swa_every}, {s.swa_start_scale})", none="None")[s.average]
-    late = (f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), "
-        if s.late_qat_threshold else "")
-    return dict(average=made, listeners=late+("average, " if s.average!="none" else ""),
-        weights="model.state_dict()" if s.average=="none" else "average.weights()")
+    kept = s.average!="none"
+    late = f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), "
+    listeners = [late]*bool(s.late_qat_threshold)+["average, "]*kept
+    return dict(average=made, listeners="".join(listeners),
+        weights="average.weights()" if kept else "model.state_dict()")
 
+
+# %% ../../nbs/submit/61_script.ipynb #c6100001
 def _squeeze(s):
     "Lines that turn weights into codes."
-    lines,source = [],"state"
-    if s.use_gptq: lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
-        "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len)"]
+    lines,source = [], "state"
+    if s.use_gptq:
+        lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
+            "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len)"]
     if s.first_rules:
-        lines, source = [
-            *lines,
-            (
-                "first = dequantize_state(quantize_state(state, replace(QUANT,"
-                f" rules={literal(s.first_rules)})))"
-            ),
-        ], "first"
-    lines.append(
-        f"codes = quantize_state({source}, QUANT{', GPTQ, hessians' if s.use_gptq else ''})")
+        rules = literal(s.first_rules)
+        lines.append(
+            f"first = dequantize_state(quantize_state(state, replace(QUANT, rules={rules})))")
+        source = "first"
+    calibrated = ", GPTQ, hessians" if s.use_gptq else ""
+    lines.append(f"codes = quantize_state({source}, QUANT{calibrated})")
     return dict(squeeze="\n    ".join(lines),
         codec=f"{s.zstd_level or None}, {s.zstd_long}, {s.codec!r}",
         eval_rules=literal(s.eval_rules))
@@ -160,13 +187,10 @@ def _squeeze(s):
 def _adapt(s):
     "Lines that score once more, learning from what has been scored."
     if not s.use_ttt: return dict(adapt="")
-    rules = f"    set_fake_quant(learner.model, {literal(s.ttt_rules)})\n" if s.ttt_rules else ""
-    return dict(
-        adapt=(
-            f"    learner = Learner(model, TTT)\n{rules}    grade(\"adapted\", lambda t,b:"
-            " score_with(learner, t, b, SCORE), *text)\n"
-        )
-    )
+    lines = ["learner = Learner(model, TTT)"]
+    if s.ttt_rules: lines.append(f"set_fake_quant(learner.model, {literal(s.ttt_rules)})")
+    lines.append('grade("adapted", lambda t,b: score_with(learner, t, b, SCORE), *text)')
+    return dict(adapt="".join(f"    {l}\n" for l in lines))
 
 # %% ../../nbs/submit/61_script.ipynb #76a98ac4
 def entry_script(
@@ -177,32 +201,32 @@ def entry_script(
     s = recipe.stages
     strange = [f.name for f in fields(s) if f.name not in _STAGES and getattr(s, f.name)!=f.default]
     if strange:
-        raise ValueError(
-            f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the script cannot do"
-            " that yet; leave the setting at its default"
-        )
-    sections = {n.upper():c for n,c in recipe.sections().items() if n!="stages"
-        and getattr(s, f"use_{n}", True)}
+        raise ValueError(f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the"
+            " script cannot do that yet; leave the setting at its default")
+    sections = [f"{n.upper()} = {literal(c)}" for n,c in recipe.sections().items()
+        if n not in ("stages","lora") and getattr(s, f"use_{n}", True)]
     text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
-        seed=recipe.train.seed,
-        sections="\n".join(f"{n} = {literal(c)}" for n,c in sections.items()),
+        seed=recipe.train.seed, sections="\n".join(sections),
         **_average(s), **_squeeze(s), **_adapt(s))
     return f"{_find_imports(text, package)}\n{text}"
 
 # %% ../../nbs/submit/61_script.ipynb #f9abe6c7
 def _find_imports(text, package):
-    """Import statements for the names that a script takes from a package, whatever module they are
-    in."""
-    modules,entry = read_package(package),Module("entry", text, package.__name__)
-    names = sorted({n.id for u in entry.units for s in u.body for n in global_names(s)}
-        -entry.defs.keys()-entry.outside.keys()-{*dir(builtins), "__file__"})
-    # the first in import order
-    homes = {n:next((m.name for m in modules.values() if n in m.defs), None) for n in names}
-    for n,home in homes.items():
+    "Imports of the names that a script takes from a package, whatever module they are in."
+    modules = read_package(package)
+    entry = Module("entry", text, package.__name__)
+    used = {n.id for u in entry.units for s in u.body for n in global_names(s)}
+    known = {*entry.defs, *entry.outside, *dir(builtins), "__file__"}
+    found = []
+    for name in sorted(used-known):
+        # the first in import order
+        home = next((m.name for m in modules.values() if name in m.defs), None)
         if home is None:
             raise ValueError(
-                f"no module of {package.__name__} defines {n!r}, which the script needs")
-    return "\n".join(f"from {package.__name__}.{home} import {n}" for n,home in homes.items())
+                f"no module of {package.__name__} defines {name!r}, which the script needs")
+        found.append(f"from {package.__name__}.{home} import {name}")
+    return "\n".join(found)
+
 
 # %% ../../nbs/submit/61_script.ipynb #6bd5eb39
 STAND_INS = '''
@@ -226,8 +250,8 @@ UNUSED = {name:unused for names,unused in {
     "ValueEmbedding": lambda r: not r.model.ve_dim,
     "BigramHash": lambda r: not r.model.bigram_vocab_size,
     "SmearGate": lambda r: not r.model.smear,
-    "subtract_self_value": lambda r: not r.model.xsa_last_n,
-    "_open_gate _gate": lambda r: not r.model.gated_attention,
+    "SelfValue": lambda r: not r.model.xsa_last_n,
+    "HeadGate": lambda r: not r.model.gated_attention,
     "_take_skip": lambda r: not r.model.skip_init,
     "_to_bf16": lambda r: not r.model.rope_bf16,
     "gptq_fit": lambda r: not r.stages.use_gptq,
@@ -245,12 +269,12 @@ def script(
     recipe:Recipe, # at its final scale
     block:int=1,   # statements, at most, behind a colon
 )->str: # source of train_gpt.py, readable
-    """One file that trains, squeezes and scores a recipe, with no more of the package than that
-    takes."""
-    unused,checked = [n for n,test in UNUSED.items() if test(recipe)],{c.__name__
-        for c in parts_of(recipe)}
-    return flatten(entry_script(recipe), stand_ins=STAND_INS, absent=unused,
-        unchecked=checked, block=block)
+    "One file that trains, squeezes and scores a recipe, with no more of the package than it takes."
+    unused = [n for n,test in UNUSED.items() if test(recipe)]
+    checked = {c.__name__ for c in parts_of(recipe)}
+    return flatten(entry_script(recipe), stand_ins=STAND_INS, absent=unused, unchecked=checked,
+        block=block)
+
 
 # %% ../../nbs/submit/61_script.ipynb #8d7680d6
 class Code(NamedTuple):
@@ -269,22 +293,21 @@ def make_code(
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
     # the more statements stand on a line, the fewer lines: no more than it takes
-    for block in (1, 2, 4, 8):
-        if (n := (readable := script(recipe, block)).count("\n"))<LINE_LIMIT: break
-    else:
-        raise ValueError(
-            f"the script of {recipe.name} has {n} lines, the challenge's own may have {LINE_LIMIT}:"
-            " leave more definitions out (UNUSED)"
-        )
-    return Code(readable, *_counted(readable))
+    for block in (1, 2, 4, 8, 16):
+        readable = script(recipe, block)
+        lines = readable.count("\n")
+        if lines<LINE_LIMIT: return Code(readable, *_counted(readable))
+    raise ValueError(f"the script of {recipe.name} has {lines} lines, the challenge's own may have"
+        f" {LINE_LIMIT}: leave more definitions out (UNUSED)")
 
 def _counted(readable):
     "The minified form, and the smaller of it and the self-extracting one."
     minified = minify(readable)
-    return minified,min(minified, pack_code(minified), key=len)
+    return minified, min(minified, pack_code(minified), key=len)
 
 def script_bytes(
     recipe:Recipe, # at its final scale
 )->int: # of what would be submitted beside the artifact
     "What the code of a recipe counts."
     return len(_counted(script(recipe, 8))[1].encode())
+

@@ -269,7 +269,7 @@ def _execs(tree):
 # %% ../../nbs/submit/64_unwrap.ipynb #5f6c2c38
 def unwrap(
     text:str,    # a script
-    folder:Path=None, # in which files that it runs are looked for
+    folder:Path|None=None, # in which files that it runs are looked for
     name:str="train_gpt.py", # of the script
 )->Program:
     "Read a script and what it unpacks; nothing is executed."

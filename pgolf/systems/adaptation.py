@@ -25,7 +25,7 @@ from ..score.ttt import Learner,illegal_rescore,score_with,scored_chunks
 
 # %% ../../nbs/systems/56_adaptation.ipynb #f0e4a169
 GRID = tuple(round(.9+i/50, 2) for i in range(11)) # temperatures tried on the way
-CASES = { # name -> (system, its weights, what is set otherwise)
+CASES:dict[str,tuple[str,str,dict]] = { # name -> (system, its weights, what is set otherwise)
     "#610": ("pr610", "artifact", dict(ttt_temperatures=GRID)),
     "#610, float weights": ("pr610", "averaged", {}),
     "#610, int6": ("pr610", "artifact", {}),
@@ -48,9 +48,11 @@ CASES = { # name -> (system, its weights, what is set otherwise)
         dict(ttt_only=get_recipe("pr601-as-run").ttt.ttt_only, ttt_freeze_embeddings=False,
             ttt_local=True)),
 }
-LORA = {"q and v, rank 8":LoRAConfig(ttt_lora_lr=.001),
-    "q and v, rank 8, step x 5":LoRAConfig(ttt_lora_lr=.005),
-    "attention and MLP, rank 8":LoRAConfig(ttt_lora_lr=.001, ttt_lora_targets=r"\.(attn|mlp)\.")}
+LORA = {
+    "q and v, rank 8": LoRAConfig(ttt_lora_lr=.001),
+    "q and v, rank 8, step x 5": LoRAConfig(ttt_lora_lr=.005),
+    "attention and MLP, rank 8": LoRAConfig(ttt_lora_lr=.001, ttt_lora_targets=r"\.(attn|mlp)\."),
+}
 
 # %% ../../nbs/systems/56_adaptation.ipynb #eb67f507
 def weights_of_run(
@@ -68,9 +70,9 @@ def weights_of_run(
     state = read_weights(out/"weights"/training_key(recipe)/"weights.safetensors")
     if which!="averaged":
         top = 2**(int(which.removeprefix("int"))-1)-1
-        state = dequantize_state(quantize_state(state,
-            QuantConfig(((r"\.(attn|mlp)\.",Grid(-top, top)),(".*",None)),
-                recipe.quant.keep_numel)))
+        rules = ((r"\.(attn|mlp)\.", Grid(-top, top)), (".*", None))
+        quant = QuantConfig(rules, recipe.quant.keep_numel)
+        state = dequantize_state(quantize_state(state, quant))
     model = GPT(recipe.model).eval()
     model.load_state_dict(state)
     return model
@@ -83,6 +85,15 @@ def per_chunk(
     "Sum losses over chunks."
     return [float(x.sum()) for x in scores.nll.split(size)]
 
+def _tried(key, learner, row):
+    "Losses at temperature 1, at each candidate, and at those that were chosen on the way."
+    return {key:[float(c.trials[GRID.index(1.)]) for c in learner.graded],
+        f"{key}_chosen":row[key],
+        f"{key}_trials":[c.trials.tolist() for c in learner.graded],
+        f"{key}_temperatures":[c.temperature for c in learner.graded]}
+
+
+# %% ../../nbs/systems/56_adaptation.ipynb #c5600001
 def measure_case(
     name:str,        # key of `CASES`
     scale:str,       # of `SCALES`
@@ -96,23 +107,22 @@ def measure_case(
     system,which,changes = CASES[name]
     base = at_scale(get_recipe(system), scale).but(seed=seed)
     r = at_scale(get_recipe(system).but(**changes), scale)
-    model,tokens,tables = weights_of_run(base, dataset, out, which,
-        r.stages.eval_rules),dataset.val_tokens(targets+1),dataset.byte_tables()
-    plain,learner = Learner(model, replace(r.ttt, ttt_local=False)),Learner(model, r.ttt)
+    model = weights_of_run(base, dataset, out, which, r.stages.eval_rules)
+    text = dataset.val_tokens(targets+1), dataset.byte_tables()
+    plain = Learner(model, replace(r.ttt, ttt_local=False))
+    learner = Learner(model, r.ttt)
     if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
-    for _ in scored_chunks(plain, tokens, tables, r.score): pass # graded, never learnt from
-    adapted,size = score_with(learner, tokens, tables, r.score),r.ttt.ttt_chunk_tokens
+    for _ in scored_chunks(plain, *text, r.score): pass # graded, never learnt from
+    adapted = score_with(learner, *text, r.score)
+    size = r.ttt.ttt_chunk_tokens
     row = dict(case=name, scale=scale, seed=seed, targets=adapted.n_targets, chunk=size,
         bytes=[int(b.sum()) for b in adapted.bytes.split(size)],
         plain=[float(c.nll.double().sum()) for c in plain.graded], adapted=per_chunk(adapted, size))
-    if r.ttt.ttt_temperatures:
-        for k,l in (("plain",plain),("adapted",learner)):
-            row |= {k:[float(c.trials[GRID.index(1.)]) for c in l.graded], f"{k}_chosen":row[k],
-            f"{k}_trials":[c.trials.tolist() for c in l.graded],
-            f"{k}_temperatures":[c.temperature for c in l.graded]}
-        row["rescored"] = {str(t):per_chunk(illegal_rescore(learner, tokens, tables,
-            replace(r.score, eval_temperature=t)), size) for t in GRID[2:9:2]}
-    return row
+    if not r.ttt.ttt_temperatures: return row
+    again = {str(t):per_chunk(illegal_rescore(learner, *text, replace(r.score, eval_temperature=t)),
+        size) for t in GRID[2:9:2]}
+    tried = _tried("plain", plain, row) | _tried("adapted", learner, row)
+    return row | tried | dict(rescored=again)
 
 # %% ../../nbs/systems/56_adaptation.ipynb #a515a445
 def measure_lora(
@@ -125,10 +135,10 @@ def measure_lora(
 )->dict: # a row: nats and bytes per 2,048 targets
     "Score a text document by document, with adapters and without."
     r = at_scale(get_recipe("pr610"), scale).but(seed=seed)
-    model,tokens,tables = weights_of_run(r, dataset, out, "artifact"),dataset.val_tokens(targets
-        +1),dataset.byte_tables()
-    adapted,plain = (score_documents(model, tokens, tables, r.score, c)
-        for c in (LORA[name], replace(LORA[name], ttt_lora_rank=0)))
+    model = weights_of_run(r, dataset, out, "artifact")
+    text = dataset.val_tokens(targets+1), dataset.byte_tables()
+    adapted = score_documents(model, *text, r.score, LORA[name])
+    plain = score_documents(model, *text, r.score, replace(LORA[name], ttt_lora_rank=0))
     return dict(case=f"LoRA: {name}", scale=scale, seed=seed, targets=targets, chunk=2048,
         bytes=[int(b.sum()) for b in adapted.bytes.split(2048)], plain=per_chunk(plain, 2048),
         adapted=per_chunk(adapted, 2048))
@@ -154,10 +164,10 @@ def of(
     case:str,        # its name
 )->list[dict]: # its rows, by seed; never none
     "The rows of a case."
-    if not (found := sorted((r for r in rows if r["case"]==case), key=lambda r: r["seed"])):
-        raise ValueError(
-            f"case={case!r} has no rows; there are {', '.join(sorted({r['case'] for r in rows}))}")
-    return found
+    found = sorted((r for r in rows if r["case"]==case), key=lambda r: r["seed"])
+    if found: return found
+    known = ", ".join(sorted({r["case"] for r in rows}))
+    raise ValueError(f"case={case!r} has no rows; there are {known}")
 
 # %% ../../nbs/systems/56_adaptation.ipynb #563b7f26
 def gain_table(
@@ -165,8 +175,11 @@ def gain_table(
     cases:list[str],   # names, in the order of the table
 )->str: # a Markdown table
     "Score without learning and gain, mean and standard deviation over seeds."
-    body = [[c, len(x), f"{np.mean([bpb(r,'plain') for r in x]):.4f}",
-        spread([gain(r) for r in x]), f"{sum(gain(r)>0 for r in x)} of {len(x)}",
-        f"{x[0]['targets']:,}"] for c in cases for x in [of(rows, c)]]
-    return tabulate(body, headers=["case","seeds","without, bpb","gain, bpb","seeds that gain",
-        "targets"], tablefmt="github", disable_numparse=True)
+    def line(case):
+        mine = of(rows, case)
+        gains = [gain(r) for r in mine]
+        without = np.mean([bpb(r, "plain") for r in mine])
+        return [case, len(mine), f"{without:.4f}", spread(gains),
+            f"{sum(g>0 for g in gains)} of {len(mine)}", f"{mine[0]['targets']:,}"]
+    heads = ["case","seeds","without, bpb","gain, bpb","seeds that gain","targets"]
+    return tabulate(map(line, cases), headers=heads, tablefmt="github", disable_numparse=True)

@@ -10,35 +10,41 @@ __all__ = ['TOGETHER', 'PROBES', 'changes', 'training_key', 'run_shared', 'measu
 import hashlib,json,shutil
 from collections.abc import Iterable
 from dataclasses import asdict,dataclass,replace
+from itertools import pairwise
 from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 from ..game.data import Dataset
 from .ownership import set_aside
 from .report import Report
+from .phrases import say
 from .pipeline import run, start
 from .published import CLIPS
 from .recipe import Recipe, diff
 from .recipes import SCALES, at_scale, get_recipe
 
 # %% ../../nbs/systems/55_effects.ipynb #9ead6654
-TOGETHER = (("GPTQ as coded", ("gptq.",)), ("compressor", ("stages.codec", "stages.zstd")),
+TOGETHER = (
+    ("GPTQ as coded", ("gptq.",)),
+    ("compressor", ("stages.codec", "stages.zstd")),
     ("QAT", ("stages.late_qat", "stages.qat_rules")),
     ("adaptation", ("ttt.ttt_local", "ttt.ttt_only", "ttt.ttt_freeze_embeddings")),
     ("adapting through another grid",
         ("stages.eval_rules", "stages.ttt_rules", "ttt.ttt_train_mode")),
-        ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")))
+    ("rounded twice, GPTQ without effect", ("stages.use_gptq", "stages.first_rules")),
+)
 
 def changes(
     a:Recipe, # as described
     b:Recipe, # as run
 )->dict[str,dict]: # name of the change -> settings as they ran
     "The differences of two recipes, grouped so that each can be made alone."
-    out = {}
+    out:dict[str,dict] = {}
     for k,_,y in diff(a, b):
         name = next((n for n,heads in TOGETHER if k.startswith(heads)), k.split(".")[1])
         out.setdefault(name, {})[k] = y
     return out
+
 
 # %% ../../nbs/systems/55_effects.ipynb #de7869c7
 def training_key(
@@ -46,11 +52,12 @@ def training_key(
 )->str: # equal for recipes that train the same weights
     "Fingerprint of everything that training reads."
     s = recipe.stages
-    used = dict(average=s.average, ema_decay=s.ema_decay, swa=(s.swa_every,s.swa_start_scale),
-        late=s.late_qat_threshold, qat=[(p,g and asdict(g)) for p,g in s.qat_rules]
-        if s.late_qat_threshold else [])
-    parts = [asdict(c) for c in (recipe.model,recipe.optim,recipe.schedule,recipe.train)]
+    qat = [(p, g and asdict(g)) for p,g in s.qat_rules] if s.late_qat_threshold else []
+    used = dict(average=s.average, ema_decay=s.ema_decay, swa=(s.swa_every, s.swa_start_scale),
+        late=s.late_qat_threshold, qat=qat)
+    parts = [asdict(c) for c in (recipe.model, recipe.optim, recipe.schedule, recipe.train)]
     return hashlib.sha256(json.dumps([used,parts], sort_keys=True).encode()).hexdigest()[:16]
+
 
 # %% ../../nbs/systems/55_effects.ipynb #449564d0
 def run_shared(
@@ -62,19 +69,20 @@ def run_shared(
 )->Report:
     "Run a system, taking its weights from an equal training if there was one."
     scored = eval_tokens or (SCALES[recipe.scale].eval_tokens if recipe.scale in SCALES else 0)
-    if (out/"report.json").exists() and (
-        old := Report.load(out/"report.json")).complete and old.rows[0]["targets"]==(scored
-        or old.rows[0]["targets"]):
-        return old
-    if (out/"report.json").exists(): set_aside(out) # of other targets: it stays beside the new one
+    if (out/"report.json").exists():
+        old = Report.load(out/"report.json")
+        if old.complete and scored in (0, old.rows[0]["targets"]): return old
+        set_aside(out) # of other targets: it stays beside the new one
     job = start(recipe, dataset, out, "cpu", scored, progress=False)
     kept = weights/training_key(recipe)
-    for name in ("weights.safetensors","training.json"):
+    files = ("training.json","weights.safetensors")
+    for name in files:
         if (kept/name).exists(): shutil.copy(kept/name, out/name)
     report = run(job)
     kept.mkdir(parents=True, exist_ok=True)
-    for name in ("training.json","weights.safetensors"): shutil.move(out/name, kept/name)
+    for name in files: shutil.move(out/name, kept/name)
     return report
+
 
 # %% ../../nbs/systems/55_effects.ipynb #1f01b60c
 def measure(
@@ -84,46 +92,72 @@ def measure(
     dataset:Dataset, # training and held-out text
     out:Path,        # folder for all runs
     # name -> settings: measure these changes of the description instead of the differences
-    only:dict=None,
+    only:dict|None=None,
     eval_tokens:int=0, # targets to score; 0: as many as the scale says
 )->list[dict]: # one row per change: its settings, and bpb per stage and bytes of each seed
     "Run the description, the run, and the description with each single change."
-    a,b = get_recipe(system),get_recipe(system+"-as-run")
+    a,b = get_recipe(system), get_recipe(system+"-as-run")
     changed = only or {**changes(a, b), "as run":{k:y for k,_,y in diff(a, b)}}
     rows = []
     for name,settings in {"as described":{}, **changed}.items():
-        reports = [run_shared(at_scale(a.but(**settings), scale).but(seed=s), dataset,
-            out/system/name.replace(" ","_")/str(s), out/"weights", eval_tokens) for s in seeds]
-        stages = {x["stage"]:[r.bpb(x["stage"]) for r in reports] for x in reports[0].rows}
-        rows.append(dict(system=system, scale=scale, change=name, settings=list(settings),
-            targets=reports[0].rows[0]["targets"], stages=stages,
-            bytes=[r.bytes_artifact for r in reports],
-            coverage=[r.result["coverage"] for r in reports]))
+        r = at_scale(a.but(**settings), scale)
+        folder = out/system/name.replace(" ","_")
+        reports = [run_shared(r.but(seed=s), dataset, folder/str(s), out/"weights", eval_tokens)
+            for s in seeds]
+        about = dict(system=system, scale=scale, change=name, settings=list(settings))
+        rows.append(about | _over_seeds(reports))
     return rows
+
+def _over_seeds(reports):
+    "What the runs of one change reached, a list over seeds for each number."
+    first = reports[0].rows
+    return dict(targets=first[0]["targets"],
+        stages={x["stage"]:[r.bpb(x["stage"]) for r in reports] for x in first},
+        bytes=[r.bytes_artifact for r in reports],
+        coverage=[r.result["coverage"] for r in reports])
+
 
 # %% ../../nbs/systems/55_effects.ipynb #6fbf9a9f
 _LITE = tuple((p, g if g is None or g.hi==127 else replace(g, quantiles=CLIPS))
     for p,g in get_recipe("pr601").quant.rules)
 PROBES = dict(
-    pr610={"no SmearGate":dict(smear=False), "no BigramHash":dict(bigram_vocab_size=0),
+    pr610={
+        "no SmearGate":dict(smear=False),
+        "no BigramHash":dict(bigram_vocab_size=0),
         "BigramHash, 4 x the buckets":dict(bigram_vocab_size=8192),
         "no value embedding":dict(ve_dim=0, ve_layers=()),
-        "no XSA":dict(xsa_last_n=0), "XSA in all layers":dict(xsa_last_n=11),
-        "no positions":dict(rope_dims=0), "no LN scale":dict(ln_scale=False),
+        "no XSA":dict(xsa_last_n=0),
+        "XSA in all layers":dict(xsa_last_n=11),
+        "no positions":dict(rope_dims=0),
+        "no LN scale":dict(ln_scale=False),
         "relu2":dict(activation="relu2"),
-        "q gain 1":dict(qk_gain_init=1.), "softcap 15":dict(logit_softcap=15.),
-        "value residual":dict(value_residual=True), "gated attention":dict(gated_attention=True),
-        "MHA":dict(num_kv_heads=8), "row-normalized Muon":dict(row_norm=True),
+        "q gain 1":dict(qk_gain_init=1.),
+        "softcap 15":dict(logit_softcap=15.),
+        "value residual":dict(value_residual=True),
+        "gated attention":dict(gated_attention=True),
+        "MHA":dict(num_kv_heads=8),
+        "row-normalized Muon":dict(row_norm=True),
         "no weight decay":dict(muon_weight_decay=0., adam_weight_decay=0.),
         "cosine decay":dict(decay="cosine"),
-        "no average":dict(average="none"), "SWA":dict(average="swa", swa_every=50),
-        "HMA":dict(average="hma")},
-    pr601={"values of block 0 in float16":dict(rules=get_recipe("pr601-v0").quant.rules),
+        "no average":dict(average="none"),
+        "SWA":dict(average="swa", swa_every=50),
+        "HMA":dict(average="hma"),
+    },
+    pr601={
+        "values of block 0 in float16":dict(rules=get_recipe("pr601-v0").quant.rules),
         "10,240 buckets":dict(bigram_vocab_size=10_240),
-        "GPTQ-lite":dict(rules=_LITE), "no value residual":dict(value_residual=False),
-        "no gated attention":dict(gated_attention=False)},
-    pr1123={"no average":dict(average="none"), "EMA":dict(average="ema"),
-        "HMA":dict(average="hma"), "no QAT":dict(late_qat_threshold=0.)})
+        "GPTQ-lite":dict(rules=_LITE),
+        "no value residual":dict(value_residual=False),
+        "no gated attention":dict(gated_attention=False),
+    },
+    pr1123={
+        "no average":dict(average="none"),
+        "EMA":dict(average="ema"),
+        "HMA":dict(average="hma"),
+        "no QAT":dict(late_qat_threshold=0.),
+    },
+)
+
 
 # %% ../../nbs/systems/55_effects.ipynb #820c20fe
 def spread(
@@ -172,7 +206,7 @@ def effects(
     found:dict, # name -> one difference per seed, bpb; all of them are read together
 )->dict: # name -> its Effect
     "Means with intervals that hold together; rows that are 0 throughout are not counted."
-    counted = max(1, sum(np.any(d) for d in found.values()))
+    counted = max(1, sum(bool(np.any(d)) for d in found.values()))
     return {k:paired(d, counted) for k,d in found.items()}
 
 # %% ../../nbs/systems/55_effects.ipynb #b7c1e0a7
@@ -191,7 +225,8 @@ def effect_table(
     def bytes_(r): return f"{np.mean(np.subtract(r['bytes'], base['bytes'])):+,.0f}"
     scores = [f"{np.mean(base['stages'][k]):.4f}" if k in found else "-" for k in stages]
     body = [["as described", *scores, f"{np.mean(base['bytes']):,.0f}"]]
-    body += [[r["change"], *(cell(r, k) for k in stages), bytes_(r)] for r in rows[1:]]
+    body += [[say(r["change"], r["system"]), *(cell(r, k) for k in stages), bytes_(r)]
+             for r in rows[1:]]
     head = ["change", "sliding, bpb ± 95 %", "adapted, bpb ± 95 %", "artifact, bytes"]
     return tabulate(body, headers=head, tablefmt="pipe", disable_numparse=True,
                     colalign=("left",)+("right",)*3)
@@ -201,15 +236,13 @@ def stage_table(
     rows:list[dict], # from `measure`
 )->str: # a Markdown table
     "What each stage changes, as described and as run: mean and standard deviation over seeds."
-    steps = (("raw","averaged"),("averaged","artifact"),("artifact","sliding"),
-        ("sliding","adapted"),("adapted","rescored"))
+    order = ("raw","averaged","artifact","sliding","adapted","rescored")
     runs = [r for r in rows if r["change"] in ("as described","as run")]
     def cell(r, x, y):
         if not (x in r["stages"] and y in r["stages"]): return "-"
         if y=="adapted" and min(r["coverage"])<1: return "another text (partial)"
         return spread(np.subtract(r["stages"][y], r["stages"][x]))
-    body = [[f"{x} → {y}", *(cell(r, x, y) for r in runs)] for x,y in steps]
+    body = [[f"{x} → {y}", *(cell(r, x, y) for r in runs)] for x,y in pairwise(order)]
     body = [row for row in body if set(row[1:])!={"-"}]
     return tabulate(body, headers=["step",*(f"{r['change']}, bpb" for r in runs)], tablefmt="pipe",
-        disable_numparse=True,
-                    colalign=["left"]+["right"]*len(runs))
+        disable_numparse=True, colalign=["left"]+["right"]*len(runs))

@@ -4,28 +4,27 @@
 
 # %% auto #0
 __all__ = ['claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 'remember_data', 'own_data', 'same_data',
-           'same_tokenizer']
+           'same_tokenizer', 'check_data', 'open_corpus']
 
 # %% ../../nbs/systems/51_ownership.ipynb #762ffbed
-import atexit, hashlib, os, platform
+import atexit, hashlib, os, platform, sys
 from pathlib import Path
 
-from ..game.data import Dataset, austen, open_dataset
+from ..game.data import Dataset, austen, check_bytes, open_dataset
 from ..files import read_json, write_json
 from ..game.tokenizer import tokenizer_id
 
-try: import fcntl
-except ImportError: fcntl = None # Windows
+if sys.platform == "win32": import msvcrt
+else: import fcntl
 
 # %% ../../nbs/systems/51_ownership.ipynb #7419ee5c
-_HELD = {} # folder -> its open lock file, of this process
+_HELD:dict = {} # folder -> its open lock file, of this process
 
 def _lock(f)->bool: # whether the lock is ours now
     "Take the lock of an open file, without waiting."
     try:
-        if fcntl: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        if sys.platform != "win32": fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         else:
-            import msvcrt
             f.seek(4096) # behind the text, which stays readable
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
         return True
@@ -44,12 +43,14 @@ def claim(
             f.seek(0)
             who = f.read().strip() or "another process"
             f.close()
-            raise ValueError(
-                f"{out} is in use by {who}: wait until it has ended, or take another folder with"
-                " --out"
-            )
-        if not _is_there(f, path): f.close(); continue # its last owner removed it in between
-        f.truncate(0); f.write(f"process {os.getpid()} on {platform.node()}"); f.flush()
+            raise ValueError(f"{out} is in use by {who}: wait until it has ended, or take another"
+                " folder with --out")
+        if not _is_there(f, path): # its last owner removed it in between
+            f.close()
+            continue
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.flush()
         _HELD[path] = f
 
 def _is_there(f, path):
@@ -76,7 +77,7 @@ def set_aside(
     path, # file or folder
 )->Path: # where it is now
     "Move a file, or what a folder holds, to a neighbour that nobody has: PATH.old-1, .old-2, ..."
-    path,to,n = Path(path),None,1
+    path,n = Path(path), 1
     while (to := path.with_name(f"{path.name}.old-{n}")).exists(): n += 1
     if path.is_dir():
         to.mkdir()
@@ -93,10 +94,8 @@ def keep_free(
     "Raise if a file is there, before any work, or set it aside."
     if not Path(path).exists(): return
     if not overwrite:
-        raise ValueError(
-            f"{path} exists: name another file with {option}, or --overwrite, which keeps the old"
-            " one beside it"
-        )
+        raise ValueError(f"{path} exists: name another file with {option}, or --overwrite, which"
+            " keeps the old one beside it")
     set_aside(path)
 
 # %% ../../nbs/systems/51_ownership.ipynb #b714f6bf
@@ -104,10 +103,10 @@ def fingerprint(
     dataset:Dataset, # shards and tokenizer
 )->str: # equal for equal names, sizes and tokenizer
     "Short name of the data that a run was made on."
-    files = [(p.name,p.stat().st_size) for p in (*dataset.train_shards,*dataset.val_shards,
-        *dataset.val_bytes)]
-    return hashlib.sha256(repr(files).encode()
-        +Path(dataset.tokenizer_path).read_bytes()).hexdigest()[:12]
+    paths = *dataset.train_shards, *dataset.val_shards, *dataset.val_bytes
+    files = repr([(p.name, p.stat().st_size) for p in paths])
+    tokenizer = Path(dataset.tokenizer_path).read_bytes()
+    return hashlib.sha256(files.encode()+tokenizer).hexdigest()[:12]
 
 def remember_data(
     out,             # folder of a run
@@ -129,22 +128,20 @@ def own_data(
     places = [p for p in (Path(about["path"]), folder/about["near"]) if p.is_dir()]
     if not places and about["name"] == "austen_sp1024": data = austen()
     elif not places:
-        raise ValueError(
-            f"{folder} was run on {about['name']} in {about['path']}, which is not there any more: name the data with --corpus")
+        raise ValueError(f"{folder} was run on {about['name']} in {about['path']}, which is not"
+            " there any more: name the data with --corpus")
     else: data = open_dataset(places[0])
     if fingerprint(data) != about["fingerprint"]:
-        raise ValueError(
-            f"{folder} was run on other data than {data.path} holds now: name its data with --corpus")
+        raise ValueError(f"{folder} was run on other data than {data.path} holds now: name its data"
+            " with --corpus")
     return data
 
 # %% ../../nbs/systems/51_ownership.ipynb #aa0e29f7
 def same_data(known, dataset, who):
     "Raise if a run's data are not these."
     if known != (here := fingerprint(dataset)):
-        raise ValueError(
-            f"{who} was not run on the data in {dataset.path} (fingerprint {here}, the run's is"
-            f" {known}): name its own data with --corpus"
-        )
+        raise ValueError(f"{who} was not run on the data in {dataset.path} (fingerprint {here}, the"
+            f" run's is {known}): name its own data with --corpus")
 
 def same_tokenizer(
     known:str|None,  # of the model's tokenizer; None or "": nobody kept it
@@ -153,13 +150,39 @@ def same_tokenizer(
 )->str: # "" or what is not known
     "Raise if a model was made with another tokenizer."
     if not known:
-        return (
-            f"{who} does not say which tokenizer it was made with: not known whether {dataset.path}"
-            " fits"
-        )
+        return (f"{who} does not say which tokenizer it was made with: not known whether"
+            f" {dataset.path} fits")
     if known != (here := tokenizer_id(dataset.tokenizer_path)):
-        raise ValueError(
-            f"{who} was made with another tokenizer (fingerprint {known}) than {dataset.path}"
-            f" ({here}): name its own data with --corpus"
-        )
+        raise ValueError(f"{who} was made with another tokenizer (fingerprint {known}) than"
+            f" {dataset.path} ({here}): name its own data with --corpus")
     return ""
+
+# %% ../../nbs/systems/51_ownership.ipynb #aa0e29f8
+def check_data(
+    recipe, # its vocabulary and row length
+    dataset:Dataset, # shards and tokenizer
+):
+    "Raise for data that the recipe cannot train on or be scored on."
+    vocab,T = recipe.model.vocab_size, recipe.train.train_seq_len
+    if dataset.vocab_size!=vocab:
+        raise ValueError(
+            f"vocab_size={vocab} of the recipe, but the tokenizer of {dataset.path} has"
+            f" {dataset.vocab_size}: set vocab_size or take other data")
+    if (n := len(dataset.train_tokens(T)))<T:
+        raise ValueError(
+            f"{dataset.path}: {n} training tokens, one window has {T}: give more data, or a smaller"
+            " train_seq_len")
+    if len(dataset.val_tokens(2))<2:
+        raise ValueError(
+            f"{dataset.path}: the held-out text has no target to score: give more data")
+    check_bytes(dataset)
+
+
+# %% ../../nbs/systems/51_ownership.ipynb #c5200101
+def open_corpus(
+    corpus:str,         # "austen", or the folder of a dataset
+    data:str="data",    # where the embedded corpus is unpacked
+)->Dataset:
+    "Data by name or folder."
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
+

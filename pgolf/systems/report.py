@@ -34,7 +34,13 @@ class Row:
 @dataclass
 class Report:
     "What a run did and reached; saved after each stage."
-    recipe:str; title:str; scale:str; corpus:str; seed:int; device:str; nproc:int
+    recipe:str                          # its name
+    title:str                           # and in a few words
+    scale:str
+    corpus:str                          # name of the data
+    seed:int
+    device:str
+    nproc:int                           # processes that trained
     parameters:int                      # of the model
     data:str=""                         # fingerprint of shards and tokenizer
     settings:dict=field(default_factory=dict)    # every setting of the recipe
@@ -52,24 +58,28 @@ class Report:
         "Score of a stage."
         return next((r["val_bpb"] for r in self.rows if r["stage"]==stage), None)
     @property
-    def result(self)->dict|None: # the last legal row
-        return next((x for x in reversed(self.rows) if x["legal"]), None)
+    def result(self)->dict: # the last legal row; {} before there is one
+        return next((x for x in reversed(self.rows) if x["legal"]), {})
     @property
     def mark(self)->str: # "" if the audit of the result has passed, else what is wrong
         "What a scoreboard has to say about the run."
-        a,last = self.audit,self.result or {}
-        if not a or (a["stage"],a["val_bpb"])!=(last.get("stage"),last.get("val_bpb")):
-            return "not audited"
-        return "" if a["passed"] else "FAILED: "+" ".join(f["name"] for f in a["findings"]
-            if f["status"]=="failed" and f["name"] not in LATER)
+        a,last = self.audit, self.result
+        if not a or any(a[k]!=last.get(k) for k in ("stage","val_bpb")): return "not audited"
+        if a["passed"]: return ""
+        failed = [f["name"] for f in a["findings"] if f["status"]=="failed"]
+        return f"FAILED: {' '.join(n for n in failed if n not in LATER)}"
     def save(self, path): write_json(path, asdict(self))
+    @classmethod
+    def blank(cls)->"Report":
+        "A report of nothing, for a job that does not report."
+        return cls("", "", "", "", 0, "", 1, 0)
     @classmethod
     def load(cls, path):
         "Read a report; a file that is none is named."
         try: return cls(**json.loads(Path(path).read_text()))
         except (OSError,ValueError,TypeError) as e:
-            raise ValueError(
-                f"{path} is not a report of pgolf ({e}); a run writes one as OUT/report.json") from None
+            raise ValueError(f"{path} is not a report of pgolf ({e}); a run writes one as"
+                " OUT/report.json") from None
 
 # %% ../../nbs/systems/47_report.ipynb #d76c1c33
 def code_bytes()->tuple[int,int]: # bytes of all modules: as they are, and packed with LZMA
@@ -96,13 +106,14 @@ def scoreboard(
     "All runs side by side."
     stages = ("raw","averaged","artifact","sliding","adapted","rescored")
     def row(r):
-        last = r.result or {}
+        last = r.result
         scores = {k:r.bpb(k) for k in stages if k!="rescored" or r.bpb(k)}
         return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **scores,
             coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact,
             bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"),
             complete=r.complete, audit=r.mark)
-    def best(line): return min((line[k] for k in ("adapted","sliding") if line[k]), default=math.inf)
+    def best(line):
+        return min((line[k] for k in ("adapted","sliding") if line[k]), default=math.inf)
     return sorted(map(row, reports), key=best)
 
 # %% ../../nbs/systems/47_report.ipynb #f7807e8c

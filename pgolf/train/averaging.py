@@ -15,9 +15,9 @@ def _floats(model):
     "Every floating-point tensor of the model's state, detached, by name."
     return {n: p.detach() for n,p in model.state_dict().items() if p.is_floating_point()}
 
+# %% ../../nbs/train/22_averaging.ipynb #311bd069
 class _Average:
-    """What all averages share: float32 copies of the state by key, kept over checkpoints; a
-    subclass says which and how."""
+    "What all averages share: float32 copies of the state by key; a subclass says which and how."
     def __init__(self): self._copies,self._dtypes = {},{}
     def on_start(self, run):
         "Start from the model's weights, or move what a checkpoint gave to the model's device."
@@ -26,6 +26,10 @@ class _Average:
         device = next(iter(live.values())).device
         if not self._copies: self._copies = self._fresh(live)
         self._copies = {k: t.to(device) for k,t in self._copies.items()}
+    def _move(self, live, share):
+        "Move the copies a share of the way to the present weights."
+        torch._foreach_lerp_([self._copies[n] for n in live],
+            [p.float() for p in live.values()], share)
     def _cast(self, mean): return {n: t.to(self._dtypes[n], copy=True) for n,t in mean.items()}
     def state_dict(self)->dict[str,Tensor]:
         "Tensors for a checkpoint."
@@ -46,15 +50,30 @@ class EMA(_Average):
     def _fresh(self, live): return {n: p.float().clone() for n,p in live.items()}
     def after_step(self, run):
         "Move the mean towards the present weights."
-        live = _floats(run.model)
-        torch._foreach_lerp_([self._copies[n] for n in live],
-            [p.float() for p in live.values()], 1-self.decay)
+        self._move(_floats(run.model), 1-self.decay)
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
         "Averaged weights, ready for `load_state_dict`."
         return self._cast(self._copies)
 
 # %% ../../nbs/train/22_averaging.ipynb #3d46625e
-class SWA(_Average):
+class _Counted(_Average):
+    "What is counted goes into checkpoints too; plain numbers, so that no step waits for a device."
+    def __init__(self):
+        super().__init__()
+        self.count = 0      # snapshots so far
+        self.risen = False  # whether the rate has been above
+    def _fresh(self, live):
+        return {n: torch.zeros_like(p, dtype=torch.float32) for n,p in live.items()}
+    def state_dict(self)->dict[str,Tensor]:
+        counted = {"swa/count": torch.tensor(self.count), "swa/risen": torch.tensor(self.risen)}
+        return self._copies | counted
+    def load_state_dict(self, state:dict[str,Tensor]):
+        super().load_state_dict(state)
+        self.count = int(self._copies.pop("swa/count"))
+        self.risen = bool(self._copies.pop("swa/risen"))
+
+# %% ../../nbs/train/22_averaging.ipynb #eaa81c5c
+class SWA(_Counted):
     "Mean of snapshots taken late in the warmdown."
     def __init__(self,
         every:int=50,         # steps between snapshots
@@ -65,37 +84,24 @@ class SWA(_Average):
         if not 0 < start_scale <= 1:
             raise ValueError(f"start_scale={start_scale} must be in (0, 1]")
         self.every,self.start_scale = every,start_scale
-        # snapshots so far; whether the rate has been above; plain numbers, so that no step waits
-        # for a device
-        self.count,self.risen = 0,False
-    def _fresh(self, live):
-        return {n: torch.zeros_like(p, dtype=torch.float32) for n,p in live.items()}
     def after_step(self, run):
         "Take a snapshot if it is time."
         if run.lr_scale >= self.start_scale: self.risen = True
-        elif run.step % self.every == 0 and self.risen:
-            live,self.count = _floats(run.model),self.count+1
-            torch._foreach_lerp_([self._copies[k] for k in live],
-                [p.float() for p in live.values()], 1/self.count)
-    def state_dict(self)->dict[str,Tensor]:
-        return self._copies | {"swa/count": torch.tensor(self.count),
-            "swa/risen": torch.tensor(self.risen)}
-    def load_state_dict(self, state:dict[str,Tensor]):
-        super().load_state_dict(state)
-        self.count,self.risen = (int(self._copies.pop("swa/count")),
-            bool(self._copies.pop("swa/risen")))
+        elif self.risen and run.step % self.every == 0:
+            self.count += 1
+            self._move(_floats(run.model), 1/self.count)
     def weights(self)->dict[str,Tensor]: # name -> mean, in the dtype of the parameter
-        """Averaged weights, ready for `load_state_dict`; without a snapshot the last weights, and a
-        warning."""
+        "Averaged weights, ready for `load_state_dict`; without a snapshot the last, and a warning."
         if self.count: return self._cast(self._copies)
         warnings.warn(
-            f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier "
-            f"below start_scale={self.start_scale}; the last weights are kept", stacklevel=2)
+            f"SWA took no snapshot: no step divisible by every={self.every} had a rate multiplier"
+            f" below start_scale={self.start_scale}; the last weights are kept", stacklevel=2)
         return self._cast(self._live)
 
 # %% ../../nbs/train/22_averaging.ipynb #afff1360
 class HMA(_Average):
     "Hull moving average: twice a fast EMA minus a slow one, smoothed."
+    means = ("fast", "slow", "smooth")
     def __init__(self,
         decay:float=.997, # decay of the slow average, 0.5..1
     ):
@@ -103,14 +109,12 @@ class HMA(_Average):
         if not .5 <= decay < 1: raise ValueError(f"decay={decay} must be in [0.5, 1)")
         self.fast,self.slow,self.smooth = 1 - 2*(1-decay), decay, 1 - math.sqrt(1-decay)
     def _fresh(self, live):
-        return {f"{k}/{n}": p.float().clone() for k in ("fast", "slow", "smooth")
-            for n,p in live.items()}
+        return {f"{k}/{n}": p.float().clone() for k in self.means for n,p in live.items()}
     def after_step(self, run):
         "Move the three means on by one step."
         live = _floats(run.model)
-        fast,slow,smooth = ([self._copies[f"{k}/{n}"] for n in live]
-            for k in ("fast", "slow", "smooth"))
         now = [p.float() for p in live.values()]
+        fast,slow,smooth = ([self._copies[f"{k}/{n}"] for n in live] for k in self.means)
         torch._foreach_lerp_(fast, now, 1-self.fast)
         torch._foreach_lerp_(slow, now, 1-self.slow)
         hull = torch._foreach_lerp(slow, fast, 2.) # 2 fast - slow
