@@ -197,7 +197,7 @@ def _submit(self, i, words)->str: # job
         **sbatch_options(self.folders[i].name, self.request, self.cpus, words))
     try: job = executor.submit(Task(words, self.folders[i].absolute())).job_id
     except submitit.core.utils.FailedJobError as e:
-        said = " ".join(str(e.__cause__ or e).split())
+        said = " ".join(str(e).split())
         raise RuntimeError(f"Slurm does not take {self.folders[i]}: {said}") from None
     write_json(place/"job.json", dict(job=job))
     return job
