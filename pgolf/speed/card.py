@@ -265,11 +265,15 @@ def short_training(
     tokens = ids(card.case(name), 4*r.train.train_batch_tokens)
     write_shard(shard, tokens.numpy().astype("uint16"))
     times = StepTimes(card.device)
-    job = Job(r, None, out, card.device, progress=False)
     done = train(GPT(r.model, 1), make_loader([shard], r.train), r.optim, r.schedule, r.train,
-        [*make_listeners(job, make_average(r)), times], card.device, out)
+        [*_heard(card, r, out), times], card.device, out)
     shard.unlink()
     return done, times
+
+def _heard(card, recipe, out):
+    "Listeners of a run; they need no data."
+    job = Job(recipe, None, out, card.device, progress=False)
+    return make_listeners(job, make_average(recipe))
 
 # %% ../../nbs/speed/83_card.ipynb #83ca0020
 def _tell_training(say, name, done, times):
