@@ -99,8 +99,8 @@ def ask_versions(card:Card, say:Answers):
     say("Which torch?", f"{torch.__version__}, CUDA {torch.version.cuda}")
     if cuda:
         p = torch.cuda.get_device_properties(card.device)
-        say("Which card?", f"{p.name}, {p.total_memory/1e9:.0f} GB, capability {p.major}.{p.minor}, "
-            f"{p.multi_processor_count} multiprocessors")
+        say("Which card?", f"{p.name}, {p.total_memory/1e9:.0f} GB, capability {p.major}."
+            f"{p.minor}, {p.multi_processor_count} multiprocessors")
     else: say("Which card?", "none: a CPU, " + torch.backends.cpu.get_cpu_capability())
     able, why = can_compile(card.device)
     say("Can models be compiled?", f"{'yes' if able else 'no'}: {why}")
