@@ -246,7 +246,7 @@ def launch(
         place=meet.place))
     reached = read_json(job.out/"training.json").get("steps", 0)
     code,heard = _stream([sys.executable, "-m", "torch.distributed.run", *meet.words(job.nproc),
-        "-m", "pgolf.cli", "worker", str(job.out), stage], job.lines)
+        "-m", "pgolf.cli", "worker", str(job.out), "--stage", stage], job.lines)
     now = read_json(job.out/"training.json")
     stopped = now.get("stopped_by")=="interrupted" and now["steps"]>reached
     if code and not stopped: raise _ended(job, stage, meet, code, heard)
