@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MADE', 'Job', 'start', 'check_start', 'check_recipe', 'make_average', 'make_listeners', 'train_here', 'launch',
-           'work', 'train_weights', 'weights_of', 'model_of', 'write_artifact', 'squeeze_here', 'read_artifact',
+           'work', 'join', 'train_weights', 'weights_of', 'model_of', 'write_artifact', 'squeeze_here', 'read_artifact',
            'grade', 'score_windows', 'score_blocks', 'score_adapting', 'score_all', 'kept_scores', 'run']
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b764e3b6
-import json, subprocess, sys, time
+import json, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
@@ -27,6 +27,7 @@ from .recipe import Recipe, brief, diff, load_recipe
 from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
+from ..train.machines import Machines, Orphaned, agree, bring
 from ..train.loop import make_loader, train
 from ..train.checkpoint import FREE, read_checkpoint, write_checkpoint
 from ..train.schedule import check_schedules
@@ -43,11 +44,12 @@ class Job:
     out:Path            # folder of this run
     device:str="cpu"    # where it runs
     eval_tokens:int=0   # targets scored from the start of the validation text; 0: all
-    nproc:int=1         # processes that share the work
+    nproc:int=1         # processes that share the work, on each machine
     lines:bool=False    # training reports in lines instead of a bar, for notebooks
     progress:bool=True  # show any
     report:Report=field(default_factory=Report.blank) # filled stage by stage
     ranks:Ranks=Ranks() # place among the processes of a stage
+    machines:Machines=Machines() # that train together
     @property
     def weights(self)->Path: return self.out/"weights.safetensors"
     @property
@@ -65,26 +67,28 @@ def start(
     out,               # folder for everything that the run writes
     device:str="auto", # "auto", "cpu" or "cuda"
     eval_tokens:int=0, # targets to score; 0: all
-    nproc:int=1,       # processes that train
+    nproc:int=1,       # processes that train, on each machine
     lines:bool=False,  # progress as lines
     progress:bool=True,# show progress
     overwrite:bool=False, # set aside whatever run the folder holds, and start anew
+    machines:Machines=Machines(), # that train; this one is the first of them
 )->Job:
     "Open a run's folder: a new run, an unfinished one to go on with, or a finished one to read."
     out,device = Path(out), pick_device(device)
-    check_start(recipe, dataset, out, eval_tokens, nproc)
+    check_start(recipe, dataset, out, eval_tokens, world := nproc*machines.count)
     out.mkdir(parents=True, exist_ok=True)
     claim(out)
     try: kept = _kept(out, recipe, dataset, eval_tokens, overwrite)
     except BaseException:
         release(out)
         raise
-    report = kept or _new_report(recipe, dataset, device, nproc)
+    report = kept or _new_report(recipe, dataset, device, world)
     remember_data(out, dataset)
-    job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report)
+    job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report,
+        machines=machines)
     if report.complete: return job
     if kept:
-        job.report = replace(report, rows=[], device=device, nproc=nproc,
+        job.report = replace(report, rows=[], device=device, nproc=world,
             environment=environment(device))
     write_json(out/"recipe.json", asdict(recipe))
     job.report.save(out/"report.json")
@@ -208,8 +212,10 @@ def train_here(
     r,ranks = job.recipe, setup_ranks(job.device)
     model,average = GPT(r.model, r.train.seed), make_average(r)
     loader = make_loader(job.dataset.train_shards, r.train, ranks, vocab_size=r.model.vocab_size)
-    done = train(model, loader, r.optim, r.schedule, r.train, make_listeners(job, average),
-        job.device, job.out, job.state if job.state.exists() else None)
+    heard = make_listeners(job, average)
+    if ranks.world > 1: heard.append(Orphaned())
+    done = train(model, loader, r.optim, r.schedule, r.train, heard, job.device, job.out,
+        job.state if job.state.exists() else None)
     if not ranks.is_main: return
     _save_curve(job, done)
     if done.stopped_by=="interrupted": return
@@ -231,25 +237,21 @@ def _save_curve(job, done):
 # %% ../../nbs/systems/52_pipeline.ipynb #f529afa8
 def launch(
     job:Job,           # its folder tells the processes everything
-    stage:str="train", # or "squeeze" or "score"
+    stage:str="train", # or "squeeze" or "score", which are done on the first machine alone
 ):
-    "Do a stage in `nproc` processes of this machine."
+    "Do a stage in `nproc` processes of this machine, and train with those of others."
+    meet = job.machines if stage=="train" else Machines()
     write_json(job.out/"job.json", dict(dataset=str(job.dataset.path), device=job.device,
-        eval_tokens=job.eval_tokens, lines=job.lines, progress=job.progress))
+        eval_tokens=job.eval_tokens, lines=job.lines, progress=job.progress, machines=meet.count,
+        place=meet.place))
     reached = read_json(job.out/"training.json").get("steps", 0)
-    code,heard = _stream([sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={job.nproc}", "-m", "pgolf.cli", "worker", str(job.out), stage],
-        job.lines)
+    code,heard = _stream([sys.executable, "-m", "torch.distributed.run", *meet.words(job.nproc),
+        "-m", "pgolf.cli", "worker", str(job.out), "--stage", stage], job.lines)
     now = read_json(job.out/"training.json")
     stopped = now.get("stopped_by")=="interrupted" and now["steps"]>reached
-    if not code or stopped: return
-    if heard:
-        raise KeyboardInterrupt(f"in the stage {stage!r}, before it had something to keep; the same"
-            " command goes on from where this one began")
-    raise RuntimeError(
-        f"the stage {stage!r} in {job.nproc} processes failed with exit code {code}; its last lines"
-        f" are above, the same command goes on from what is finished in {job.out}")
+    if code and not stopped: raise _ended(job, stage, meet, code, heard)
 
+# %% ../../nbs/systems/52_pipeline.ipynb #29ma1001
 def _stream(command, lines):
     "Show what a command prints; its exit code, and whether Ctrl-C was pressed."
     heard = False
@@ -265,6 +267,16 @@ def _stream(command, lines):
                 heard = True # the processes have heard it too; they write a checkpoint and end
     return p.returncode, heard
 
+def _ended(job, stage, meet, code, heard):
+    "What to say when the processes ended before the stage did."
+    rest = f"the same command goes on from what is finished in {job.out}"
+    if meet.place: rest = f"the first machine, {meet.host}, has what is finished"
+    if heard:
+        return KeyboardInterrupt(
+            f"in the stage {stage!r}, before it had something to keep; {rest}")
+    where = f" on each of {meet.count} machines" if meet.count>1 else ""
+    return RuntimeError(f"the stage {stage!r} in {job.nproc} processes{where} failed with exit "
+        f"code {code}; its last lines are above, {rest}")
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
 def work(
@@ -277,19 +289,44 @@ def work(
     job = Job(load_recipe(out/"recipe.json"), open_dataset(about["dataset"]), out, ranks.device,
         about["eval_tokens"], lines=about["lines"], progress=about["progress"] and ranks.is_main,
         report=Report.load(out/"report.json"), ranks=ranks)
-    if stage=="train": train_here(job)
-    elif stage=="squeeze": squeeze_here(job)
-    else: score_all(job, load_artifact(job.artifact)[0])
+    if stage=="squeeze": squeeze_here(job)
+    elif stage=="score": score_all(job, load_artifact(job.artifact)[0])
+    elif about["machines"]==1 or _meet(job, about["place"]): train_here(job)
     close_ranks()
 
+def _meet(job, place):
+    "Come to terms with the other machines; whether there is something to train."
+    agree(job.ranks, dict(recipe=asdict(job.recipe), data=fingerprint(job.dataset)))
+    bring(job.state, job.state, job.ranks, first=place==0)
+    [done] = job.ranks.max(float(job.ranks.is_main and job.weights.exists()))
+    return not done
+
+# %% ../../nbs/systems/52_pipeline.ipynb #29ma1003
+def join(
+    recipe:Recipe,    # as on the first machine
+    dataset:Dataset,  # likewise
+    machines:Machines,# this one is not the first
+    device:str="auto",
+    nproc:int=1,      # processes that train, on each machine
+    lines:bool=False, # progress as lines
+):
+    "Train with others; the run's folder is on another machine."
+    check_data(recipe, dataset)
+    with tempfile.TemporaryDirectory(prefix="pgolf-") as folder:
+        job = Job(recipe, dataset, Path(folder), pick_device(device), nproc=nproc, lines=lines,
+            machines=machines)
+        write_json(job.out/"recipe.json", asdict(recipe))
+        job.keep()
+        launch(job)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #39debc24
 def train_weights(
     job:Job,
 )->dict: # losses, seconds, lr_scales, steps, tokens, stopped_by, ...
     "Text to weights, unless a run before this one has got there."
-    if not job.weights.exists():
-        train_here(job) if job.nproc==1 else launch(job)
+    alone = job.nproc*job.machines.count == 1
+    if not job.weights.exists(): train_here(job) if alone else launch(job)
+    elif job.machines.count > 1 and not job.report.complete: launch(job) # nobody waits in vain
     curve = json.loads((job.out/"training.json").read_text())
     if job.report.complete: return curve
     kept = ("steps","tokens","elapsed","stopped_by","compiled")

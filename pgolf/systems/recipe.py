@@ -158,7 +158,8 @@ def load_recipe(
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
     saved["ours"] = tuple(saved.get("ours", ()))
     sections:dict[str,Any] = {f.name:f.type for f in fields(Recipe) if is_dataclass(f.type)}
-    for name,kind in sections.items(): saved[name] = kind(**saved[name])
+    # a section that is newer than the file has its defaults
+    for name,kind in sections.items(): saved[name] = kind(**saved.get(name, {}))
     return Recipe(**saved)
 
 # %% ../../nbs/systems/48_recipe.ipynb #fee7770a
