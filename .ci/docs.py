@@ -8,12 +8,17 @@ The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pag
 marks exported cells and links names to them (build/site/); the renderer makes HTML; `finish` turns
 the maths into MathML and refuses anything that would need a network.
 """
-import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
+import ast, functools, hashlib, html, json, re, shutil, subprocess, sys, tomllib, unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+# what a reader expects around a chapter: sheets, papers, captions, the line under the title
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import reader
+
 ROOT = Path(__file__).resolve().parent.parent
 PROC, STAGE, SITE = ROOT/'_proc', ROOT/'build'/'site', ROOT/'_docs'
+PARTS = ROOT/'.ci'/'site'   # styles, scripts and pages that belong to the site alone
 STAMP = SITE/'.inputs'
 
 
@@ -32,8 +37,8 @@ def chapters():
 def digest():
     "Name the state of every input of the site."
     sums = hashlib.sha256()
-    for p in sorted([Path(__file__), ROOT/'_quarto.yml', ROOT/'settings.ini',
-        *filter(Path.is_file, (ROOT/'nbs').rglob('*'))]):
+    for p in sorted([*(ROOT/'.ci').glob('*.py'), ROOT/'_quarto.yml', ROOT/'settings.ini',
+        *PARTS.iterdir(), *filter(Path.is_file, (ROOT/'nbs').rglob('*'))]):
         sums.update(p.name.encode() + b'\0' + p.read_bytes())
     return sums.hexdigest()
 
@@ -81,18 +86,35 @@ def link_names(text, page, index):
     return ''.join(p if i % 2 else '\n'.join(map(line, p.split('\n'))) for i, p in enumerate(parts))
 
 
-PULLS = 'https://github.com/openai/parameter-golf/pull'
+GLOSSARY = ROOT/'nbs'/'findings'/'glossary.toml'
+# what keeps its words: code, headings, divs, links, formulas, HTML, addresses
+KEPT = (r'^```.*?^```[ \t]*$|^#.*$|^:::.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)'
+    r'|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]*>|https?://\S+')
 
 
-def link_pulls(text, seen):
-    """Link a pull request where the page first names it as `PR #610`; code, headings and existing
-    links stay as they are."""
+@functools.cache
+def glossary():
+    "The terms, and one pattern with a group for each."
+    terms = tomllib.loads(GLOSSARY.read_text(encoding='utf-8'))['term']
+    def form(t):
+        term, first = t['term'], t['term'][0]
+        start = f'[{first.upper()}{first}]' if first.islower() else first
+        return '(' + t.get('match', start + re.escape(term[1:])) + ')'
+    words = rf'(?<![\w/.-])(?:{"|".join(map(form, terms))})(?![\w/-])'
+    return [t['term'] for t in terms], re.compile(f'{KEPT}|{words}', re.M | re.S)
+
+
+def link_terms(text, seen):
+    """Link a term of the glossary where the page first uses it; code, headings, formulas, HTML and
+    existing links stay as they are."""
+    terms, pattern = glossary()
     def link(m):
-        if not m[2] or m[2] in seen: return m[0]
-        seen.add(m[2])
-        return f'[PR #{m[2]}]({PULLS}/{m[2]})'
-    return re.sub(r'(^```.*?^```[ \t]*$|^#.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\))|\bPR #(\d+)',
-        link, text, flags=re.M | re.S)
+        term = terms[m.lastindex - 1] if m.lastindex else None
+        if term is None or term in seen: return m[0]
+        seen.add(term)
+        place = re.sub(r'[^a-z0-9]+', '-', term.lower()).strip('-')
+        return f'[{m[0]}](glossary.html#term-{place})'
+    return pattern.sub(link, text)
 
 
 def relink(text):
@@ -105,32 +127,85 @@ def relink(text):
 def markdown(text, name): return dict(cell_type='markdown', id=name, metadata={}, source=text)
 
 
-def stage_notebook(nb, index):
-    "Write one processed notebook under its page name, exported cells framed and anchored."
-    page, done, pulls = page_name(nb), load(PROC/nb), set()
-    mine = {c.get('id') for c in load(ROOT/'nbs'/nb)['cells'] if exported(c)}
+def module_of(cells):
+    "Name the module that a notebook exports; empty: none."
+    return next((m[1] for c in cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c),
+        re.M))), '')
+
+
+def stage_prose(text, page, index, heard, seen):
+    "Link what a cell of prose names: pages, sheets, pull requests, papers, terms, definitions."
+    pulls, papers, entries, terms = seen
+    text = reader.link_sheets(relink(text), page, heard)
+    text = reader.link_papers(reader.link_pulls(text, pulls), papers, entries)
+    if page != 'glossary': text = link_terms(text, terms)
+    return link_names(text, page, index)
+
+
+def stage_notebook(nb, index, entries, dates):
+    """Write one processed notebook under its page name, exported cells framed and anchored; gives
+    the papers that it names."""
+    page, done, heard, seen = page_name(nb), load(PROC/nb), [], (set(), set(), entries, set())
+    original = load(ROOT/'nbs'/nb)['cells']
+    mine = {c.get('id') for c in original if exported(c)}
+    reader.number_figures(done['cells'])
+    line = reader.tools(Path('nbs')/nb, module_of(original), dates)
     cells = []
-    for cell in done['cells']:
+    for i, cell in enumerate(done['cells']):
         if not source(cell).strip(): continue                     # a cell of directives alone
         # the file has that name
         if cell['cell_type'] == 'raw':
             cell['source'] = re.sub(r'^output-file: .*\n', '', source(cell), flags=re.M)
         if cell['cell_type'] == 'markdown':
-            cell['source'] = link_names(link_pulls(relink(source(cell)), pulls), page, index)
+            cell['source'] = stage_prose(source(cell), page, index, heard, seen)
         for data in (o['data'] for o in cell.get('outputs', [])
             if 'text/markdown' in o.get('data', {})):
-            data['text/markdown'] = relink(''.join(data['text/markdown']))
-        if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell); continue
-        names, only_imports = definitions(source(cell))
-        if only_imports:
-            cell['source'] = '#| code-fold: true\n#| code-summary: "Imports"\n' + source(cell)
-        anchors = ''.join(f'<a id="{n}" class="definition"></a>' for n in names)
-        anchors = f'```{{=html}}\n{anchors}\n```\n\n' if anchors else ''
-        cells += [markdown(anchors + '::: {.exported}', f"{cell['id']}-opens"), cell,
-            markdown(':::', f"{cell['id']}-ends")]
+            shown = relink(''.join(data['text/markdown']))
+            data['text/markdown'] = reader.link_pulls(shown, seen[0])
+        if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell)
+        else: cells += framed(cell)
+        if i == 0: cells.append(markdown(line, 'page-tools'))
     for cell in cells: cell['source'] = lines(source(cell))
     done['cells'] = cells
     (STAGE/f'{page}.ipynb').write_text(json.dumps(done), encoding='utf-8')
+    return seen[1]
+
+
+def framed(cell):
+    "Frame an exported cell, with an anchor for each of its names."
+    names, only_imports = definitions(source(cell))
+    if only_imports:
+        cell['source'] = '#| code-fold: true\n#| code-summary: "Imports"\n' + source(cell)
+    anchors = ''.join(f'<a id="{n}" class="definition"></a>' for n in names)
+    anchors = f'```{{=html}}\n{anchors}\n```\n\n' if anchors else ''
+    return [markdown(anchors + '::: {.exported}', f"{cell['id']}-opens"), cell,
+        markdown(':::', f"{cell['id']}-ends")]
+
+
+def stage_sources(entries, used):
+    "Write the appendix: sheets, bibliography, and the page for lost readers."
+    for path in sorted(reader.SOURCES.glob('*.md')):
+        text, named = reader.sheet_page(path, entries)
+        (STAGE/f'{path.stem}.qmd').write_text(text, encoding='utf-8')
+        for key in named: used.setdefault(key, []).append(path.stem)
+    (STAGE/'bibliography.qmd').write_text(reader.bibliography_page(entries, used), encoding='utf-8')
+    shutil.copy(reader.BIBLIOGRAPHY, STAGE)
+    for path in PARTS.iterdir():
+        if path.suffix in ('.html', '.js', '.qmd'):
+            (STAGE/path.name).write_text(reader.fill(path.read_text(encoding='utf-8')),
+                encoding='utf-8')
+
+
+def stage_config(notebooks):
+    "Write the renderer's configuration: pages by their names, values of settings.ini filled in."
+    config = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
+    kept = [s for s in config.splitlines(True)
+        if not (m := re.match(r'\s*- nbs/([\w/]+\.ipynb)', s)) or m[1] in notebooks]
+    def flat(m):
+        if not m[1]: return ''
+        return page_name(m[1]) + ('.qmd' if m[2] == 'md' else '.ipynb')
+    text = re.sub(r'nbs/(?:([\w/]+)\.(ipynb|md)|(?=\w))', flat, ''.join(kept))
+    (STAGE/'_quarto.yml').write_text(reader.fill(text).replace('.ci/site/', ''), encoding='utf-8')
 
 
 def italic(c):
@@ -160,16 +235,16 @@ def stage(notebooks):
     proc_nbs(str(ROOT/'nbs'), force=True, n_workers=0)
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
-    index = name_index(notebooks)
-    for nb in notebooks: stage_notebook(nb, index)
+    index, entries, dates = name_index(notebooks), reader.papers(), reader.changed()
+    used = {}
+    for nb in notebooks:
+        for key in stage_notebook(nb, index, entries, dates):
+            used.setdefault(key, []).append(page_name(nb))
+    stage_sources(entries, used)
     for p in (ROOT/'nbs').iterdir():
         if p.suffix in ('.css', '.svg', '.png'): shutil.copy(p, STAGE)
-    config = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
-    kept = [s for s in config.splitlines(True)
-        if not (m := re.match(r'\s*- nbs/([\w/]+\.ipynb)', s)) or m[1] in notebooks]
-    flat = re.sub(r'nbs/(?:([\w/]+)\.ipynb|(?=\w))', lambda m: f'{page_name(m[1])}.ipynb' if m[1]
-        else '', ''.join(kept))
-    (STAGE/'_quarto.yml').write_text(flat, encoding='utf-8')
+    reader.card(STAGE/'card.png')
+    stage_config(notebooks)
 
 
 # ---- maths: TeX to MathML, which browsers show natively
@@ -268,7 +343,7 @@ def finish():
             used |= set(html.unescape(re.sub(r'<[^>]+>', '', m)))
         if away := AWAY.search(text):
             raise SystemExit(f"{path.name} loads from the network: {away[0]}")
-        path.write_text(text, encoding='utf-8')
+        path.write_text(reader.head(reader.sharpen(text), path.name), encoding='utf-8')
     # themes import web fonts; styles.css names fonts that every system has
     for css in SITE.rglob('*.css'):
         css.write_text(
@@ -276,6 +351,16 @@ def finish():
                 r'''@import\s*(?:url\(https?:[^)]*\)|(?:url\()?["']https?:[^"']*["']\)?)[^;]*;''',
                 '', css.read_text(encoding='utf-8')), encoding='utf-8')
     math_font(OPERATORS + ''.join(c + italic(c) for c in sorted(used)), SITE/'math.ttf')
+
+
+def add_files(notebooks):
+    "Put beside the pages what they offer: notebooks, scripts, pictures, and the built-in search."
+    (SITE/'notebooks').mkdir()
+    for nb in notebooks: shutil.copy(ROOT/'nbs'/nb, SITE/'notebooks')
+    for name in ('site.js', 'card.png', 'references.bib'): shutil.copy(STAGE/name, SITE)
+    if (SITE/'site_libs'/'fuse').exists():          # not Quarto: a search that reads whole words
+        shutil.copy(STAGE/'search.js', SITE/'site_libs'/'fuse'/'fuse.min.js')
+        reader.search_index(SITE)
 
 
 # ---- commands
@@ -299,6 +384,7 @@ def site():
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(STAGE/'_site', SITE)
     finish()
+    add_files(notebooks)
     STAMP.write_text(state)
     print(f"{len(notebooks)} pages in {SITE.name}/; to read them:"
         f" .venv/bin/python -m http.server -d {SITE.name}")
@@ -307,23 +393,31 @@ def site():
 def readme_text():
     "Turn nbs/index.ipynb into Markdown for README.md: its prose and the Markdown its cells show."
     parts = []
+    def below(text): return re.sub(r'\]\(([\w/]+\.(?:ipynb|svg))', r'](nbs/\1', text).strip()
     for cell in load(ROOT/'nbs'/'index.ipynb')['cells']:
-        if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\(([\w/]+\.ipynb)', r'](nbs/\1', source(cell)).strip())
+        if cell['cell_type'] == 'markdown': parts.append(below(source(cell)))
         if cell['cell_type'] != 'code' or re.match(r'#\|\s*hide\b', source(cell)): continue
         if not re.search(r'^#\|\s*echo:\s*false', source(cell), re.M):
             parts.append(f'```python\n{source(cell).strip()}\n```')
         for out in cell['outputs']:
             shown = out.get('data', {})
-            if 'text/markdown' in shown: parts.append(''.join(shown['text/markdown']).strip())
+            if 'text/markdown' in shown: parts.append(below(''.join(shown['text/markdown'])))
             elif 'text/plain' in shown:
                 parts.append('```\n' + ''.join(shown['text/plain']).strip() + '\n```')
     return '\n\n'.join(parts) + '\n'
 
 
+def citation_text(): return reader.fill((PARTS/'CITATION.cff').read_text(encoding='utf-8'))
+
+
 def readme():
-    "Write README.md."
+    "Write README.md, the pictures that it and the first page show, and how to cite."
+    sys.path.insert(0, str(ROOT))
+    from pgolf.systems.pictures import pictures
+    for name, picture in pictures(ROOT/'nbs'/'results').items():
+        (ROOT/'nbs'/name).write_text(picture, encoding='utf-8')
     (ROOT/'README.md').write_text(readme_text(), encoding='utf-8')
+    (ROOT/'CITATION.cff').write_text(citation_text(), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -32,23 +32,29 @@ def show(
     rows,                # dicts, one a row; lists with `headers`; or a dict
     caption:str="",      # what is in it and in which unit, a sentence
     headers:Iterable|None=None, # of the columns
-    digits:int=4,        # after the point
+    digits:int|str|tuple=4, # after the point; or a format such as ".1e"; or one for each column
     best:str="",         # column whose smallest number is set in bold
 )->Table:
     "A table for readers."
     body, heads = as_rows(rows, headers)
-    if best: body = mark_smallest(body, heads.index(best), digits)
-    fmt = dict(floatfmt=f".{digits}f", intfmt=",", missingval="-")
+    formats = list(map(_format, digits)) if isinstance(digits, tuple) else _format(digits)
+    if best:
+        column = heads.index(best)
+        own = formats[column] if isinstance(formats, list) else formats
+        body = mark_smallest(body, column, own)
+    fmt = dict(floatfmt=formats, intfmt=",", missingval="-")
     table = tabulate(body, headers=heads, tablefmt="pipe", **fmt)
     return Table(f"*{caption}*\n\n{table}" if caption else table)
 
-def mark_smallest(body, column, digits):
+def _format(digits): return digits if isinstance(digits, str) else f".{digits}f"
+
+def mark_smallest(body, column, form):
     "The rows, with the smallest number of a column in bold."
     numbers = [r[column] for r in body if isinstance(r[column], (int, float))]
     if not numbers: return body
     def cell(v):
         if not isinstance(v, (int, float)): return v
-        text = f"{v:,}" if isinstance(v, int) else f"{v:.{digits}f}"
+        text = f"{v:,}" if isinstance(v, int) else format(v, form)
         return f"**{text}**" if v == min(numbers) else text
     return [[cell(v) if i == column else v for i, v in enumerate(r)] for r in body]
 

@@ -369,12 +369,14 @@ def test_an_unknown_codec_is_refused():
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_a_forged_stream_is_refused_or_caught_by_the_checksum_of_its_codes(data):
-    "The file's checksum is right, the stream is not: what an attacker would write."
+def test_a_forged_stream_is_refused_or_says_the_same(data):
+    "The file's checksum is right, the stream is not; zstd has bits that no decoder reads."
     header, body, size = parts(RANS)
     at = data.draw(st.integers(0, len(body)-1))
     bad = body[:at]+bytes([body[at]^data.draw(st.integers(1, 255))])+body[at+1:]
-    with pytest.raises(ArtifactError): unpack(reseal(header, bad, size))
+    try: found = unpack(reseal(header, bad, size))
+    except ArtifactError: return
+    assert pack(*found, level=1) == pack(*unpack(RANS), level=1)
 
 
 def test_a_stream_of_another_size_or_type_is_refused():

@@ -28,7 +28,7 @@ from pgolf.scale.batch import Local, jobs_for
 
 FAKE = """
 from pathlib import Path
-from pgolf.game.data import open_corpus
+from pgolf.systems.ownership import open_corpus
 from pgolf.systems import pipeline
 from pgolf.scale.runs import Run
 import time

@@ -188,7 +188,7 @@ def test_import_leaves_an_unfinished_run_alone(main, done, tmp_path):
 
 
 NOTEBOOK = """
-from pgolf.game.data import open_corpus
+from pgolf.systems.ownership import open_corpus
 from pgolf.systems import pipeline
 from pgolf.command.options import resolve
 r = resolve("pr610", "tiny", dict(vocab_size=300), seed, steps=1)

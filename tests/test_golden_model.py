@@ -118,3 +118,42 @@ def test_bigram_hash(golden, buckets):
     z = golden("functions")
     assert bigram_hash(torch.from_numpy(z["bigram/ids"]),
         buckets).tolist() == z[f"bigram/{buckets}"].tolist()
+
+
+# ---- blocks that repeat: PR #1394
+
+def build_1394(z):
+    "Its small model, in the long order."
+    c = json.loads(str(z["config"]))
+    order = tuple(int(i) for i in (*z["encoder_indices"], *z["decoder_indices"]))
+    fields = {k: v for k, v in c.items() if k in ModelConfig.__dataclass_fields__}
+    cfg = ModelConfig(**fields | dict(activation="leaky_relu2", ln_scale=True, skip_init=1.,
+        skip_gate=True, rope_train_seq_len=0, xsa_last_n=c["num_layers"], layer_order=order))
+    return load_published(GPT(cfg),
+        {k.removeprefix("param/"): z[k] for k in z.files if k.startswith("param/")})
+
+
+@pytest.mark.parametrize("part", ["", "noloop/"])
+def test_blocks_that_repeat(golden, part):
+    "Loss, logits and gradients of PR #1394's own code, with its loop and before it is switched on."
+    z = golden("pr1394")
+    model = build_1394(z)
+    if part: model.order = tuple(range(model.cfg.num_layers))
+    x, y = batch(z)
+    logits, loss = model(x), model.loss(x, y)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(z[part+"loss"]), rel=1e-5)
+    for name, got in (("first8", logits[:, :8]), ("last8", logits[:, -8:])):
+        torch.testing.assert_close(got, torch.from_numpy(z[f"{part}logits_{name}"]),
+            rtol=1e-5, atol=1e-5)
+    names = [k for k in z.files if k.startswith(part+"gradnorm/")]
+    assert names
+    for k in names:
+        own = model.get_parameter(published_name(k.removeprefix(part+"gradnorm/"))).grad
+        assert own.norm().item() == pytest.approx(float(z[k]), rel=1e-4, abs=1e-9), k
+
+
+def test_full_size_parameter_count_of_pr1394():
+    cfg = ModelConfig(vocab_size=8192, mlp_mult=4., ln_scale=True, skip_init=1., skip_gate=True,
+        layer_order=(*range(6), 4, 5, *range(4, 11)))
+    assert sum(count_parameters(cfg).values()) == 35_943_512

@@ -8,10 +8,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from pgolf.systems.effects import PROBES, changes
+from pgolf.systems.effects import PROBES, changes, effect_table
+from pgolf.systems.phrases import CHANGES, PHRASES, SECTIONS, say
+from pgolf.systems.plan import settings_text
 from pgolf.squeeze.quant import Grid, LateQAT, first_match, quantize
-from pgolf.systems.recipe import claim_table, diff_table, load_recipe
-from pgolf.systems.recipes import RECIPES, SCALES, at_scale, get_recipe
+from pgolf.systems.recipe import claim_table, diff, diff_table, load_recipe
+from pgolf.systems.recipes import RECIPES, SCALES, VARIANTS, at_scale, get_recipe, parent_of
 from pgolf.score.ttt import Learner, ScoredChunk, adapt
 
 SYSTEMS = ("pr610", "pr576", "pr598", "pr1123", "pr601")
@@ -268,3 +270,65 @@ def test_every_change_measured_has_a_name_that_fits():
     "QAT of #1123 runs from step 0; nobody calls that late."
     assert {"QAT", "rules"} <= set(changes(*both("pr1123"))) and not any("late" in n
         for s in SYSTEMS for n in changes(*both(s)))
+
+
+# ---- in words
+
+ADD = "add one to nbs/systems/46_phrases.ipynb"
+
+
+def test_every_setting_has_a_phrase():
+    "All of them, so also those in which two recipes differ."
+    known = {f"{section}.{name}" for section, (_, part) in SECTIONS.items() for name in part}
+    settings = set(get_recipe("pr610").settings())
+    assert not (bare := settings - known), f"no phrase for {bare}: {ADD}"
+    assert not (gone := known - settings), f"a phrase for what is no setting: {gone}"
+    differ = {k for r in (RECIPES | VARIANTS).values() for k, *_ in diff(get_recipe("pr610"), r)}
+    assert len(differ) > 50 and differ <= known
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_change_of_a_system_has_a_phrase_of_its_own(system):
+    names = set(changes(*both(system)))
+    assert names == set(CHANGES[system]), ADD
+    for name in names: assert say(name, system) != PHRASES.get(name)
+
+
+def test_every_probe_is_in_words():
+    names = {(s, n) for s, probes in PROBES.items() for n in probes}
+    short = {n for s, n in names if " " not in say(n, s)}
+    assert not short, ADD
+
+
+def test_tables_show_no_bare_name():
+    "A control with a setting that nobody knows, too: it stays as it was given."
+    def row(change):
+        return dict(system="pr610", change=change, stages={"sliding": [2.], "adapted": [2.]},
+                    bytes=[1], coverage=[1])
+    table = effect_table([row(n) for n in ("as described", "rules", "ttt_coverage", "tail")])
+    first = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert first == ["as described", "a floor under the steps and one clip for all rows",
+                     "47.55 % of the text adapted to and scored", "tail"]
+    for line in diff_table(*both("pr598")).split("\n\n")[0].splitlines()[2:]:
+        assert re.search(r"^\| [^`]+ [^`]+, `\w+` +\|", line), line
+
+
+def starred(text): return {l.split()[1] for l in text.splitlines()[2:] if l.startswith("* ")}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *VARIANTS])
+def test_a_resolved_recipe_is_read_beside_its_parent(name):
+    r = at_scale(get_recipe(name), "full")
+    text, parent = settings_text(r), parent_of(r)
+    assert starred(text) == {k.split(".")[1] for k, *_ in diff(parent, r)}
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(f"\n{title}\n" in text for title, _ in SECTIONS.values())
+    for line in text.splitlines():
+        if line.startswith("* "): assert PHRASES[line.split()[1]] in line
+
+
+def test_an_override_is_marked():
+    r = at_scale(get_recipe("pr576"), "tiny")
+    assert "ttt_epochs" not in starred(settings_text(r))
+    assert "ttt_epochs" in starred(settings_text(r.but(ttt_epochs=1)))
+    assert "(pr610: 3)" in settings_text(r.but(ttt_epochs=1))

@@ -136,6 +136,35 @@ def test_an_unquoted_colon_is_no_yaml():
         {"fig-alt": "three ways: plain"}]
 
 
+# As Python writes it: a bracket first, or a name with fields. An array is what a chapter computes.
+RAW = re.compile(r"[{(\[]|dict_\w+\(|[A-Za-z_][\w.]*\(\w+=")
+
+
+def raw_results(path_cells):
+    "Results that a reader would have to read as Python."
+    seen = [o["data"] for c in path_cells if "hide" not in directives(c)
+        for o in c["outputs"] if "data" in o]
+    plain = ["".join(d["text/plain"]) for d in seen if set(d) == {"text/plain"}]
+    return [text for text in plain if RAW.match(text)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_results_are_tables_or_sentences(path):
+    assert not raw_results(cells(path)), "use pgolf.show.show, or a sentence with its unit"
+
+
+def test_a_raw_result_would_be_seen():
+    def cell(text, source="x", **more):
+        return dict(source=[source], outputs=[dict(data={"text/plain": [text]} | more)])
+    raw = ["{'a': 1.0}", "(1, 2)", "[(1, 2)]", "[0.1]", "Finding(name='T1a')", "dict_keys(['a'])",
+        "muon.Group(name='a')"]
+    assert raw_results([cell(t) for t in raw]) == raw
+    fine = [cell(t) for t in ("'3 of 4'", "tensor([1, 2])", "array([1.])", "torch.Size([2])", "0.5",
+        "<Figure size 1x1 with 1 Axes>")]
+    hidden, table = cell("{}", "#| hide\nx"), cell("(1, 2)", **{"text/markdown": ["|a|"]})
+    assert not raw_results([*fine, hidden, table])
+
+
 def test_run_notebooks_keep_their_parameters_tag():
     for p in NOTEBOOKS:
         if p.parent.name == "runs" and p.stem.startswith("pr"):

@@ -1,6 +1,8 @@
 """The built site in a real browser: every page, its links, figures, maths, search and dark mode,
 with no network."""
 
+import contextlib
+import csv
 import functools
 import http.server
 import io
@@ -19,6 +21,8 @@ import pytest
 from PIL import Image
 from conftest import HANG, ROOT
 
+sys.path.insert(0, str(ROOT / ".ci"))
+import reader
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -83,14 +87,41 @@ def console(browser):
     return [e["message"] for e in browser.get_log("browser") if e["level"] in ("SEVERE", "ERROR")]
 
 
+@contextlib.contextmanager
+def wide(browser, width):
+    "The window with another width, the page as it is."
+    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try: yield
+    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @functools.cache
 def anchors(name):
     text = (SITE / name).read_text()
     return {unquote(unescape(i)) for i in re.findall(r'\bid="([^"]+)"', text)}
 
 
+def appendix():
+    "Page names of the sources: sheets and bibliography."
+    return [p.stem for p in sorted((ROOT/"nbs"/"sources").glob("*.md"))] + ["bibliography"]
+
+
 def test_every_notebook_has_its_page(site):
-    assert {p.stem for p in SITE.glob("*.html")} == set(notebooks())
+    pages = {p.stem for p in SITE.glob("*.html")}
+    assert pages == {*notebooks(), *appendix(), "404"}
+
+
+def check_links(site, page, run):
+    "Every link within the site leads to a file and an anchor that exist."
+    for href in run(
+        "return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))"):
+        url, anchor = urldefrag(urljoin(f"{site}{page}.html", href))
+        if not url.startswith(site): continue
+        name = url.removeprefix(site) or "index.html"
+        assert (SITE / name).exists(), f"broken link {href}"
+        assert not anchor or not name.endswith(".html") or unquote(anchor) in anchors(
+            name), f"broken anchor {href}"
 
 
 @pytest.mark.parametrize("page", notebooks())
@@ -104,14 +135,7 @@ def test_page(site, browser, page):
         if not u.startswith((site, "data:"))]
     assert not away, "the page loads from elsewhere"
 
-    for href in run(
-        "return [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))"):
-        url, anchor = urldefrag(urljoin(f"{site}{page}.html", href))
-        if not url.startswith(site): continue
-        name = url.removeprefix(site) or "index.html"
-        assert (SITE / name).exists(), f"broken link {href}"
-        assert not anchor or not name.endswith(".html") or unquote(anchor) in anchors(
-            name), f"broken anchor {href}"
+    check_links(site, page, run)
 
     widths = run("return [...document.images].map(i => i.naturalWidth)")
     figures = sum("image/png" in o.get("data", {}) for c in cells(notebooks()[page])
@@ -139,9 +163,9 @@ def test_page(site, browser, page):
 
     assert run("return document.querySelectorAll('#TOC a').length") or not re.search("^##? ",
         prose.replace("# ", "", 1), re.M), "no table of contents"
-    assert run(
-        "return document.documentElement.scrollWidth <= window.innerWidth"
-    ), "the page is wider than the window"
+    for width in (1400, 390):
+        with wide(browser, width):
+            assert run("return document.documentElement.scrollWidth") <= width, "too wide"
 
 
 def ink(browser, box):
@@ -222,7 +246,7 @@ FOREIGN = (
 
 def test_no_page_asks_another_host_for_anything(site):
     "Links lead out; scripts, styles, fonts and pictures come from the site itself."
-    def asked(html): return re.findall(FOREIGN, html)
+    def asked(html): return re.findall(FOREIGN, re.sub(r'<link rel="canonical"[^>]*>', "", html))
     found = {p.name: hosts for p in SITE.glob("*.html") if (hosts := asked(p.read_text()))}
     assert not found
     for path in SITE.rglob("*.css"):
@@ -271,12 +295,13 @@ def test_search_finds_a_definition(site, browser):
     assert not console(browser)
 
 
+DARK = "return !!document.querySelector('html.quarto-dark, body.quarto-dark')"
+
+
 def test_dark_mode_changes_the_page(site, browser, tmp_path):
     page = "bpb" if "bpb" in notebooks() else "index"
     browser.get(f"{site}{page}.html")
-    def dark():
-        return browser.execute_script(
-            "return !!document.querySelector('html.quarto-dark, body.quarto-dark')")
+    def dark(): return browser.execute_script(DARK)
     def background():
         return browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     before, colour = dark(), background()
@@ -289,14 +314,181 @@ def test_dark_mode_changes_the_page(site, browser, tmp_path):
     assert not console(browser)
 
 
-def test_page_fits_a_phone(site, browser):
-    size = browser.get_window_size()
-    browser.set_window_size(500, 900)
-    try:
-        for page in notebooks():
-            browser.get(f"{site}{page}.html")
-            assert browser.execute_script(
-                "return document.documentElement.scrollWidth <= window.innerWidth + 1"
-            ), f"{page} is wider than a phone"
-    finally:
-        browser.set_window_size(size["width"], size["height"])
+# ---- sources
+
+@pytest.mark.parametrize("page", appendix())
+def test_source_page(site, browser, page):
+    "Sheets and bibliography: every link resolves, tables and signs are what the text has."
+    browser.get(f"{site}{page}.html")
+    run = browser.execute_script
+    assert not console(browser)
+    check_links(site, page, run)
+    with wide(browser, 390): assert run("return document.documentElement.scrollWidth") <= 390
+    text = run("return document.querySelector('main').innerText")
+    assert not re.search(r"\{#section|\\[\^~$<*]|^\|", text, re.M), "Markdown shows as text"
+    source = ROOT/"nbs"/"sources"/f"{page}.md"
+    if not source.exists(): return
+    lines = source.read_text().splitlines()
+    assert run("return document.querySelectorAll('main table').length") == sum(
+        bool(re.match(r"\s*\|[-:| ]*-[-:| ]*\|$", line)) for line in lines)
+    assert run("return document.querySelectorAll('main :is(sup, sub, math)').length") == 0
+    for raw in re.findall(r"(?m)^[^|`\n]*\w\^\w[^|`\n]*$", source.read_text())[:3]:
+        at = raw.index("^")
+        assert raw[at-1:at+2] in text, raw
+
+
+def test_each_paper_of_the_bibliography_can_be_opened(site):
+    page = (SITE/"bibliography.html").read_text()
+    for paper in reader.papers():
+        assert f'id="{paper["key"]}"' in page and f'href="{reader.address(paper)}"' in page
+
+
+# ---- what readers expect on each page
+
+def test_each_page_says_where_it_comes_from(site):
+    for page, path in notebooks().items():
+        line = re.search(r'<div class="page-tools">(.*?)</div>',
+            (SITE/f"{page}.html").read_text(), re.S)
+        name = path.relative_to(ROOT)
+        for part in (f"/blob/main/{name}", f'href="notebooks/{path.name}"',
+            "colab.research.google.com", f"jupyter lab {name}", "version "):
+            assert line and part in line[1], f"{page}: no {part}"
+        assert (SITE/"notebooks"/path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_head_of_each_page_tells_other_sites_what_it_is(site):
+    address = reader.settings()["site_url"]
+    for page in [*notebooks(), *appendix()]:
+        head = (SITE/f"{page}.html").read_text().partition("</head>")[0]
+        for part in ('property="og:title"', 'property="og:description"',
+            f'content="{address}/card.png"', 'name="description"',
+            f'rel="canonical" href="{address}/{"" if page == "index" else page}'):
+            assert part in head, f"{page}: no {part}"
+    assert Image.open(SITE/"card.png").size == (1200, 630)
+
+
+def test_figures_are_numbered_and_captioned(site):
+    for page in notebooks():
+        text = (SITE/f"{page}.html").read_text()
+        captions = [unescape(c) for c in re.findall(r"<figcaption>(.*?)</figcaption>", text, re.S)]
+        numbers = [int(m[1]) for c in captions if (m := re.match(r"Figure (\d+)\. \S", c))]
+        assert numbers == list(range(1, len(captions) + 1)), page
+        assert len(captions) == len(re.findall(r'<img [^>]*src="data:image/png', text)), page
+
+
+def test_a_lost_reader_finds_back(site):
+    page = (SITE/"404.html").read_text()
+    assert "does not exist" in page and 'href="index.html"' in page and "bibliography.html" in page
+
+
+# Colours as they are painted: the ground is that of the nearest element that has one.
+CONTRAST = """const [selector] = arguments;
+const numbers = (c) => c.match(/[\\d.]+/g).map(Number);
+const linear = (v) => v/255 <= .03928 ? v/255/12.92 : ((v/255 + .055)/1.055)**2.4;
+const light = ([r, g, b]) => .2126*linear(r) + .7152*linear(g) + .0722*linear(b);
+const ground = (e) => {
+  for (; e; e = e.parentElement) {
+    const c = numbers(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > .5) return c;
+  }
+  return [255, 255, 255];
+};
+return [...document.querySelectorAll(selector)]
+  .filter(e => e.offsetParent && e.textContent.trim() + (e.placeholder || ''))
+  .map(e => { const [a, b] = [numbers(getComputedStyle(e).color), ground(e)].map(light);
+    return [(Math.max(a, b) + .05)/(Math.min(a, b) + .05), e.outerHTML.slice(0, 120)]; })
+  .filter(([ratio]) => ratio < 4.5)"""
+READ = (
+    "main a, main p, main li, main td, main figcaption, #TOC a, #quarto-sidebar a, .footer a,"
+    " #quarto-search input"
+)
+
+
+@pytest.mark.parametrize("page", ["index", "muon", "sheets"])
+def test_text_and_links_stand_out_from_their_ground(site, browser, page):
+    browser.get(f"{site}{page}.html")
+    run, body = browser.execute_script, "return getComputedStyle(document.body).backgroundColor"
+    run("document.head.append(Object.assign(document.createElement('style'),"
+        " {textContent: '* { transition: none !important }'}))")
+    for _ in range(2):
+        assert not run(CONTRAST, READ)
+        before, named = run(body), run(DARK)
+        browser.find_element("css selector", ".quarto-color-scheme-toggle").click()
+        WebDriverWait(browser, HANG).until(lambda b: run(body) != before and run(DARK) != named)
+
+
+def test_pale_links_would_be_seen(site, browser):
+    browser.get(f"{site}muon.html")
+    browser.execute_script("document.querySelector('main').innerHTML ="
+        " '<div style=background:#fff><a href=# style=color:#2780e3!important>pale</a></div>'")
+    assert browser.execute_script(CONTRAST, "main a")
+
+
+def test_the_first_stop_of_the_keyboard_is_the_text(site, browser):
+    browser.get(f"{site}muon.html")
+    browser.switch_to.active_element.send_keys("\ue004")  # the tabulator
+    link = browser.switch_to.active_element
+    assert link.get_attribute("href").endswith("#quarto-document-content") and link.rect["x"] >= 0
+    assert browser.execute_script("return !!document.getElementById('quarto-document-content')")
+
+
+def test_tables_can_be_taken_along(site, browser):
+    "Wide tables scroll in their box; what is downloaded is what stands there."
+    browser.get(f"{site}scoreboard.html")
+    run = browser.execute_script
+    wide = browser.find_element("css selector", ".table-box:has(.many-columns)")
+    assert run("return getComputedStyle(arguments[0]).overflowX", wide) == "auto"
+    link = run("return arguments[0].nextElementSibling", wide)
+    assert link.text == "CSV"
+    run("arguments[0].addEventListener('click', e => e.preventDefault()); arguments[0].click()",
+        link)
+    rows = list(csv.reader(io.StringIO(unquote(link.get_attribute("href").partition(",")[2]))))
+    shown = run(
+        "return [...arguments[0].querySelectorAll('tr')].map(r => [...r.children].map(c =>"
+        " c.textContent.trim()))",
+        wide,
+    )
+    assert rows == shown and len(rows) > 2
+
+
+def test_contents_and_search_are_at_hand_on_a_phone(site, browser):
+    with wide(browser, 390):
+        browser.get(f"{site}muon.html")
+        folded = browser.find_element("css selector", "details.contents-here")
+        assert folded.is_displayed()
+        folded.find_element("css selector", "summary").click()
+        links = folded.find_elements("css selector", "a")
+        assert (len(links) == len(browser.find_elements("css selector", "#TOC a"))
+            and links[0].is_displayed())
+        assert browser.find_element("css selector", "#quarto-search").is_displayed()
+    assert not browser.find_element("css selector", "details.contents-here").is_displayed()
+
+
+def test_on_paper_the_text_stands_alone(site, browser):
+    browser.get(f"{site}muon.html")
+    run = browser.execute_script
+    seen = (
+        "return [...document.querySelectorAll(arguments[0])].some(e => e.offsetParent ||"
+        " e.getClientRects().length)"
+    )
+    around = "#quarto-sidebar, #quarto-header, #quarto-margin-sidebar, .page-navigation, .table-csv"
+    assert run(seen, around) and run(seen, "main pre")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try: assert not run(seen, around) and run(seen, "main pre")
+    finally: browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+@pytest.mark.parametrize("asked, found", [("YaRN", "layers"), ("GPTQ fault", "gptq"),
+    ("coverage", None), ("frozen", None), ("test-time training", "ttt")])
+def test_search_finds_what_is_asked_for(site, browser, asked, found):
+    "Words of titles before headings, headings before prose, prose before code."
+    browser.get(f"{site}bibliography.html")
+    if not (SITE/"site_libs"/"fuse").exists(): pytest.skip("the search is Quarto's own")
+    hits = browser.execute_async_script("""const [asked, done] = arguments;
+        fetch('search.json').then(r => r.json())
+          .then(all => done(new Fuse(all).search(asked).map(h => h.item)))""", asked)
+    words = asked.lower().split()
+    assert hits and all(w in json.dumps(hits[0], ensure_ascii=False).lower() for w in words)
+    if found: assert f"{found}.html" in {h["href"].partition("#")[0] for h in hits[:5]}
+    prose = [all(w in (h["title"] + h["section"] + h["text"]).lower() for w in words) for h in hits]
+    assert prose[0] or not any(prose), "code before prose"

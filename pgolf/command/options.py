@@ -16,7 +16,7 @@ import typer
 from tabulate import tabulate
 import pgolf
 from ..game.data import Dataset, data_notes
-from ..game.data import open_corpus
+from ..systems.ownership import open_corpus
 from ..systems.recipe import Recipe
 from ..systems.recipes import SCALES, at_scale, get_recipe, in_steps
 

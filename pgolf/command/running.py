@@ -19,8 +19,7 @@ from ..game.fineweb import REPO, download_fineweb
 from ..squeeze.artifact import by_family, read_ledger
 from ..train.device import pick_device
 from ..systems import pipeline
-from ..systems.plan import plan_run
-from ..systems.recipe import diff
+from ..systems.plan import plan_run, settings_text
 from ..systems.recipes import SCALES, at_scale, get_recipe
 from ..submit.script import script_bytes
 from .options import (Corpus, Device, Name, Overrides, Overwrite, Quiet, ScaleOption,
@@ -83,7 +82,8 @@ def worker(out:Path, stage:str="train"):
 # %% ../../nbs/command/85_running.ipynb #c922bbba
 Against = Annotated[str|None,
     typer.Option(help="another recipe: list the settings that differ")]
-Settings = Annotated[bool, typer.Option("--settings", help="list every setting")]
+Settings = Annotated[bool, typer.Option("--settings",
+    help="list every setting, by section; a star where it is not the parent's")]
 Measured = Annotated[Path|None,
     typer.Option(help="finished run, its folder or an artifact: show the measured ledger")]
 
@@ -99,10 +99,8 @@ def plan(
 ):
     "Say what a run will cost, before any training."
     r = resolve(recipe, scale, parse_overrides(override))
-    if settings: return print_table(r.settings().items(), ["setting","value"])
-    if against:
-        return print_table(diff(r, at_scale(get_recipe(against), scale)),
-            ["setting",r.name,against])
+    other = at_scale(get_recipe(against), scale) if against else None
+    if settings or other: return print(settings_text(r, other, every=settings))
     print_plan(r, plan_run(r, pick_device(device)))
     if run:
         print_table(by_family(read_ledger(run/"model.pgolf" if run.is_dir() else run)),

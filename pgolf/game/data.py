@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'Dataset', 'check_charge', 'check_bytes',
-           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen', 'open_corpus']
+           'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen']
 
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
 import json, re, shutil, uuid
@@ -23,8 +23,10 @@ from ..files import atomic_write, write_json
 from .bpb import ByteTables, SidecarBytes, byte_tables
 from .shards import (ShardError, TokenStream, check_sums, read_shard, write_shard,
                                write_sums)
-from .tokenizer import encode_document, load_tokenizer, train_tokenizer
+from .tokenizer import (TRANSFORMS, TextTransform, encode_document, load_tokenizer,
+                                  text_transform, train_tokenizer)
 from ..show import bar
+
 
 # %% ../../nbs/game/06_data.ipynb #8846713f
 AUSTEN = dict(
@@ -66,6 +68,7 @@ class Dataset:
     train_shards:tuple # files, a prefix of the frozen training order
     val_shards:tuple   # files, all of the validation split
     val_bytes:tuple=() # files with the bytes of each validation token, if the text was rewritten
+    transform:str=""   # what the text went through before it was tokenized, key of `TRANSFORMS`
     def tokenizer(self)->SentencePieceProcessor: # checked against vocab_size
         "Load the tokenizer."
         return load_tokenizer(self.tokenizer_path, self.vocab_size)
@@ -159,7 +162,6 @@ def check_bytes(
     if not dataset.val_bytes:
         check_charge(dataset.tokenizer(), tables, dataset.val_tokens(), dataset.path)
 
-# %% ../../nbs/game/06_data.ipynb #bbcedc54
 def _head(shards, n, vocab_size):
     stream = TokenStream(shards, vocab_size)
     tokens = stream.read(0, len(stream) if n is None else min(n, len(stream)))
@@ -249,7 +251,11 @@ def open_dataset(
     load_tokenizer(model, entry["vocab_size"])
     train,val = (_open_split(manifest, entry, folder, name, split) for split in ("train", "val"))
     check_sums(root, [model, *val, *train])
-    return Dataset(name, root, entry["vocab_size"], model, train, val, _sidecar(val))
+    transform,counts = entry.get("text_transform", ""), _sidecar(val)
+    if text_transform(transform).counts and not counts:
+        raise FileNotFoundError(f"{folder}: its text went through {transform!r}, and there are no"
+            f" *_val_bytes_*.bin beside the shards: {_remedy(name)} again")
+    return Dataset(name, root, entry["vocab_size"], model, train, val, counts, transform)
 
 # %% ../../nbs/game/06_data.ipynb #5202b228
 def _open_split(manifest, entry, folder, name, split):
@@ -284,16 +290,15 @@ def _sidecar(shards):
     return tuple(files)
 
 # %% ../../nbs/game/06_data.ipynb #31e6ace7
-def _write_split(sp, docs, folder, names, shard_size):
-    "Encode documents into shards, the last one shorter; the numbers of files and tokens."
+def _write_split(rows, folder, names, shard_size):
+    "Write rows of numbers into shards, the last one shorter; how many files and numbers."
     buffer = np.empty(shard_size, np.uint16)
     fill,total,n_files = 0,0,0
     def flush():
         nonlocal fill,n_files
         write_shard(folder/next(names), buffer[:fill])
         fill,n_files = 0,n_files+1
-    for doc in bar(docs, desc=f"encoding {folder.name}", unit="doc", delay=5, leave=False):
-        ids = encode_document(sp, doc)
+    for ids in rows:
         total += len(ids)
         while len(ids):
             part = ids[:shard_size-fill]
@@ -309,11 +314,13 @@ LONG_LINE = 64 # characters from which a line is text of its own, not a phrase
 def text_stats(
     sp,        # SentencePiece processor
     docs:dict, # split -> documents
+    change:TextTransform=TRANSFORMS[""], # what they go through
 )->dict: # numbers for the manifest
     "Count what encoding loses, and what both splits hold."
     out = {}
     for split,texts in docs.items():
-        kept = [len(sp.decode(sp.encode(t)).encode()) for t in texts]
+        through = (sp.decode(sp.encode(change.encode(t))) for t in texts)
+        kept = [len(change.decode(t).encode()) for t in through]
         out[f"text_bytes_{split}"] = sum(len(t.encode()) for t in texts)
         out[f"kept_bytes_{split}"] = sum(kept)
         out[f"docs_blank_{split}"] = kept.count(0)
@@ -362,26 +369,28 @@ def data_notes(
     return out
 
 # %% ../../nbs/game/06_data.ipynb #cf85ddcd
-def _counts(sp, docs, wrote):
+def _counts(sp, docs, wrote, change):
     "Documents, files and tokens by split and in all, and what `text_stats` counts."
     stats = {}
     for split,(n_files,tokens) in wrote.items():
         stats[f"docs_{split}"] = len(docs[split])
         stats[f"files_{split}"] = n_files
         stats[f"tokens_{split}"] = tokens
-    stats |= text_stats(sp, docs)
+    stats |= text_stats(sp, docs, change)
     for kind in ("docs", "files", "tokens"):
         stats[f"{kind}_total"] = stats[f"{kind}_train"]+stats[f"{kind}_val"]
     return stats
 
-def _manifest(name, sp, model, docs, wrote, shard_size):
+# %% ../../nbs/game/06_data.ipynb #5ea3f106
+def _manifest(name, sp, model, docs, wrote, shard_size, transform):
     ids = dict(vocab_size=sp.vocab_size(), bos_id=sp.bos_id(), eos_id=sp.eos_id(),
         recommended_bigram_vocab_size=640*-(-sp.vocab_size()//128))
-    stats = _counts(sp, docs, wrote)
+    stats = _counts(sp, docs, wrote, text_transform(transform))
     folder = f"datasets/{name}"
     dataset = dict(name=name, tokenizer_name=model.stem, tokenizer_kind="sentencepiece_bpe",
         path=folder, train_glob=f"{folder}/{name}_train_*.bin",
         val_glob=f"{folder}/{name}_val_*.bin", **ids, stats=stats)
+    if transform: dataset["text_transform"] = transform
     tokenizer = dict(name=model.stem, kind="sentencepiece_bpe", **ids,
         model_path=f"tokenizers/{model.name}", vocab_path=f"tokenizers/{model.stem}.vocab")
     return dict(version=name, num_docs=stats["docs_total"], num_val_docs=stats["docs_val"],
@@ -411,12 +420,12 @@ def _beside(path):
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/game/06_data.ipynb #2b3a3580
-def _put_tokenizer(model, docs, given, vocab_size, long_entries):
+def _put_tokenizer(model, docs, given, vocab_size, long_entries, change):
     "Put the tokenizer where the dataset keeps it: the given one, or one trained on documents."
     if given:
         with atomic_write(model) as f: f.write(Path(given).read_bytes())
         return load_tokenizer(given, vocab_size)
-    lines = (line for d in docs for line in d.splitlines())
+    lines = (line for d in docs for line in change.encode(d).splitlines())
     return train_tokenizer(lines, model, vocab_size or 1024, long_entries)
 
 # %% ../../nbs/game/06_data.ipynb #344e2269
@@ -428,6 +437,7 @@ def build_dataset(
     tokenizer:Path|None=None,      # SentencePiece model to use instead of training one
     shard_size:int=100_000_000, # tokens per shard; the last of a split is shorter
     long_entries:str="cut",   # lines above 4,192 bytes in the tokenizer's training, or "skip"
+    transform:str="",         # key of `TRANSFORMS`: what every document goes through first
 )->Dataset: # opened
     "Encode documents into a dataset; trains the tokenizer on the training documents."
     path = Path(path)
@@ -435,29 +445,37 @@ def build_dataset(
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists: remove it or choose another path")
     _check_documents(docs)
+    change = text_transform(transform)
     if tokenizer: load_tokenizer(tokenizer, vocab_size)  # a wrong one fails before any work
     name = path.resolve().name
     with _beside(path) as tmp:
         model = tmp/"tokenizers"/(Path(tokenizer).name if tokenizer else f"{name}.model")
-        sp = _put_tokenizer(model, docs["train"], tokenizer, vocab_size, long_entries)
-        _fill(tmp, name, sp, model, docs, shard_size)
+        sp = _put_tokenizer(model, docs["train"], tokenizer, vocab_size, long_entries, change)
+        _fill(tmp, name, sp, model, docs, shard_size, transform)
     return open_dataset(path)
 
 # %% ../../nbs/game/06_data.ipynb #f31afebd
-def _fill(root, name, sp, model, docs, shard_size):
-    folder = root/"datasets"/name
+def _fill(root, name, sp, model, docs, shard_size, transform):
+    folder,change = root/"datasets"/name, text_transform(transform)
     wrote = {}
     for split,texts in docs.items():
         names = _shard_names({f"{split}_glob": f"{name}_{split}_*.bin"}, split)
-        wrote[split] = _write_split(sp, texts, folder, names, shard_size)
+        texts = bar(texts, desc=f"encoding {name}", unit="doc", delay=5, leave=False)
+        rows = (encode_document(sp, text, change) for text in texts)
+        wrote[split] = _write_split(rows, folder, names, shard_size)
+    if change.counts:
+        names = _shard_names({"val_bytes_glob": f"{name}_val_bytes_*.bin"}, "val_bytes")
+        rows = (change.token_bytes(sp, text) for text in docs["val"])
+        _write_split(rows, folder, names, shard_size)
     for split,(_,tokens) in wrote.items():
         if tokens == len(docs[split]):
             raise ValueError(
                 f"{split}_docs: all {tokens} documents encode to nothing, for example"
                 f" {docs[split][0][:20]!r}: the tokenizer drops every character of them")
-    write_json(root/"manifest.json", _manifest(name, sp, model, docs, wrote, shard_size))
+    write_json(root/"manifest.json", _manifest(name, sp, model, docs, wrote, shard_size, transform))
     write_sums(root, [model, *sorted(folder.glob("*.bin"))])
 
+# %% ../../nbs/game/06_data.ipynb #5ea3f105
 def _claim(tmp, path): # give a finished folder its name, unless another process was faster
     try: tmp.rename(path)
     except OSError as e:
@@ -484,12 +502,3 @@ def austen(
             f"{path} was made with vocab_size={data.vocab_size}, not {vocab_size}:"
             " choose another path")
     return data
-
-# %% ../../nbs/game/06_data.ipynb #c5200101
-def open_corpus(
-    corpus:str,         # "austen", or the folder of a dataset
-    data:str="data",    # where the embedded corpus is unpacked
-)->Dataset:
-    "Data by name or folder."
-    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
-

@@ -27,7 +27,7 @@ def bigram_hash(
 
 # %% ../../nbs/model/11_embeddings.ipynb #afac1aeb
 class BigramHash(nn.Module):
-    "Embedding of the hashed token pair, projected to the model's width."
+    "Embedding of the hashed token pair, projected to the model's width and added."
     def __init__(self,
         buckets:int, # table rows
         dim:int, # table width
@@ -35,17 +35,19 @@ class BigramHash(nn.Module):
         zero_init:bool=False, # start the projection at zero too: then nothing ever learns
     ):
         super().__init__()
-        self.buckets,self.embed = buckets,nn.Embedding(buckets, dim)
+        self.buckets = buckets
+        self.embed = nn.Embedding(buckets, dim)
         self.proj = CastLinear(dim, model_dim, zero_init=zero_init)
         self.scale = nn.Parameter(torch.tensor(.05))
         nn.init.zeros_(self.embed.weight)
         if zero_init: nn.init.zeros_(self.proj.weight)
 
     def forward(self,
+        x:Tensor,   # (B, T, model_dim) token embeddings
         ids:Tensor, # (B, T)
-        dtype:torch.dtype=torch.float32, # of the result
-    )->Tensor: # (B, T, model_dim)
-        return self.proj(self.embed(bigram_hash(ids, self.buckets)).to(dtype))*self.scale.to(dtype)
+    )->Tensor: # like x, the pair's row added
+        row = self.embed(bigram_hash(ids, self.buckets)).to(x.dtype)
+        return x + self.proj(row)*self.scale.to(x.dtype)
 
 # %% ../../nbs/model/11_embeddings.ipynb #c10ae504
 class SmearGate(nn.Module):
@@ -57,7 +59,8 @@ class SmearGate(nn.Module):
         self.gate = nn.Parameter(torch.zeros(dim)) # sigmoid(0) = 0.5: an equal mix
 
     def forward(self,
-        x:Tensor, # (B, T, dim)
+        x:Tensor,        # (B, T, dim)
+        ids:Tensor|None=None, # (B, T), not looked at: this gate is the same for all tokens
     )->Tensor: # (B, T, dim)
         g = torch.sigmoid(self.gate).to(x.dtype)
         return torch.lerp(x, F.pad(x[:,:-1], (0,0,1,0)), g)
@@ -72,8 +75,8 @@ class ValueEmbedding(nn.Module):
         zero_init:bool=False, # start the projection at zero
     ):
         super().__init__()
-        self.embed,self.proj = nn.Embedding(vocab_size, dim),CastLinear(dim, kv_dim,
-            zero_init=zero_init)
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.proj = CastLinear(dim, kv_dim, zero_init=zero_init)
         self.scale = nn.Parameter(torch.tensor(.1))
         nn.init.normal_(self.embed.weight, std=.01)
         if zero_init: nn.init.zeros_(self.proj.weight)

@@ -69,9 +69,9 @@ def rotary_tables(
     rnd = _to_bf16 if bf16 else lambda x: x
     i = torch.arange(0, rope_dims, 2, dtype=torch.float32, device=device)
     freq = rnd(1/(base**(i/rope_dims)))
-    # (T, R/2)
-    angle = rnd(rnd(torch.arange(seq_len, dtype=torch.float32, device=device))[:,None]*freq)
-    return rnd(angle.cos()),rnd(angle.sin())
+    t = rnd(torch.arange(seq_len, dtype=torch.float32, device=device))
+    angle = rnd(t[:,None]*freq) # (T, R/2)
+    return rnd(angle.cos()), rnd(angle.sin())
 
 # %% ../../nbs/model/10_layers.ipynb #d7fb8508
 def apply_rotary(
@@ -110,11 +110,13 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
-        self.fc,self.proj = CastLinear(dim, hidden),CastLinear(hidden, dim, zero_init=True)
-        self.activation,self.affine = ACTIVATIONS[activation],activation=="star_relu"
+        self.fc = CastLinear(dim, hidden)
+        self.proj = CastLinear(hidden, dim, zero_init=True)
+        self.activation = ACTIVATIONS[activation]
+        self.affine = activation == "star_relu"
         if self.affine:
-            self.scale,self.bias = (nn.Parameter(torch.ones(hidden)),
-                nn.Parameter(torch.zeros(hidden)))
+            self.scale = nn.Parameter(torch.ones(hidden))
+            self.bias = nn.Parameter(torch.zeros(hidden))
 
     def forward(self, x:Tensor)->Tensor:
         h = self.activation(self.fc(x))

@@ -13,7 +13,7 @@ import yaml
 from ..files import read_json
 from ..systems.ownership import fingerprint
 from ..systems.page import FORMS
-from ..game.data import open_corpus
+from ..systems.ownership import open_corpus
 from ..train.device import pick_device
 from ..systems.recipe import Recipe
 from ..systems.recipes import SCALES, at_scale, get_recipe

@@ -48,7 +48,7 @@ def parts_of(
 # %% ../../nbs/submit/61_script.ipynb #75791739
 HEAD = '''
 import argparse,json,time
-from dataclasses import asdict,replace
+from dataclasses import replace
 from pathlib import Path
 import torch
 
@@ -95,7 +95,7 @@ def write_artifact(path, data, state, device):
     "Weights to bytes."
     began = time.perf_counter()
     {squeeze}
-    meta = dict(recipe={name!r}, scale={scale!r}, model=asdict(MODEL), tokenizer=data.name,
+    meta = dict(recipe={name!r}, scale={scale!r}, model=stored(MODEL), tokenizer=data.name,
         tokenizer_id=tokenizer_id(data.tokenizer_path))
     size,code = save_artifact(path, codes, meta, {codec}),Path(__file__).stat().st_size
     say("squeezed", bytes_artifact=size, bytes_code=code, bytes_total=size+code,
@@ -204,7 +204,7 @@ def entry_script(
         raise ValueError(f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the"
             " script cannot do that yet; leave the setting at its default")
     sections = [f"{n.upper()} = {literal(c)}" for n,c in recipe.sections().items()
-        if n!="stages" and getattr(s, f"use_{n}", True)]
+        if n not in ("stages","lora") and getattr(s, f"use_{n}", True)]
     text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
         seed=recipe.train.seed, sections="\n".join(sections),
         **_average(s), **_squeeze(s), **_adapt(s))
@@ -250,8 +250,8 @@ UNUSED = {name:unused for names,unused in {
     "ValueEmbedding": lambda r: not r.model.ve_dim,
     "BigramHash": lambda r: not r.model.bigram_vocab_size,
     "SmearGate": lambda r: not r.model.smear,
-    "subtract_self_value": lambda r: not r.model.xsa_last_n,
-    "_open_gate _gate": lambda r: not r.model.gated_attention,
+    "SelfValue": lambda r: not r.model.xsa_last_n,
+    "HeadGate": lambda r: not r.model.gated_attention,
     "_take_skip": lambda r: not r.model.skip_init,
     "_to_bf16": lambda r: not r.model.rope_bf16,
     "gptq_fit": lambda r: not r.stages.use_gptq,

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from ..game.data import Dataset
 from .ownership import set_aside
 from .report import Report
+from .phrases import say
 from .pipeline import run, start
 from .published import CLIPS
 from .recipe import Recipe, diff
@@ -224,7 +225,8 @@ def effect_table(
     def bytes_(r): return f"{np.mean(np.subtract(r['bytes'], base['bytes'])):+,.0f}"
     scores = [f"{np.mean(base['stages'][k]):.4f}" if k in found else "-" for k in stages]
     body = [["as described", *scores, f"{np.mean(base['bytes']):,.0f}"]]
-    body += [[r["change"], *(cell(r, k) for k in stages), bytes_(r)] for r in rows[1:]]
+    body += [[say(r["change"], r["system"]), *(cell(r, k) for k in stages), bytes_(r)]
+             for r in rows[1:]]
     head = ["change", "sliding, bpb ± 95 %", "adapted, bpb ± 95 %", "artifact, bytes"]
     return tabulate(body, headers=head, tablefmt="pipe", disable_numparse=True,
                     colalign=("left",)+("right",)*3)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 'remember_data', 'own_data', 'same_data',
-           'same_tokenizer', 'check_data']
+           'same_tokenizer', 'check_data', 'open_corpus']
 
 # %% ../../nbs/systems/51_ownership.ipynb #762ffbed
 import atexit, hashlib, os, platform, sys
@@ -176,4 +176,13 @@ def check_data(
         raise ValueError(
             f"{dataset.path}: the held-out text has no target to score: give more data")
     check_bytes(dataset)
+
+
+# %% ../../nbs/systems/51_ownership.ipynb #c5200101
+def open_corpus(
+    corpus:str,         # "austen", or the folder of a dataset
+    data:str="data",    # where the embedded corpus is unpacked
+)->Dataset:
+    "Data by name or folder."
+    return austen(Path(data)/"austen_sp1024") if corpus=="austen" else open_dataset(Path(corpus))
 

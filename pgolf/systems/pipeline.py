@@ -19,19 +19,20 @@ from ..game.data import Dataset, open_dataset
 from ..train.device import Ranks, best_dtype, close_ranks, pick_device, setup_ranks
 from .ownership import (check_data, claim, fingerprint, release, remember_data,
                                      set_aside)
-from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups
+from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
 from ..train.listeners import Checkpointer, MetricsLog, Progress
-from ..squeeze.quant import LateQAT, set_eval_quant, set_fake_quant
+from ..squeeze.quant import LateQAT, set_eval_quant
 from .recipe import Recipe, brief, diff, load_recipe
 from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
 from ..train.loop import make_loader, train
 from ..train.checkpoint import read_checkpoint, write_checkpoint
+from ..train.schedule import check_schedules
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
-from ..score.ttt import Learner, illegal_rescore, score_with
+from ..score.lora import ADAPTATIONS
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -118,9 +119,11 @@ def check_recipe(recipe):
     "Raise for settings that fit no model: no rule or optimizer for a tensor, nothing to adapt."
     with torch.device("meta"): model = GPT(recipe.model)
     param_groups(model, recipe.optim.groups)
+    check_schedules(recipe.optim.groups)
     first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
     for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
-    if recipe.stages.use_ttt: Learner(model, recipe.ttt)
+    if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
+
 
 # %% ../../nbs/systems/52_pipeline.ipynb #93263651
 # what took work; without any of them a folder holds a start that failed
@@ -342,7 +345,7 @@ def squeeze_here(
     hessians = _hessians(job, state)
     if not job.ranks.is_main: return {}, []
     r,codes = job.recipe, _squeeze(job, state, hessians)
-    meta = dict(recipe=r.name, scale=r.scale, model=asdict(r.model), tokenizer=job.dataset.name,
+    meta = dict(recipe=r.name, scale=r.scale, model=stored(r.model), tokenizer=job.dataset.name,
         tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
     job.report.bytes_artifact = save_artifact(job.artifact, codes, meta,
         r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)
@@ -427,15 +430,14 @@ def score_blocks(job, stage, what, model):
 def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
     r = job.recipe
-    learner = Learner(model, r.ttt, job.ranks, r.score.eval_compile)
-    if r.stages.ttt_rules: set_fake_quant(learner.model, r.stages.ttt_rules)
-    out = dict(adapted=grade(job, "adapted", "read back, learning from scored chunks",
-        lambda t,b: score_with(learner, t, b, r.score, job.progress)))
+    learner = ADAPTATIONS[r.stages.adaptation](model, r, job.ranks)
+    out = dict(adapted=grade(job, "adapted", f"read back, {learner.what}",
+        lambda t,b: learner.score(t, b, r.score, job.progress)))
     if again := r.stages.rescore_temperature:
         cfg = replace(r.score, eval_temperature=again)
         out["rescored"] = grade(job, "rescored",
             "ILLEGAL: the same text again, with weights that have learnt it",
-            lambda t,b: illegal_rescore(learner, t, b, cfg, job.progress))
+            lambda t,b: learner.rescore(t, b, cfg, job.progress))
     return out
 
 # %% ../../nbs/systems/52_pipeline.ipynb #04675d18

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, get_origin
 from tabulate import tabulate
 from ..model.gpt import Group, ModelConfig
+from ..squeeze.artifact import check_codec
 from ..squeeze.gptq import GPTQConfig
 from ..train.muon import OptimConfig
 from ..squeeze.quant import Grid, QuantConfig
@@ -21,6 +22,9 @@ from ..train.schedule import ScheduleConfig
 from ..score.windows import ScoreConfig
 from ..train.loop import TrainConfig
 from ..score.ttt import TTTConfig
+from ..score.lora import ADAPTATIONS, LoRAConfig
+from .phrases import GRID, setting
+
 
 # %% ../../nbs/systems/48_recipe.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class StageConfig:
     # (pattern, grid) applied again whenever the model is evaluated; (): none
     eval_rules:tuple=()
     use_ttt:bool=True               # adapt to the text after scoring it
+    adaptation:str="chunks"         # how: by "chunks" (section ttt) or "documents" (section lora)
     # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
     ttt_rules:tuple=()
     # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
@@ -61,8 +66,13 @@ class StageConfig:
         for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):
             if not 0<=getattr(self, name)<math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.codec not in ("zstd","rans","best"):
-            raise ValueError(f"codec={self.codec!r}: choose 'zstd', 'rans' or 'best'")
+        if self.adaptation not in ADAPTATIONS:
+            raise ValueError(
+                f"adaptation={self.adaptation!r}: choose one of {', '.join(ADAPTATIONS)}")
+        if self.rescore_temperature and not hasattr(ADAPTATIONS[self.adaptation], "rescore"):
+            raise ValueError(f"rescore_temperature={self.rescore_temperature} needs weights that"
+                f" learn the whole text, which adaptation={self.adaptation!r} has not: set it to 0")
+        check_codec(self.codec)
 
 # %% ../../nbs/systems/48_recipe.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class Recipe:
     gptq:GPTQConfig=field(default_factory=GPTQConfig)
     score:ScoreConfig=field(default_factory=ScoreConfig)
     ttt:TTTConfig=field(default_factory=TTTConfig)
+    lora:LoRAConfig=field(default_factory=LoRAConfig)
     full_steps:int=1        # steps of the published run: the unit of its time constants
     claims:tuple[Claim,...]=()
     scale:str="full"        # size the sections are set to
@@ -224,12 +235,13 @@ GROUPS = ("[{'name': 'matrices', 'pattern': 'mlp', 'kind': 'muon', 'lr': 'matrix
     "{'name': 'rest', 'pattern': '', 'kind': 'adamw', 'lr': 'scalar_lr'}]")
 FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how to write the whole
     "ve_layers": (_number(0, int), "(9, 10)"),
+    "layer_order": (_number(0, int), "(0, 1, 2, 1, 2, 3)"),
     "groups": (_group, GROUPS),
     "ttt_lr_mult": (_number(0, pair=True), r"[('mlp\.proj', 3.0)]"),
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
     **{n: (_rule, RULES) for n in ("rules", "qat_rules", "first_rules", "eval_rules", "ttt_rules")},
 }
-PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always")
+PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always","ttt_lora_targets")
 SEEDS = 2**63 # seeds are below: what a generator takes
 
 def check_value(
@@ -267,10 +279,12 @@ def brief(
     if isinstance(value,Group):
         rate = f" {value.lr}" if value.lr else ""
         times = f" x{value.lr_mult:g}" if value.lr_mult!=1 else ""
-        return f"{value.name}: {value.kind}{rate}{times}"
+        own = [f" {n}={v}" for n in ("weight_decay","schedule") if (v := getattr(value, n))]
+        return f"{value.name}: {value.kind}{rate}{times}{''.join(own)}"
     if isinstance(value,float): return f"{value:.6g}"
     if isinstance(value,tuple): return "; ".join(map(_brief_item, value)) or "none"
-    return str(value).replace("|", "\\|")
+    # a rule without a grid keeps the tensor as it is
+    return "float16" if value is None else str(value).replace("|", "\\|")
 
 def _brief_item(item):
     "A pattern and what it means, or another item of a list."
@@ -280,9 +294,10 @@ def _brief_item(item):
 def _brief_grid(grid):
     "A grid's ends, and what differs from the default of these."
     base = Grid(grid.lo, grid.hi, rule=grid.rule)
-    own = [f"{f.name}={brief(getattr(grid, f.name))}" for f in fields(Grid)
-        if getattr(grid, f.name)!=getattr(base, f.name)]
-    return " ".join([f"{grid.lo}..{grid.hi}", *own])
+    own = [(phrase, getattr(grid, part)) for part, phrase in GRID.items()
+        if getattr(grid, part) != getattr(base, part)]
+    words = [phrase.format(brief(value).replace("; ", "/")) for phrase, value in own]
+    return ", ".join([f"{grid.lo}..{grid.hi}", *words])
 
 def diff_table(
     a:Recipe, # left
@@ -291,9 +306,9 @@ def diff_table(
     """The differences between two recipes, for readers; a setting of ours is none between
     description and run."""
     ours = a.ours if b.name==f"{a.name}-as-run" else ()
-    body = [[k.split(".")[1],brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
+    body = [[setting(k),brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
     table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
-    own = [f"`{k.split('.')[1]}` {brief(x)} (described and run: {brief(y)})"
+    own = [f"{setting(k)} {brief(x)} (described and run: {brief(y)})"
         for k,x,y in diff(a, b) if k in ours]
     if not own: return table
     return f"{table}\n\nSet by us, where description and run agree: {'; '.join(own)}."

@@ -22,7 +22,7 @@ from .ownership import (fingerprint, own_data, read_json, same_data, same_tokeni
                                      write_json)
 from ..model.gpt import ModelConfig
 from .report import Report
-from ..game.data import open_corpus
+from .ownership import open_corpus
 from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
 from .recipe import Recipe, load_recipe

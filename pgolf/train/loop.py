@@ -224,11 +224,12 @@ def set_rates(
     optims:list,    # whose groups carry "base_lr"
     lr_scale:float, # multiplier of every learning rate
     momentum:float, # of Muon
+    scales:dict={}, # schedule -> multiplier, for groups that follow one of their own
 ):
     "Set learning rates and Muon's momentum for the step."
     for opt in optims:
         for group in opt.param_groups:
-            group["lr"] = group["base_lr"]*lr_scale
+            group["lr"] = group["base_lr"]*scales.get(group.get("schedule"), lr_scale)
             if isinstance(opt, Muon): group["momentum"] = momentum
 
 def update(
@@ -247,7 +248,8 @@ def train_step(
     run.lr_scale = run.schedule.lr_scale(run.step, run.agreed)
     run.call("before_step")
     run.loss = forward_backward(run, loss_fn)
-    set_rates(run.optims, run.lr_scale, run.schedule.momentum(run.step))
+    set_rates(run.optims, run.lr_scale, run.schedule.momentum(run.step),
+        run.schedule.scales(run.step, run.agreed))
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip_norm or math.inf)
     run.pending.append(torch.stack([run.loss, norm.to(run.loss)]))
     due = _is_due(run)
