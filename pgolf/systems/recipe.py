@@ -291,6 +291,7 @@ def _brief_item(item):
     if not isinstance(item,tuple) or len(item)!=2: return brief(item)
     return f"`{brief(item[0])}` {brief(item[1])}"
 
+# %% ../../nbs/systems/48_recipe.ipynb #a7b10072
 def _brief_grid(grid):
     "A grid's ends, and what differs from the default of these."
     base = Grid(grid.lo, grid.hi, rule=grid.rule)
@@ -299,6 +300,7 @@ def _brief_grid(grid):
     words = [phrase.format(brief(value).replace("; ", "/")) for phrase, value in own]
     return ", ".join([f"{grid.lo}..{grid.hi}", *words])
 
+# %% ../../nbs/systems/48_recipe.ipynb #a7b10071
 def diff_table(
     a:Recipe, # left
     b:Recipe, # right
