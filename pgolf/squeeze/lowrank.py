@@ -11,6 +11,8 @@ __all__ = ['error_factors', 'LowRank', 'Corrected', 'pack_asymmetric', 'pack_sym
 import re
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -182,7 +184,8 @@ def quantize_frontier(
     cfg:FrontierConfig=FrontierConfig(),
 )->dict: # name -> float16 tensor, Quantized, or Corrected
     "Quantize a model as PR #1855 does."
-    out, errors = {}, {}
+    out:dict[str,Any] = {}
+    errors = {}
     for name, t in state.items():
         W = t.detach().float().cpu()
         if _is_gate(name, W, cfg): out[name] = quantize(W, int_grid(8))
@@ -242,5 +245,5 @@ def join_corrections(
         a, b = tensors.get(f"{name}.lowrank_A"), tensors.get(f"{name}.lowrank_B")
         if (a is None) != (b is None):
             raise ValueError(f"{name}: one factor of its correction is missing")
-        if a is not None: out[name] = Corrected(out[name], LowRank(a, b))
+        if a is not None and b is not None: out[name] = Corrected(out[name], LowRank(a, b))
     return out

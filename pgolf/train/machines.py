@@ -112,17 +112,19 @@ def bring(
     size = torch.tensor(len(data))
     dist.broadcast(size, 0)
     if not size: return False
-    held = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(
-        int(size), dtype=torch.uint8)
+    held = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
     dist.broadcast(held, 0)
     if not first and dist.get_node_local_rank(fallback_rank=0) == 0:
         with atomic_write(to) as f: f.write(held.numpy().tobytes())
     ranks.max(0.) # nobody reads before it is written
     return True
 
+
+# %% ../../nbs/train/29_machines.ipynb #29ma0o01
 class Orphaned:
     "A listener that ends a rank whose torchrun has ended: it would train on, and nobody know."
     def __init__(self): self.parent = os.getppid()
     def after_step(self, run):
         if os.getppid() != self.parent:
             raise RuntimeError("torchrun, which started this process, is gone")
+
