@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'GROUPS', 'FORMS', 'PATTERNS', 'SEEDS', 'StageConfig', 'Claim', 'claim_table', 'Recipe', 'load_recipe',
-           'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'diff_table', 'expand']
+           'find_setting', 'coerce', 'check_value', 'diff', 'expand']
 
 # %% ../../nbs/systems/48_recipe.ipynb #c4800003
 import ast, difflib, json, math, re
@@ -292,31 +292,10 @@ def _brief_item(item):
     if not isinstance(item,tuple) or len(item)!=2: return brief(item)
     return f"`{brief(item[0])}` {brief(item[1])}"
 
+<<<<<<< ours
 
-
-# %% ../../nbs/systems/48_recipe.ipynb #a7b10072
-def _brief_grid(grid):
-    "A grid's ends, and what differs from the default of these."
-    base = Grid(grid.lo, grid.hi, rule=grid.rule)
-    own = [(phrase, getattr(grid, part)) for part, phrase in GRID.items()
-        if getattr(grid, part) != getattr(base, part)]
-    words = [phrase.format(brief(value).replace("; ", "/")) for phrase, value in own]
-    return ", ".join([f"{grid.lo}..{grid.hi}", *words])
-
-# %% ../../nbs/systems/48_recipe.ipynb #a7b10071
-def diff_table(
-    a:Recipe, # left
-    b:Recipe, # right
-)->str: # a Markdown table
-    """The differences between two recipes, for readers; a setting of ours is none between
-    description and run."""
-    ours = a.ours if b.name==f"{a.name}-as-run" else ()
-    body = [[setting(k),brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
-    table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
-    own = [f"{setting(k)} {brief(x)} (described and run: {brief(y)})"
-        for k,x,y in diff(a, b) if k in ours]
-    if not own: return table
-    return f"{table}\n\nSet by us, where description and run agree: {'; '.join(own)}."
+=======
+>>>>>>> theirs
 
 # %% ../../nbs/systems/48_recipe.ipynb #a65dea86
 def expand(
