@@ -91,7 +91,7 @@ class Dataset:
 # %% ../../nbs/game/06_data.ipynb #2142c5cb
 PROBE = 20_000 # validation tokens on which the byte tables are held against the decoder
 _PRIVATE = re.compile("[\ue000-\uf8ff]")  # characters that no text has, so that marks may
-_REWRITTEN = "so the text was rewritten, and no *_val_bytes_*.bin are beside the shards: add them"
+_REWRITTEN = "so the text was rewritten before encoding: add the *_val_bytes_*.bin of its shards"
 
 def _whole_documents(tokens, bos_id):
     "The documents that lie within the first `PROBE` tokens."

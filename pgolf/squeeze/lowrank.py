@@ -126,13 +126,13 @@ def awq_group(
     group:int=64,  # consecutive columns
 )->tuple[str,int]: # name and first column of the group to protect
     "The group of columns with the largest activations times weights, over all matrices."
-    scores = {}
+    scores:dict[tuple[str,int],float] = {}
     for name, (W, H) in tensors.items():
         by_column = H.diagonal().clamp(min=0).sqrt()*W.abs().mean(0)
         for start in range(0, W.shape[1]-group+1, group):
             scores[name, start] = float(by_column[start:start+group].sum())
     if not scores: raise ValueError(f"no matrix has group={group} columns: take smaller groups")
-    return max(scores, key=scores.get)
+    return max(scores, key=lambda k: scores[k])
 
 # %% ../../nbs/squeeze/38_lowrank.ipynb #e99c0e7a
 def protected_gptq(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'GROUPS', 'FORMS', 'PATTERNS', 'SEEDS', 'StageConfig', 'Claim', 'claim_table', 'Recipe', 'load_recipe',
-           'find_setting', 'coerce', 'check_value', 'diff', 'expand']
+           'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'expand']
 
 # %% ../../nbs/systems/48_recipe.ipynb #c4800003
 import ast, difflib, json, math, re
@@ -292,10 +292,8 @@ def _brief_item(item):
     if not isinstance(item,tuple) or len(item)!=2: return brief(item)
     return f"`{brief(item[0])}` {brief(item[1])}"
 
-<<<<<<< ours
 
-=======
->>>>>>> theirs
+
 
 # %% ../../nbs/systems/48_recipe.ipynb #a65dea86
 def expand(
