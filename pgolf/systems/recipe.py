@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'GROUPS', 'FORMS', 'PATTERNS', 'SEEDS', 'StageConfig', 'Claim', 'claim_table', 'Recipe', 'load_recipe',
-           'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'expand']
+           'find_setting', 'coerce', 'check_value', 'diff', 'brief', 'diff_table', 'expand']
 
 # %% ../../nbs/systems/48_recipe.ipynb #c4800003
 import ast, difflib, json, math, re
@@ -293,6 +293,30 @@ def _brief_item(item):
     return f"`{brief(item[0])}` {brief(item[1])}"
 
 
+# %% ../../nbs/systems/48_recipe.ipynb #591c450t
+def _brief_grid(grid):
+    "A grid's ends, and what differs from the default of these."
+    base = Grid(grid.lo, grid.hi, rule=grid.rule)
+    own = [(phrase, getattr(grid, part)) for part, phrase in GRID.items()
+        if getattr(grid, part) != getattr(base, part)]
+    words = [phrase.format(brief(value).replace("; ", "/")) for phrase, value in own]
+    return ", ".join([f"{grid.lo}..{grid.hi}", *words])
+
+
+# %% ../../nbs/systems/48_recipe.ipynb #591c451t
+def diff_table(
+    a:Recipe, # left
+    b:Recipe, # right
+)->str: # a Markdown table
+    """The differences between two recipes, for readers; a setting of ours is none between
+    description and run."""
+    ours = a.ours if b.name==f"{a.name}-as-run" else ()
+    body = [[setting(k),brief(x),brief(y)] for k,x,y in diff(a, b) if k not in ours]
+    table = tabulate(body, headers=["setting",a.name,b.name], tablefmt="github")
+    own = [f"{setting(k)} {brief(x)} (described and run: {brief(y)})"
+        for k,x,y in diff(a, b) if k in ours]
+    if not own: return table
+    return f"{table}\n\nSet by us, where description and run agree: {'; '.join(own)}."
 
 
 # %% ../../nbs/systems/48_recipe.ipynb #a65dea86
