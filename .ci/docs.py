@@ -8,7 +8,7 @@ The way: nbdev takes directives and hidden cells out (_proc/); `stage` gives pag
 marks exported cells and links names to them (build/site/); the renderer makes HTML; `finish` turns
 the maths into MathML and refuses anything that would need a network.
 """
-import ast, functools, hashlib, html, json, re, shutil, subprocess, sys, tomllib, unicodedata
+import ast, hashlib, html, json, re, shutil, subprocess, sys, unicodedata
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -86,37 +86,6 @@ def link_names(text, page, index):
     return ''.join(p if i % 2 else '\n'.join(map(line, p.split('\n'))) for i, p in enumerate(parts))
 
 
-GLOSSARY = ROOT/'nbs'/'findings'/'glossary.toml'
-# what keeps its words: code, headings, divs, links, formulas, HTML, addresses
-KEPT = (r'^```.*?^```[ \t]*$|^#.*$|^:::.*$|`[^`\n]*`|\[[^\]\n]*\]\([^)\n]*\)'
-    r'|\$\$.*?\$\$|\$[^$\n]+\$|<[^>\n]*>|https?://\S+')
-
-
-@functools.cache
-def glossary():
-    "The terms, and one pattern with a group for each."
-    terms = tomllib.loads(GLOSSARY.read_text(encoding='utf-8'))['term']
-    def form(t):
-        term, first = t['term'], t['term'][0]
-        start = f'[{first.upper()}{first}]' if first.islower() else first
-        return '(' + t.get('match', start + re.escape(term[1:])) + ')'
-    words = rf'(?<![\w/.-])(?:{"|".join(map(form, terms))})(?![\w/-])'
-    return [t['term'] for t in terms], re.compile(f'{KEPT}|{words}', re.M | re.S)
-
-
-def link_terms(text, seen):
-    """Link a term of the glossary where the page first uses it; code, headings, formulas, HTML and
-    existing links stay as they are."""
-    terms, pattern = glossary()
-    def link(m):
-        term = terms[m.lastindex - 1] if m.lastindex else None
-        if term is None or term in seen: return m[0]
-        seen.add(term)
-        place = re.sub(r'[^a-z0-9]+', '-', term.lower()).strip('-')
-        return f'[{m[0]}](glossary.html#term-{place})'
-    return pattern.sub(link, text)
-
-
 def relink(text):
     "Turn links between notebooks into links between pages."
     return re.sub(r'\]\(([\w./]+\.ipynb)(#[^)]*)?\)',
@@ -137,8 +106,9 @@ def stage_prose(text, page, index, heard, seen):
     "Link what a cell of prose names: pages, sheets, pull requests, papers, terms, definitions."
     pulls, papers, entries, terms = seen
     text = reader.link_sheets(relink(text), page, heard)
-    text = reader.link_papers(reader.link_pulls(text, pulls), papers, entries)
-    if page != 'glossary': text = link_terms(text, terms)
+    text = reader.link_pulls(text, pulls)
+    if page != 'glossary': text = reader.link_terms(text, terms)  # meaning first
+    text = reader.link_papers(text, papers, entries)
     return link_names(text, page, index)
 
 

@@ -4,12 +4,13 @@ docs.py calls these while it lays out the pages (text in, text out) and once mor
 HTML. The sheets of the systems are nbs/sources/*.md, the papers nbs/references.bib; the address of
 the repository stands in settings.ini alone.
 """
-import base64, configparser, html, json, re, struct, subprocess
+import base64, configparser, functools, html, json, re, struct, subprocess, tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES, BIBLIOGRAPHY = ROOT/'nbs'/'sources', ROOT/'nbs'/'references.bib'
+GLOSSARY = ROOT/'nbs'/'findings'/'glossary.toml'
 
 
 def settings():
@@ -200,6 +201,31 @@ def bibliography_page(entries, used):
     order = sorted(entries, key=lambda p: (people(p['author']), p['year']))
     return front('Bibliography', 'Papers and notes that the book builds on, and where it does') + (
         'As BibTeX: [references.bib](references.bib).\n\n' + '\n\n'.join(map(row, order)) + '\n')
+
+
+# ---- terms
+
+@functools.cache
+def glossary():
+    "The terms, and one pattern with a group for each."
+    terms = tomllib.loads(GLOSSARY.read_text(encoding='utf-8'))['term']
+    def form(t):
+        term, first = t['term'], t['term'][0]
+        start = f'[{first.upper()}{first}]' if first.islower() else first
+        return '(' + t.get('match', start + re.escape(term[1:])) + ')'
+    return [t['term'] for t in terms], rf'(?<![\w/.-])(?:{"|".join(map(form, terms))})(?![\w/-])'
+
+
+def link_terms(text, seen):
+    "Link a term of the glossary where the page first uses it."
+    terms, words = glossary()
+    def link(m):
+        term = terms[m.lastindex - 2]           # the first group is what keeps its words
+        if term in seen: return m[0]
+        seen.add(term)
+        place = re.sub(r'[^a-z0-9]+', '-', term.lower()).strip('-')
+        return f'[{m[0]}](glossary.html#term-{place})'
+    return replace(text, words, link)
 
 
 # ---- figures

@@ -214,7 +214,7 @@ def test_title_of_the_picture_counts():
 def link_terms(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / ".ci"))
     import docs
-    yield docs.link_terms
+    yield docs.reader.link_terms
     sys.modules.pop("docs", None)
 
 

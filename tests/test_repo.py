@@ -294,3 +294,17 @@ def test_every_direct_requirement_is_pinned():
     pinned = {s.split("==")[0].lower().replace("_", "-")
         for s in (ROOT / "constraints.txt").read_text().split("\n") if "==" in s}
     assert {re.split(r"[<>=!~]", w)[0] for w in wanted.split()} <= pinned
+
+
+def commands():
+    "Name and body of every command that help lists."
+    for path in sorted((ROOT / "pgolf" / "command").glob("*.py")):
+        for f in ast.parse(path.read_text()).body:
+            marks = [ast.unparse(d) for d in getattr(f, "decorator_list", [])]
+            if any(m.startswith("command(") and "hidden=True" not in m for m in marks):
+                yield f.name, ast.unparse(f)
+
+
+@pytest.mark.parametrize("name, body", commands(), ids=lambda v: v if len(v) < 30 else "")
+def test_every_command_says_what_is_next(name, body):
+    assert re.search(r"\b(say_next|describe|run_batch)\(", body)

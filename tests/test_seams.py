@@ -279,7 +279,7 @@ def test_a_coder_from_outside_writes_and_reads_an_artifact(monkeypatch):
 def test_an_adaptation_is_named_by_the_recipe(monkeypatch):
     class Never:
         what = "learning nothing"
-        def __init__(self, model, recipe): self.model = model
+        def __init__(self, model, recipe, ranks=None): self.model = model
         def score(self, tokens, tables, cfg, progress=False):
             return windows.score(self.model, tokens, tables, cfg.eval_seq_len, cfg.eval_stride)
     monkeypatch.setitem(ADAPTATIONS, "never", Never)

@@ -102,6 +102,21 @@ def test_script_trains_without_pgolf_to_the_same_bytes(finished, clean, novels, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["pr610", "pr576"])
+def test_ranks_share_the_scoring_of_a_script(finished, clean, novels, tmp_path, name):
+    "Two processes score an artifact as one did: windows to the bit, adaptation to 1e-6."
+    (tmp_path/"train_gpt.py").write_text(code_of(name).packed)
+    log = submission.read_log(run_clean(clean, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node=2", "train_gpt.py", novels.path, "--eval", finished(name)/"model.pgolf",
+        "--eval-tokens", TARGETS, "--device", "cpu", cwd=tmp_path))
+    rows = {r["stage"]: r for r in Report.load(finished(name)/"report.json").rows}
+    assert [r["stage"] for r in log["score"]] == ["sliding", "adapted"], "each is said once"
+    sliding, adapted = log["score"]
+    assert sliding["val_loss"] == rows["sliding"]["val_loss"]
+    assert abs(adapted["val_loss"] - rows["adapted"]["val_loss"]) < 1e-6
+
+
+@pytest.mark.slow
 def test_scripts_of_all_systems_score_their_artifacts_as_the_package_did(finished, clean,
     novels, tmp_path):
     for name in SYSTEMS:

@@ -199,3 +199,4 @@ def report(
         for f in sorted(p for p in r.rglob("*") if p.suffix in (".ipynb",".png",".pgolf")
             or p.name=="report.json"):
             print(f"  {f} ({f.stat().st_size:,} bytes)")
+    say_next("`pgolf audit RUN` checks a score, `pgolf record NEW --old OLD` compares seeds")

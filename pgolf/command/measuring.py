@@ -98,6 +98,7 @@ def record(
             f"the two systems scored different texts: {size:.6f} and {other:.6f} bytes per token")
     print_table(compare_seeds(a, b, margin, alpha, size or other or bytes_per_token).rows(),
         ["",""])
+    say_next("`pgolf score RUN --against OTHER` says on which tokens two runs differ")
 
 # %% ../../nbs/command/87_measuring.ipynb #4a390aa4
 Scored = Annotated[Path, typer.Argument(
@@ -146,6 +147,8 @@ def score(
     if second:
         print(f"{against}: {second.scores}")
         _say_where(scoring.compare(first, second))
+    say_next(f"`pgolf audit {a}` says whether the score counts" if second or a.suffix==".npz" else
+        f"`pgolf score {a} --against OTHER` says where two differ")
 
 # %% ../../nbs/command/87_measuring.ipynb #0801942e
 def _scores(source, save, corpus, tokens, documents, given, device, progress):
@@ -222,3 +225,5 @@ def bench(
         bench_table(out["rows"]), sep="\n")
     if json: write_json(json, out)
     if figure: bench_figure(out["rows"], figure)
+    say_next("--json FILE keeps the numbers, --peer train_gpt.py times a published script beside"
+        " them")

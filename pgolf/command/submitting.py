@@ -203,7 +203,13 @@ def doctor(
         found = dict(verdict=clinic.verdict(checks), findings=[c._asdict() for c in checks])
         print(clinic.report_text(checks))
     if out: write_json(out, found)
+    say_next(_AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more of one"))
     if found.get("verdict")=="fail": raise typer.Exit(1)
+
+_AFTER = dict(
+    fail="mend what failed, then the same command again",
+    warn="read what warns; if it is meant so, the folder can go into a pull request",
+    ok="the folder can go into a pull request")
 
 def _tell(row):
     "A line of the survey."

@@ -91,9 +91,9 @@ def train_weights(data, seed, ranks):
             stopped_by=done.stopped_by)
     return {{k:t.detach().cpu() for k,t in {weights}.items()}}
 
-def write_artifact(path, data, state, device):
-    "Weights to bytes."
-    began = time.perf_counter()
+def write_artifact(path, data, state, ranks):
+    "Weights to bytes: calibrated by all ranks, written by one."
+    began,device = time.perf_counter(),ranks.device
     {squeeze}
     meta = dict(recipe={name!r}, scale={scale!r}, model=stored(MODEL), tokenizer=data.name,
         tokenizer_id=tokenizer_id(data.tokenizer_path))
@@ -104,20 +104,21 @@ def write_artifact(path, data, state, device):
 
 # %% ../../nbs/submit/61_script.ipynb #86a3d4d8
 SCORE = '''
-def grade(stage, fn, tokens, tables):
-    "Score and say it."
+def grade(ranks, stage, fn, tokens, tables):
+    "Score, each rank its share, and say it once."
     began = time.perf_counter()
     s = fn(tokens, tables)
-    say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb, targets=s.n_targets,
-        text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal,
+    if ranks.is_main: say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb,
+        targets=s.n_targets, text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal,
         seconds=time.perf_counter()-began)
 
-def evaluate(path, data, limit, device):
+def evaluate(path, data, limit, ranks):
     "Bytes to scores."
-    model = read_artifact(path, device, {eval_rules})
+    model = read_artifact(path, ranks.device, {eval_rules})
     text = data.val_tokens(limit+1 if limit else None),data.byte_tables()
-    grade("sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
-        SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile), *text)
+    grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
+        SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile,
+        ranks=ranks), *text)
 {adapt}
 '''
 
@@ -141,10 +142,10 @@ def main():
             torch=torch.__version__, device=torch.cuda.get_device_name(ranks.device)
             if torch.device(ranks.device).type=="cuda" else "cpu")
     state = None if a.eval else train_weights(data, a.seed, ranks)
+    if state: write_artifact(a.out, data, state, ranks)
+    ranks.max(0.) # the file is there
+    evaluate(a.eval or a.out, data, a.eval_tokens, ranks)
     close_ranks()
-    if not ranks.is_main: return
-    if state: write_artifact(a.out, data, state, ranks.device)
-    evaluate(a.eval or a.out, data, a.eval_tokens, ranks.device)
 
 if __name__=="__main__": main()
 '''
@@ -172,7 +173,8 @@ def _squeeze(s):
     lines,source = [], "state"
     if s.use_gptq:
         lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
-            "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len)"]
+            "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len, ranks)"]
+    lines.append("if not ranks.is_main: return")
     if s.first_rules:
         rules = literal(s.first_rules)
         lines.append(
@@ -187,9 +189,9 @@ def _squeeze(s):
 def _adapt(s):
     "Lines that score once more, learning from what has been scored."
     if not s.use_ttt: return dict(adapt="")
-    lines = ["learner = Learner(model, TTT)"]
+    lines = ["learner = Learner(model, TTT, ranks, SCORE.eval_compile)"]
     if s.ttt_rules: lines.append(f"set_fake_quant(learner.model, {literal(s.ttt_rules)})")
-    lines.append('grade("adapted", lambda t,b: score_with(learner, t, b, SCORE), *text)')
+    lines.append('grade(ranks, "adapted", lambda t,b: score_with(learner, t, b, SCORE), *text)')
     return dict(adapt="".join(f"    {l}\n" for l in lines))
 
 # %% ../../nbs/submit/61_script.ipynb #76a98ac4
@@ -238,7 +240,7 @@ def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints
 def maybe_compile(fn, wish, device):
     on = torch.device(device).type=="cuda" if wish=="auto" else wish
-    return torch.compile(fn, dynamic=False) if on else fn, on, f"compile: {on}"
+    return torch.compile(fn, dynamic=False, fullgraph=True) if on else fn, on, f"compile: {on}"
 def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, device)
 '''
 

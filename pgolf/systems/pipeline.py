@@ -28,7 +28,7 @@ from .report import Report, Row, code_bytes, environment
 from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
 from ..train.loop import make_loader, train
-from ..train.checkpoint import read_checkpoint, write_checkpoint
+from ..train.checkpoint import FREE, read_checkpoint, write_checkpoint
 from ..train.schedule import check_schedules
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
@@ -156,7 +156,7 @@ def _differences(out, report, recipe, dataset, eval_tokens):
     changed = [("recipe" if n=="name" else n, a, b) for n,a,b in named if a!=b]
     # imported weights fix the model alone
     changed += [(k, brief(a), brief(b)) for k,a,b in diff(old, recipe)
-        if report or k.startswith("model.")]
+        if k not in FREE and (report or k.startswith("model."))]
     here = fingerprint(dataset)
     if report and report.data and report.data!=here:
         changed.append(("data", f"{report.corpus}, fingerprint {report.data},",
