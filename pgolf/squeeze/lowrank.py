@@ -130,7 +130,7 @@ def awq_group(
         for start in range(0, W.shape[1]-group+1, group):
             scores[name, start] = float(by_column[start:start+group].sum())
     if not scores: raise ValueError(f"no matrix has group={group} columns: take smaller groups")
-    return max(scores, key=scores.get)
+    return max(scores, key=lambda place: scores[place])
 
 # %% ../../nbs/squeeze/38_lowrank.ipynb #e99c0e7a
 def protected_gptq(
@@ -182,7 +182,8 @@ def quantize_frontier(
     cfg:FrontierConfig=FrontierConfig(),
 )->dict: # name -> float16 tensor, Quantized, or Corrected
     "Quantize a model as PR #1855 does."
-    out, errors = {}, {}
+    out: dict = {}
+    errors: dict = {}
     for name, t in state.items():
         W = t.detach().float().cpu()
         if _is_gate(name, W, cfg): out[name] = quantize(W, int_grid(8))
@@ -242,5 +243,5 @@ def join_corrections(
         a, b = tensors.get(f"{name}.lowrank_A"), tensors.get(f"{name}.lowrank_B")
         if (a is None) != (b is None):
             raise ValueError(f"{name}: one factor of its correction is missing")
-        if a is not None: out[name] = Corrected(out[name], LowRank(a, b))
+        if a is not None and b is not None: out[name] = Corrected(out[name], LowRank(a, b))
     return out
