@@ -141,6 +141,9 @@ def test_page(site, browser, page):
     figures = sum("image/png" in o.get("data", {}) for c in cells(notebooks()[page])
         if c["cell_type"] == "code" and shown(c) for o in c["outputs"])
     assert len(widths) >= figures and all(widths), "a figure is missing"
+    drawn = run("return [...document.querySelectorAll('figure svg')].map(s =>"
+        " s.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
+    assert all(side > 50 for side in drawn), "a drawing has no room"
 
     assert not re.search(r"^#\|", run("return document.body.innerText"), re.M), "a directive shows"
     text = run(
