@@ -18,7 +18,7 @@ from test_faults import refused
 
 from pgolf.command.options import resolve
 from pgolf.scale.notebook import execute
-from pgolf.score import windows as scoring
+from pgolf.score import compare as scoring
 from pgolf.squeeze.artifact import peek
 from pgolf.game.bpb import byte_tables
 from pgolf.game.data import build_dataset, check_charge, data_notes, open_dataset
