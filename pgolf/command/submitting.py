@@ -8,6 +8,8 @@ __all__ = ['Published', 'Belongs', 'ImportFolder', 'Unpacked', 'Weights', 'Budge
            'squeeze', 'pack', 'doctor']
 
 # %% ../../nbs/command/88_submitting.ipynb #cf880003
+import textwrap
+from shutil import get_terminal_size
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -203,13 +205,14 @@ def doctor(
         found = dict(verdict=clinic.verdict(checks), findings=[c._asdict() for c in checks])
         print(clinic.report_text(checks))
     if out: write_json(out, found)
-    say_next(_AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more of one"))
+    after = _AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more")
+    print(textwrap.fill(f"next: {after}", max(20, get_terminal_size().columns)))
     if found.get("verdict")=="fail": raise typer.Exit(1)
 
 _AFTER = dict(
-    fail="mend what failed, then the same command again",
-    warn="read what warns; if it is meant so, the folder can go into a pull request",
-    ok="the folder can go into a pull request")
+    fail="mend what failed",
+    warn="read what warns, then open a pull request",
+    ok="open a pull request")
 
 def _tell(row):
     "A line of the survey."

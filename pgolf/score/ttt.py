@@ -238,8 +238,9 @@ def _check_new(learner):
 def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
     "Write losses of windows into `nll`; return their sums under the candidate temperatures."
     trials = nll.new_zeros(len(learner.cfg.ttt_temperatures), dtype=torch.float64)
-    ranks, (a, b) = learner.ranks, (windows[0][2], windows[-1][1])
-    if ranks.world > 1: nll[a:b] = 0. # others add theirs
+    ranks, mine = learner.ranks, nll[:0]
+    if windows: mine = nll[windows[0][2]:windows[-1][1]]
+    if ranks.world > 1: mine.zero_() # others add theirs
     with evaluating(learner.model):
         for group in batches(share(windows, ranks), batch):
             full = len(group) == batch
@@ -249,7 +250,7 @@ def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
                 trials[i] += token_nll(logits, stream[at+1], t).sum()
             tick(nll, group[-1][1])
     if ranks.world > 1:
-        for t in (nll[a:b], trials): dist.all_reduce(t)
+        for t in (mine, trials): dist.all_reduce(t)
     return trials
 
 
