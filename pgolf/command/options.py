@@ -8,7 +8,7 @@ __all__ = ['app', 'data_app', 'Version', 'Name', 'ScaleOption', 'Overrides', 'Co
            'parse_overrides', 'resolve', 'open_data', 'folder_of']
 
 # %% ../../nbs/command/84_options.ipynb #cf840003
-import functools, inspect, sys, textwrap
+import functools, inspect, shutil, sys, textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -80,8 +80,9 @@ def say(
 def say_next(
     text:str, # a command and what it does
 ):
-    "End on the next step."
-    print(f"next: {text}")
+    "End on the next step; where the terminal's width is known, within it."
+    width = max(20, shutil.get_terminal_size((10_000, 24)).columns)
+    print(textwrap.fill(f"next: {text}", width, break_long_words=False, break_on_hyphens=False))
 
 @contextmanager
 def resumable(

@@ -8,8 +8,6 @@ __all__ = ['Published', 'Belongs', 'ImportFolder', 'Unpacked', 'Weights', 'Budge
            'squeeze', 'pack', 'doctor']
 
 # %% ../../nbs/command/88_submitting.ipynb #cf880003
-import textwrap
-from shutil import get_terminal_size
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -205,8 +203,7 @@ def doctor(
         found = dict(verdict=clinic.verdict(checks), findings=[c._asdict() for c in checks])
         print(clinic.report_text(checks))
     if out: write_json(out, found)
-    after = _AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more")
-    print(textwrap.fill(f"next: {after}", max(20, get_terminal_size().columns)))
+    say_next(_AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more"))
     if found.get("verdict")=="fail": raise typer.Exit(1)
 
 _AFTER = dict(

@@ -30,7 +30,7 @@ def flash_for(
 ):# FlashAttention 3 or 2, or None: torch's own kernels
     "Choose FlashAttention where it is there and not slower than what torch has."
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16): return None
-    # on Hopper cards cuDNN, which torch takes there, is ahead of version 2
+    # on Hopper cards cuDNN, which torch takes there, is reported to be ahead of version 2
     hopper = torch.cuda.get_device_capability(q.device)[0] == 9
     return FLASH3 or (None if hopper else FLASH2)
 
@@ -62,7 +62,7 @@ def attend(
 def many_lengths(
     device, # e.g. "cpu", "cuda:1"
 ):
-    "For texts of many lengths: leave out cuDNN, which makes a plan for each, 23 to 37 ms long."
+    "For texts of many lengths: leave out cuDNN, which makes a plan for each."
     if torch.device(device).type != "cuda":
         yield
         return

@@ -74,7 +74,7 @@ def _plans(tokens, bos_id, seq_len, chunk):
 
 def _mine(plans, most, ranks):
     "Documents that learn side by side, `most` at once: this rank's share."
-    return [plans[i:i+most] for i in range(0, len(plans), most)][ranks.rank::ranks.world]
+    return ranks.share([plans[i:i+most] for i in range(0, len(plans), most)])
 
 
 # %% ../../nbs/score/43_lora.ipynb #bd2f5515

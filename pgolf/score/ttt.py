@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TTTConfig', 'trainable', 'ScoredChunk', 'Step', 'chunk_plan', 'choose_temperature', 'Learner', 'scored_chunks',
-           'share', 'training_rows', 'ttt_lr', 'adapt', 'score_with', 'score_and_adapt', 'Gain', 'ttt_gain',
-           'illegal_rescore']
+           'training_rows', 'ttt_lr', 'adapt', 'score_with', 'score_and_adapt', 'Gain', 'ttt_gain', 'illegal_rescore']
 
 # %% ../../nbs/score/41_ttt.ipynb #d7beb301
 import copy, math, re
@@ -242,7 +241,7 @@ def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
     if windows: mine = nll[windows[0][2]:windows[-1][1]]
     if ranks.world > 1: mine.zero_() # others add theirs
     with evaluating(learner.model):
-        for group in batches(share(windows, ranks), batch):
+        for group in batches(ranks.share(windows), batch):
             full = len(group) == batch
             at, logits = window_logits(learner.model, stream, group, hidden if full else None)
             nll[at] = token_nll(logits, stream[at+1], temperature)
@@ -252,15 +251,6 @@ def _grade(learner, stream, windows, batch, temperature, hidden, nll, tick):
     if ranks.world > 1:
         for t in (mine, trials): dist.all_reduce(t)
     return trials
-
-
-# %% ../../nbs/score/41_ttt.ipynb #c9b42f0s
-def share(
-    items:list, # the same on every rank
-    ranks:Ranks,# whose share
-)->list: # consecutive ones
-    "What this rank does of a list of equal jobs."
-    return items[len(items)*ranks.rank//ranks.world:len(items)*(ranks.rank+1)//ranks.world]
 
 
 # %% ../../nbs/score/41_ttt.ipynb #e6ee22e5
@@ -347,10 +337,9 @@ def _gradient(learner, x, y):
         loss = loss_fn(x, y)
         loss.backward()
         return loss.detach()
-    at, to = (len(x)*r//ranks.world for r in (ranks.rank, ranks.rank+1))
-    loss = torch.zeros((), device=x.device)
-    if to > at:
-        loss = loss_fn(x[at:to], y[at:to])*((to-at)*ranks.world/len(x))
+    mine, loss = ranks.share(x), torch.zeros((), device=x.device)
+    if len(mine):
+        loss = loss_fn(mine, ranks.share(y))*(len(mine)*ranks.world/len(x))
         loss.backward()
     for p in learner.params: # with fewer rows than ranks some have none
         if p.grad is None: p.grad = torch.zeros_like(p)

@@ -214,8 +214,7 @@ def deal(
 )->list[Tensor]: # consecutive pieces of the table, the same for any number of ranks
     "Cut a table of windows into pieces and deal out runs of them."
     if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
-    spans = table.split(batch)
-    return list(spans[len(spans)*rank//world:len(spans)*(rank+1)//world])
+    return list(Ranks(rank, world).share(table.split(batch)))
 
 # %% ../../nbs/score/40_windows.ipynb #5f235c48
 def stream(

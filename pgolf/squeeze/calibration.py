@@ -80,7 +80,7 @@ def collect_hessians(
     handles = _hook(model, moments, tables)
     try:
         model.eval()
-        for ids in batches[ranks.rank::ranks.world]: _forward(model, ids, moments, tables)
+        for ids in ranks.share(batches): _forward(model, ids, moments, tables)
     finally:
         model.train(training)
         for h in handles: h.remove()

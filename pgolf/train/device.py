@@ -26,6 +26,10 @@ class Ranks:
     device:str="cpu"  # device of this process
     @property
     def is_main(self)->bool: return self.rank == 0
+    def share(self, items): # a list or a tensor, the same on every rank; consecutive ones of it
+        "What this rank does of equal jobs; together the ranks do each once, in order."
+        n = len(items)
+        return items[n*self.rank//self.world:n*(self.rank+1)//self.world]
     def max(self, *values:float)->list[float]: # largest of each value over all ranks
         "Agree on numbers over CPU memory; also serves as a barrier."
         if self.world == 1: return list(values)
@@ -126,7 +130,9 @@ def can_compile(
     return True, "compiler found"
 
 # %% ../../nbs/train/23_device.ipynb #757a6662
-class _Compiled: "The last kind of model that was compiled in this process."; kind = None
+class _Compiled:
+    "The last kind of model that was compiled in this process."
+    kind = None
 
 def _make_room(fn):
     "A function may have 8 graphs in a process, of whichever models; a new kind starts anew."
@@ -156,8 +162,8 @@ def exactly(
 ):
     "Compute in float32, with plain attention and repeatable kernels; afterwards all is as before."
     was,device = getattr(model, "compute_dtype", None), next(model.parameters()).device
-    precision,repeatable = (torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled())
+    precision = torch.get_float32_matmul_precision()
+    repeatable = torch.are_deterministic_algorithms_enabled()
     try:
         if was: model.compute_dtype = torch.float32
         torch.set_float32_matmul_precision("highest")
