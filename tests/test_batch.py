@@ -310,6 +310,8 @@ def test_every_command_knows_h_and_version(main):
 def test_ctrl_c_while_modules_load_is_a_line():
     "The signal arrives inside an import of torch, from the import itself."
     hook = ("import os, signal, sys\n"
+            # a shell that starts this in the background has the signal ignored
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "class Finder:\n"
             "    def find_spec(self, name, *_):\n"
             "        if name == 'torch.nn': os.kill(os.getpid(), signal.SIGINT)\n"

@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
-SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card", "cli",
-        "data", "effects", "embeddings", "entropy", "formats", "gpt", "gptq", "growth", "loop",
-        "lora", "muon", "page", "pipeline", "running", "script", "slurm", "submission",
-        "submitting", "tokenizer", "ttt", "verdict", "windows"}
+SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card",
+        "caseops", "cli", "data", "effects", "embeddings", "entropy", "formats", "gpt", "gptq",
+        "growth", "loop", "lora", "muon", "page", "pipeline", "plan", "running", "script", "slurm",
+        "submission", "submitting", "tilt", "tokenizer", "ttt", "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))
@@ -28,8 +28,11 @@ def execute(path, log):
     sys.exit(not ok)
 
 
+def name_of(path): return re.sub(r'^\d+[a-z]?_', '', path.stem)
+
+
 def parameter(path):
-    marks = [pytest.mark.slow] if re.sub(r'^\d+_', '', path.stem) in SLOW else []
+    marks = [pytest.mark.slow] if name_of(path) in SLOW else []
     return pytest.param(path, id=path.stem, marks=marks)
 
 
@@ -50,3 +53,7 @@ def test_a_chapter_that_fails_is_seen(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"00_bad.ipynb")
     with pytest.raises(pytest.fail.Exception, match="00_bad.ipynb: .*AssertionError"):
         test_chapter(tmp_path/"00_bad.ipynb", tmp_path)
+
+
+def test_what_is_left_out_are_chapters():
+    assert SLOW <= {name_of(p) for p in CHAPTERS}
