@@ -13,6 +13,7 @@ from itertools import groupby
 from collections.abc import Callable
 from typing import NamedTuple
 
+import brotli
 import numpy as np
 import torch
 import zstandard
@@ -81,7 +82,7 @@ def _planes(tensors):
 # %% ../../nbs/squeeze/34_artifact.ipynb #5ea3f003
 def _smallest(array, codec, level, long):
     "The shorter of the streams that `codec` allows, and its name."
-    names = CODERS if codec == "best" else (codec,)
+    names = [n for n, c in CODERS.items() if c.in_best] if codec == "best" else [codec]
     found = [(name, CODERS[name].encode(array, level, long)) for name in names]
     return min(found, key=lambda f: len(f[1]))
 
@@ -109,8 +110,8 @@ def pack(
     meta:dict|None=None, # anything JSON can say
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`, layer by layer
     long:bool=False,     # long-distance matching
-    # "zstd"; "rans" for integer codes, the smaller of both for the rest; "best": the smaller of
-    # both, stream by stream
+    # "zstd"; "brotli"; "rans" for integer codes, the smaller of zstd and rans for the rest; "best":
+    # the smaller of these two, stream by stream
     codec:str="zstd",
 )->bytes: # the artifact
     "Lay tensors out as one file: prefix, header, payload, checksum."
@@ -215,6 +216,19 @@ def _expand(data, size, what):
     except zstandard.ZstdError as e:
         raise ArtifactError(f"{what}: not a zstd frame ({e})") from None
 
+def _expand_brotli(data, size, what):
+    "Decompress exactly `size` bytes, using little more memory than that."
+    reader, out, rest = brotli.Decompressor(), bytearray(), bytes(data)
+    try:
+        while not reader.is_finished() and len(out) <= size:
+            more = reader.process(rest, output_buffer_limit=2**20)
+            if not (more or rest): break  # cut short
+            out, rest = out+more, b""
+    except brotli.error as e: raise ArtifactError(f"{what}: not a brotli stream ({e})") from None
+    if len(out) != size or not reader.is_finished():
+        raise ArtifactError(f"{what}: {len(out)} bytes where {size} are expected")
+    return bytes(out)
+
 def _expand_rans(data, size, what):
     "Decode exactly `size` bytes."
     try: out = decode(data, limit=size)
@@ -230,10 +244,13 @@ class Coder(NamedTuple):
     encode:Callable # (array, level, long) -> bytes
     decode:Callable # (bytes, size, what) -> `size` bytes, or an ArtifactError that says what
     general:bool=True # False: for integer codes alone
+    in_best:bool=True # whether "best" tries it
 
 CODERS = dict(
     zstd=Coder(lambda array, level, long: squeeze(array.tobytes(), level, long), _expand),
     rans=Coder(lambda array, level, long: encode(array), _expand_rans, general=False),
+    brotli=Coder(lambda array, level, long: brotli.compress(array.tobytes(), quality=11),
+        _expand_brotli, in_best=False),
 )
 CODECS = (*CODERS, "best")
 
@@ -396,7 +413,7 @@ def save_artifact(
     meta:dict|None=None, # anything JSON can say
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`
     long:bool=False,     # long-distance matching
-    codec:str="zstd",    # of integer codes: "zstd", "rans" or "best"
+    codec:str="zstd",    # of integer codes: "zstd", "rans", "brotli" or "best"
 )->int: # bytes written
     "Pack tensors into a file, whole or not at all."
     pieces = _pieces(tensors, meta, level, long, codec)
