@@ -1,13 +1,16 @@
 # Two commands to know: `make reproduce` and `make test`. Everything they need goes into .venv.
 PYTHON ?= python3
 SYSTEM ?=
+CALL   ?= all
+SIZE   ?= full
+OUT    ?= .card/out
 # A Python that is named gets an environment of its own: .venv-python3.12.
 VENV   := .venv$(if $(filter command environment,$(firstword $(origin PYTHON))),-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all test-busy docs readme lab clean bin
+.PHONY: help reproduce test test-all test-busy card card-wheels docs readme lab clean bin
 
 help: ## show this list
 	@echo "pgolf: the annotated Parameter Golf"; echo
@@ -35,6 +38,12 @@ test-all: $(READY) ## everything, the slow ones too (ARGS='-k muon' chooses, her
 
 test-busy: $(READY) ## `make test` beside four busy loops, which it starts and ends
 	@$(BIN)/python .ci/test.py --beside 4 $(ARGS)
+
+card: ## ask a GPU everything in two calls, CALL=A and CALL=B (SIZE=tiny asks a CPU); answers in OUT
+	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) .ci/card.py $(CALL) --size $(SIZE) --out $(OUT) $(ARGS)
+
+card-wheels: $(READY) ## packages and data that a card's machine lacks, into .card/, to be carried there
+	@$(BIN)/python .ci/card.py collect
 
 docs: $(READY) ## build the site into _docs/ (Quarto if installed, else pure Python; no network)
 	@$(BIN)/python .ci/docs.py site

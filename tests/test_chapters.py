@@ -8,8 +8,10 @@ import pytest
 from conftest import ROOT
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
-SLOW = {"calibration", "budget", "pipeline", "effects", "submission", "verdict", "page", "batch",
-        "bench", "growth", "cli"}
+SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card", "cli",
+        "data", "effects", "embeddings", "entropy", "formats", "gpt", "gptq", "growth", "loop",
+        "lora", "muon", "page", "pipeline", "running", "script", "slurm", "submission",
+        "submitting", "tokenizer", "ttt", "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))

@@ -324,7 +324,8 @@ def test_a_resolved_recipe_is_read_beside_its_parent(name):
     assert max(map(len, text.splitlines())) <= 100
     assert all(f"\n{title}\n" in text for title, _ in SECTIONS.values())
     for line in text.splitlines():
-        if line.startswith("* "): assert PHRASES[line.split()[1]] in line
+        if line.startswith("* ") and not line.startswith("* differs from"):
+            assert PHRASES[line.split()[1]] in line
 
 
 def test_an_override_is_marked():

@@ -203,7 +203,7 @@ def doctor(
         found = dict(verdict=clinic.verdict(checks), findings=[c._asdict() for c in checks])
         print(clinic.report_text(checks))
     if out: write_json(out, found)
-    say_next(_AFTER.get(found.get("verdict"), "`pgolf doctor FOLDER` says more of one"))
+    say_next(_AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more of one"))
     if found.get("verdict")=="fail": raise typer.Exit(1)
 
 _AFTER = dict(

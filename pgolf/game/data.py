@@ -91,8 +91,7 @@ class Dataset:
 # %% ../../nbs/game/06_data.ipynb #2142c5cb
 PROBE = 20_000 # validation tokens on which the byte tables are held against the decoder
 _PRIVATE = re.compile("[\ue000-\uf8ff]")  # characters that no text has, so that marks may
-_REWRITTEN = ("so the text was rewritten before encoding,"
-    " and there are no *_val_bytes_*.bin beside the shards: add them")
+_REWRITTEN = "so the text was rewritten before encoding: add the *_val_bytes_*.bin of its shards"
 
 def _whole_documents(tokens, bos_id):
     "The documents that lie within the first `PROBE` tokens."
@@ -134,7 +133,6 @@ def _check_spelling(documents, spelt, tables, where):
                 f"{where}: validation document {i} spells {len(text.encode()):,} bytes, the byte"
                 f" tables charge {charged:,}: pgolf cannot count with this tokenizer")
 
-# %% ../../nbs/game/06_data.ipynb #7e4ca5ff
 def _with_sidecar(tables, sp, dataset):
     "Tables that answer from a sidecar, after a look at what it says."
     tokens,path = dataset.val_tokens(),dataset.val_bytes[0]
@@ -145,9 +143,7 @@ def _with_sidecar(tables, sp, dataset):
             f"{path}: bytes of {len(counts):,} tokens, the validation split has {len(tokens):,}:"
             " take the sidecar of these shards")
     if counts[~torch.isin(tokens, torch.tensor(text))].any():
-        raise ShardError(
-            f"{path}: charges bytes to control tokens, which stand for no text:"
-            " not a sidecar of these shards")
+        raise ShardError(f"{path}: charges bytes to control tokens: not a sidecar of these shards")
     if not counts.any():
         raise ShardError(f"{path}: charges no bytes at all: not a sidecar of these shards")
     return SidecarBytes(tables.base_bytes, tables.has_leading_space,

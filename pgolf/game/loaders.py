@@ -146,18 +146,19 @@ class StrideOrder:
         if not lengths or min(lengths) <= seq_len:
             raise ValueError(f"lengths={lengths}: each shard needs the {seq_len+1} tokens of a row"
                 f" of seq_len={seq_len}")
-        self.lengths, self.seq_len, self.few, self.many, self.ramp = (list(lengths), seq_len,
-            few, many, ramp)
+        self.lengths, self.seq_len = list(lengths), seq_len
+        self.few, self.many, self.ramp = few, many, ramp
         self.gen, self.batches = np.random.Generator(np.random.PCG64(seed)), 0
-        self.walks = [self._walk(n) for n in lengths]
+        self.walks = [_walk(self.gen, n, seq_len) for n in lengths]
 
-    def _walk(self, n):
-        "First tokens of a shard's blocks, in the order of a new walk, as a list to pop from."
-        phase = int(self.gen.integers(min(self.seq_len, n-self.seq_len)))
-        blocks = (n-1-phase)//self.seq_len
-        stride = coprime_stride(blocks, self.gen)
-        first = int(self.gen.integers(blocks))
-        return (phase + self.seq_len*stride_walk(blocks, first, stride)).tolist()[::-1]
+# %% ../../nbs/game/08_loaders.ipynb #158f0fc3
+def _walk(gen, n, seq_len):
+    "First tokens of a shard's blocks, in the order of a new walk, as a list to pop from."
+    phase = int(gen.integers(min(seq_len, n-seq_len)))
+    blocks = (n-1-phase)//seq_len
+    stride = coprime_stride(blocks, gen)
+    first = int(gen.integers(blocks))
+    return (phase + seq_len*stride_walk(blocks, first, stride)).tolist()[::-1]
 
 # %% ../../nbs/game/08_loaders.ipynb #bcd32a63
 def stride_batch(
@@ -177,7 +178,8 @@ def stride_batch(
 
 def _next_of(order, i):
     "Shard `i` and its next block; a new walk when the old one is through."
-    if not order.walks[i]: order.walks[i] = order._walk(order.lengths[i])
+    if not order.walks[i]:
+        order.walks[i] = _walk(order.gen, order.lengths[i], order.seq_len)
     return i, order.walks[i].pop()
 
 # %% ../../nbs/game/08_loaders.ipynb #0c49e926

@@ -353,21 +353,29 @@ def run_plan(
     notebooks=None,     # folder of the run notebooks; None: `notebooks_folder`
     file=None,          # for the display; default standard error
     seconds:float=10.,  # between its lines
-    executor=None,      # with a method `run` like `Local`; None: this machine
+    executor=None,      # like `Local`: `run`, `stopping`, `about`; None: this machine
 )->list[Outcome]: # in the order of the plan
     "Make what is not finished; a failure stops nothing else."
     check_jobs(jobs, threads)
-    states,sources = check_plan(plan), [notebook_of(r.recipe, notebooks) for r in plan]
+    states = check_plan(plan, here=executor is None)
+    sources = [notebook_of(r.recipe, notebooks) for r in plan]
     todo = [(r, n) for r,n,s in zip(plan, sources, states) if s != "finished"]
     ended = {r.out:Outcome(r, "finished") for r in plan}
     if not todo: return [*ended.values()]
-    runs,cards = [r for r,_ in todo], visible_cards(plan)
-    n,why = jobs_for(runs, jobs, threads, cards=len(cards))
-    executor = executor or Local(n, share_cards(cards, max(r.nproc for r in runs)))
+    runs = [r for r,_ in todo]
+    executor = executor or _here(runs, jobs, threads, visible_cards(plan))
     done = f", {len(plan)-len(todo)} finished before" if len(plan) > len(todo) else ""
-    about = f"{len(todo)} run(s){done}; {n} at once ({why})"
+    about = f"{len(todo)} run(s){done}; {executor.about}"
     ended |= _make(todo, executor, threads, Display(runs, file, seconds, executor.stopping), about)
     return [ended[r.out] for r in plan]
+
+# %% ../../nbs/scale/71_batch.ipynb #72c1d002
+def _here(runs, jobs, threads, cards):
+    "As many commands at once as this machine carries."
+    n,why = jobs_for(runs, jobs, threads, cards=len(cards))
+    local = Local(n, share_cards(cards, max(r.nproc for r in runs)))
+    local.about = f"{n} at once ({why})"
+    return local
 
 # %% ../../nbs/scale/71_batch.ipynb #30c9aaa8
 def _make(todo, executor, threads, display, about):

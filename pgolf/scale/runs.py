@@ -154,6 +154,7 @@ def _has_notebook(out):
 def check_plan(
     plan:list[Run],
     data:bool=True, # open the corpora, too; the embedded one is unpacked then
+    here:bool=True, # the runs compute on this machine
 )->list[str]: # state of each run
     "Raise for the first run that could not be made."
     taken:dict[Path,int] = {}
@@ -163,16 +164,16 @@ def check_plan(
         first = taken.setdefault(Path(run.out).resolve(), i)
         if first != i:
             raise ValueError(f"runs {first+1} and {i+1} share {run.out}: give one a `name`")
-        try: states.append(_check(run, sets, data))
+        try: states.append(_check(run, sets, data, here))
         except (ValueError,OSError,TypeError) as e:
             which = f"run {i+1} of {len(plan)} ({run.recipe}, seed {run.seed})"
             raise ValueError(f"{which}: {e}") from None
     return states
 
-def _check(run, sets, data):
+def _check(run, sets, data, here):
     "Settings, device, data and folder of one run; its state."
     r = run.resolve()
-    pick_device(run.device)
+    if here: pick_device(run.device)
     if run.forms not in FORMS:
         raise ValueError(f"forms={run.forms!r}: give one of {', '.join(FORMS)}")
     if run.nproc < 1 or r.train.num_spans % run.nproc:

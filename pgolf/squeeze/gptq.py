@@ -21,8 +21,7 @@ class GPTQConfig:
     "How a matrix is rounded against its Hessian."
     # calibration windows; this and the next two are read by whoever collects the Hessians
     samples:int=256
-    # "train"ing text from its start, its rows as "shuffled" for training, or the model's own writing:
-    # "self"
+    # the "train"ing text from its start, its rows as "shuffled", or the model's own: "self"
     windows:str="train"
     tables:bool=False        # Hessians of the embedding tables too
     table_inputs:bool=True   # the tied table counts as the input it is, beside the output

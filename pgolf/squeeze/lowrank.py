@@ -11,6 +11,8 @@ __all__ = ['error_factors', 'LowRank', 'Corrected', 'pack_asymmetric', 'pack_sym
 import re
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -124,13 +126,13 @@ def awq_group(
     group:int=64,  # consecutive columns
 )->tuple[str,int]: # name and first column of the group to protect
     "The group of columns with the largest activations times weights, over all matrices."
-    scores = {}
+    scores:dict[tuple[str,int],float] = {}
     for name, (W, H) in tensors.items():
         by_column = H.diagonal().clamp(min=0).sqrt()*W.abs().mean(0)
         for start in range(0, W.shape[1]-group+1, group):
             scores[name, start] = float(by_column[start:start+group].sum())
     if not scores: raise ValueError(f"no matrix has group={group} columns: take smaller groups")
-    return max(scores, key=scores.get)
+    return max(scores, key=lambda k: scores[k])
 
 # %% ../../nbs/squeeze/38_lowrank.ipynb #e99c0e7a
 def protected_gptq(
@@ -182,7 +184,8 @@ def quantize_frontier(
     cfg:FrontierConfig=FrontierConfig(),
 )->dict: # name -> float16 tensor, Quantized, or Corrected
     "Quantize a model as PR #1855 does."
-    out, errors = {}, {}
+    out:dict[str,Any] = {}
+    errors = {}
     for name, t in state.items():
         W = t.detach().float().cpu()
         if _is_gate(name, W, cfg): out[name] = quantize(W, int_grid(8))
@@ -242,5 +245,5 @@ def join_corrections(
         a, b = tensors.get(f"{name}.lowrank_A"), tensors.get(f"{name}.lowrank_B")
         if (a is None) != (b is None):
             raise ValueError(f"{name}: one factor of its correction is missing")
-        if a is not None: out[name] = Corrected(out[name], LowRank(a, b))
+        if a is not None and b is not None: out[name] = Corrected(out[name], LowRank(a, b))
     return out

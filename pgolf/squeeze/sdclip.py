@@ -8,7 +8,6 @@ __all__ = ['ORDERED', 'clip_scale', 'clip_gptq', 'hessian_clip_scale']
 # %% ../../nbs/squeeze/37_sdclip.ipynb #a73702b0
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from .gptq import GPTQConfig, gptq

@@ -108,8 +108,8 @@ def grade(ranks, stage, fn, tokens, tables):
     "Score, each rank its share, and say it once."
     began = time.perf_counter()
     s = fn(tokens, tables)
-    if ranks.is_main: say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb, targets=s.n_targets,
-        text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal,
+    if ranks.is_main: say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb,
+        targets=s.n_targets, text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal,
         seconds=time.perf_counter()-began)
 
 def evaluate(path, data, limit, ranks):

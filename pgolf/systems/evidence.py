@@ -356,6 +356,8 @@ def headline_table(
         "worth here, bpb ± 95 %": worth_text(r, folder, known), "chapter": see(r["see"], "")}
     return show([row(r) for r in read_rows("claim") if "headline" in r])
 
+
+# %% ../../nbs/systems/58_evidence.ipynb #b7c74a0t
 def counts()->Table:
     "How many claims hold, of each system."
     rows, verdicts = read_rows("claim"), ("holds", "does not hold", "not measurable here")
@@ -373,6 +375,7 @@ def small_effects(
     kept = [m for m in measured(folder) if m.change != "as run" and not m.zero]
     def reach(m): return abs(m.effect.mean) + m.effect.half
     return sorted((m for m in kept if reach(m) < limit), key=reach)
+
 
 # %% ../../nbs/systems/58_evidence.ipynb #d837e91c
 def slug(

@@ -22,6 +22,7 @@ from ..squeeze.artifact import by_family, ledger
 from ..game.bpb import compressor_bpb
 from .effects import effect_table, stage_table, training_key
 from ..model.gpt import GPT, param_groups
+from ..train.machines import Machines
 from .pipeline import Job
 from .phrases import setting
 from .plan import plan_run, read_settings
@@ -33,7 +34,7 @@ from .verdict import audit_run, verdict_line, verdict_rows
 
 # %% ../../nbs/systems/57_page.ipynb #c1f5405b
 PARAMETERS = ("recipe", "scale", "corpus", "data", "device", "seed", "nproc", "out",
-              "overrides", "eval_tokens", "forms")
+              "overrides", "eval_tokens", "forms", "machines")
 FORMS = ("both", "described")
 
 @dataclass
@@ -78,13 +79,15 @@ def open_page(
 )->Page:
     "Check the parameters and open the folders of the runs."
     check_parameters(names, PARAMETERS)
-    p = {k: names[k] for k in PARAMETERS}
+    p = dict(machines={}) | {k: names[k] for k in PARAMETERS if k in names}
+    machines = Machines(**p["machines"])
     dataset = open_corpus(p["data"] or p["corpus"])
     limit = p["eval_tokens"]
     if limit < 0: limit = SCALES[p["scale"]].eval_tokens if p["scale"] in SCALES else 0
     def start(name, folder):
         recipe = at_scale(get_recipe(name), p["scale"]).but(**p["overrides"], seed=p["seed"])
-        return pipeline.start(recipe, dataset, folder, p["device"], limit, p["nproc"], lines=True)
+        return pipeline.start(recipe, dataset, folder, p["device"], limit, p["nproc"], lines=True,
+            machines=machines)
     out = Path(p["out"] or f"runs/{p['scale']}/{p['recipe']}-{p['seed']}")
     other = twin_of(p["recipe"], p["forms"])
     page = Page(start(p["recipe"], out))

@@ -161,7 +161,8 @@ def load_recipe(
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
     saved["ours"] = tuple(saved.get("ours", ()))
     sections:dict[str,Any] = {f.name:f.type for f in fields(Recipe) if is_dataclass(f.type)}
-    for name,kind in sections.items(): saved[name] = kind(**saved[name])
+    # a section that is newer than the file has its defaults
+    for name,kind in sections.items(): saved[name] = kind(**saved.get(name, {}))
     return Recipe(**saved)
 
 # %% ../../nbs/systems/48_recipe.ipynb #fee7770a
@@ -294,6 +295,8 @@ def _brief_item(item):
     if not isinstance(item,tuple) or len(item)!=2: return brief(item)
     return f"`{brief(item[0])}` {brief(item[1])}"
 
+
+# %% ../../nbs/systems/48_recipe.ipynb #591c450t
 def _brief_grid(grid):
     "A grid's ends, and what differs from the default of these."
     base = Grid(grid.lo, grid.hi, rule=grid.rule)
@@ -302,6 +305,8 @@ def _brief_grid(grid):
     words = [phrase.format(brief(value).replace("; ", "/")) for phrase, value in own]
     return ", ".join([f"{grid.lo}..{grid.hi}", *words])
 
+
+# %% ../../nbs/systems/48_recipe.ipynb #591c451t
 def diff_table(
     a:Recipe, # left
     b:Recipe, # right
@@ -315,6 +320,7 @@ def diff_table(
         for k,x,y in diff(a, b) if k in ours]
     if not own: return table
     return f"{table}\n\nSet by us, where description and run agree: {'; '.join(own)}."
+
 
 # %% ../../nbs/systems/48_recipe.ipynb #a65dea86
 def expand(

@@ -39,8 +39,19 @@ def polar_express(
         X = a*X + product(b*A + c*product(A, A), X)
     return X.mT if tall else X
 
-# %% ../../nbs/train/27_frontier.ipynb #7a3961a1
-class EvenMuon(Muon):
+# %% ../../nbs/train/27_frontier.ipynb #8662d09d
+class _EvenSteps(Muon):
+    "Steps with even rows, for matrices and banks."
+    @torch.no_grad()
+    def step(self, closure=None):
+        "Take one step; parameters without a gradient stay."
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for g in self.param_groups:
+            if params := [p for p in g["params"] if p.grad is not None]: _even_step(self, g, params)
+        return loss
+
+# %% ../../nbs/train/27_frontier.ipynb #55d4eb4c
+class EvenMuon(_EvenSteps):
     "Muon with even rows, for matrices and banks of matrices."
     def __init__(self,
         params,              # matrices or banks, or groups of them as torch's optimizers take
@@ -59,14 +70,6 @@ class EvenMuon(Muon):
             weight_decay=weight_decay, ns_steps=ns_steps, polar=polar, half_state=half_state))
         self.ns_dtype, self.rank, self.world = ns_dtype, rank, world
         _check_shapes(p for g in self.param_groups for p in g["params"])
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        "Take one step; parameters without a gradient stay."
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for g in self.param_groups:
-            if params := [p for p in g["params"] if p.grad is not None]: _even_step(self, g, params)
-        return loss
 
 # %% ../../nbs/train/27_frontier.ipynb #679c514e
 def _check_shapes(params):
@@ -159,7 +162,7 @@ def decay_taper(
     if not 0 <= start < 1: raise ValueError(f"start={start} must be in [0, 1)")
     return 1 - (1-end)*max(0., frac-start)/(1-start)
 
-# %% ../../nbs/train/27_frontier.ipynb #7b2018d3
+# %% ../../nbs/train/27_frontier.ipynb #54761068
 class DecayTaper:
     "Listener: taper the weight decay of Muon's groups."
     def __init__(self,
