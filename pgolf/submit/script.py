@@ -270,7 +270,7 @@ UNUSED = {name:unused for names,unused in {
     "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),
     "encode decode": lambda r: r.stages.codec in ("zstd","brotli"),
-    "_expand_brotli": lambda r: r.stages.codec!="brotli",
+    "to_brotli from_brotli": lambda r: r.stages.codec!="brotli",
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,
 }.items() for name in names.split()}
 
