@@ -50,12 +50,12 @@ def decode_case(
     out, at = [], 0
     while at < len(text):
         word = _WORD.match(text, at)
-        found = word or _OTHER.match(text, at)
-        if not found:
+        match = word or _OTHER.match(text, at)
+        if not match:
             raise CaseError(f"character {at}: {ascii(text[at:at+12])} is no text with case marks:"
                 " decode whole documents, as encode_case wrote them")
-        out.append(_read_word(*word.groups()) if word else found[1] or found[2])
-        at = found.end()
+        out.append(_read_word(*match.groups()) if word else match[1] or match[2])
+        at = match.end()
     return "".join(out)
 
 # %% ../../nbs/game/07_caseops.ipynb #51d3705d

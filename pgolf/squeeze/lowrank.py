@@ -11,8 +11,6 @@ __all__ = ['error_factors', 'LowRank', 'Corrected', 'pack_asymmetric', 'pack_sym
 import re
 from dataclasses import dataclass
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -126,13 +124,13 @@ def awq_group(
     group:int=64,  # consecutive columns
 )->tuple[str,int]: # name and first column of the group to protect
     "The group of columns with the largest activations times weights, over all matrices."
-    scores:dict[tuple[str,int],float] = {}
+    scores = {}
     for name, (W, H) in tensors.items():
         by_column = H.diagonal().clamp(min=0).sqrt()*W.abs().mean(0)
         for start in range(0, W.shape[1]-group+1, group):
             scores[name, start] = float(by_column[start:start+group].sum())
     if not scores: raise ValueError(f"no matrix has group={group} columns: take smaller groups")
-    return max(scores, key=lambda k: scores[k])
+    return max(scores, key=lambda place: scores[place])
 
 # %% ../../nbs/squeeze/38_lowrank.ipynb #e99c0e7a
 def protected_gptq(
@@ -184,8 +182,8 @@ def quantize_frontier(
     cfg:FrontierConfig=FrontierConfig(),
 )->dict: # name -> float16 tensor, Quantized, or Corrected
     "Quantize a model as PR #1855 does."
-    out:dict[str,Any] = {}
-    errors = {}
+    out: dict = {}
+    errors: dict = {}
     for name, t in state.items():
         W = t.detach().float().cpu()
         if _is_gate(name, W, cfg): out[name] = quantize(W, int_grid(8))
