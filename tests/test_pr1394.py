@@ -17,8 +17,10 @@ from pgolf.squeeze.quant import Grid, candidate_scales, int_grid
 from pgolf.squeeze.sdclip import clip_scale
 from pgolf.systems import pipeline
 from pgolf.systems.great import PR1394
+from pgolf.systems.plan import estimate_bytes
 from pgolf.systems.recipes import at_scale
 from pgolf.systems.verdict import audit_run
+from pgolf.train import loop
 from pgolf.train.averaging import EMA
 from pgolf.train.device import Ranks
 from pgolf.train.listeners import OrderSwitch
@@ -262,3 +264,25 @@ def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path):
     assert tuple(meta["model"]["layer_order"]) == r.model.layer_order != ()
     assert {row.name for row in rows if row.kind == "codes"} >= {"tok_emb.weight"}
     assert audit_run(job.out, novels)["passed"]
+
+
+def test_the_plan_foresees_the_logged_bytes():
+    "Mean of the five files that were logged."
+    assert sum(b for *_, b in estimate_bytes(PR1394)) == pytest.approx(15_970_162, rel=.01)
+
+
+def test_the_repeats_are_rehearsed_before_the_clock_starts(shards):
+    "Where the loss is compiled, the warm-up takes a step in either order and undoes both."
+    r = at_scale(PR1394, "tiny").but(vocab_size=64, warmup_steps=0, checkpoint_every=0)
+    model, ran = GPT(r.model), []
+    start = {n: t.clone() for n, t in model.state_dict().items()}
+    run = loop._prepare(model, make_loader(shards, r.train), r.optim, r.schedule, r.train,
+        [OrderSwitch(r.stages.order_from)], Ranks(), None)
+    run.call("on_start")
+    def loss(ids, targets):
+        ran.append(model.order)
+        return model.loss(ids, targets)
+    loop.warm_up(run, loss, compiled=True)
+    assert set(ran) == {(0, 1, 2), r.model.layer_order} and model.order == (0, 1, 2)
+    assert all(torch.equal(t, start[n]) for n, t in model.state_dict().items())
+    assert run.loader.position == 0

@@ -88,11 +88,11 @@ def _expand(data, size, what):
     except zstandard.ZstdError as e:
         raise ArtifactError(f"{what}: not a zstd frame ({e})") from None
 
-def _exact(decode, kind):
+def _exact(decode, by):
     "A way back that yields exactly `size` bytes, or an ArtifactError."
     def expand(data, size, what):
         try: out = decode(data, limit=size)
-        except EntropyError as e: raise ArtifactError(f"{what}: not a {kind} stream ({e})") from None
+        except EntropyError as e: raise ArtifactError(f"{what}: not a {by} stream ({e})") from None
         if out.itemsize != 1 or out.size != size: raise ArtifactError(
             f"{what}: {out.size} symbols of {out.dtype} where {size} bytes are expected")
         return out.tobytes()
