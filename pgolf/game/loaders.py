@@ -53,8 +53,27 @@ def _blocks(gen, n, seq_len):
     phase = int(gen.integers(top+1)) if top else 0  # no draw where there is no choice
     return phase + seq_len*gen.permutation((n-1-phase)//seq_len)
 
+# %% ../../nbs/game/08_loaders.ipynb #rb08c001
+class _Drawn:
+    "What the loop asks of a loader: its place, to be read and set, and micro-batches."
+    @property
+    def position(self)->int:
+        "Rows drawn so far; to be at another one, the draws are made again."
+        return self._position
+
+    @position.setter
+    def position(self, rows:int):
+        self.order = ShuffledOrder(list(map(len, self.shards)), self.seq_len, self.rank)
+        for _ in range(rows): self.order.draw()
+        self._position = rows
+
+    def next_step(self)->list[tuple[Tensor,Tensor]]:
+        "The same in the micro-batches of this rank, as the loop takes them."
+        x, y = self.next_batch()
+        return list(zip(x.split(self.micro), y.split(self.micro)))
+
 # %% ../../nbs/game/08_loaders.ipynb #368abea6
-class ShuffledLoader:
+class ShuffledLoader(_Drawn):
     "Batches of shuffled rows for one rank, out of every `world`-th shard."
     def __init__(self,
         shards:Iterable[Path], # training shards; sorted by name here
@@ -73,27 +92,11 @@ class ShuffledLoader:
         self.rank, self.micro = rank, self.rows*world//(num_spans or world)
         self.position = position
 
-    @property
-    def position(self)->int:
-        "Rows drawn so far; to be at another one, the draws are made again."
-        return self._position
-
-    @position.setter
-    def position(self, rows:int):
-        self.order = ShuffledOrder(list(map(len, self.shards)), self.seq_len, self.rank)
-        for _ in range(rows): self.order.draw()
-        self._position = rows
-
     def next_batch(self)->tuple[Tensor,Tensor]: # inputs, targets, (rows, seq_len) int64
         "The rows of the next step."
         self._position += self.rows
         drawn = [self.order.draw() for _ in range(self.rows)]
         return _shifted([self.shards[i][a:a+self.seq_len+1] for i, a in drawn])
-
-    def next_step(self)->list[tuple[Tensor,Tensor]]:
-        "The same in the micro-batches of this rank, as the loop takes them."
-        x, y = self.next_batch()
-        return list(zip(x.split(self.micro), y.split(self.micro)))
 
 # %% ../../nbs/game/08_loaders.ipynb #4370f3c4
 def _check_deal(n_shards, batch_tokens, seq_len, rank, world):

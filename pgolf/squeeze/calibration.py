@@ -87,8 +87,7 @@ def collect_hessians(
         model.train(training)
         for h in handles: h.remove()
     if ranks.world > 1: _add_up(moments)
-    if not moments.sums:
-        raise ValueError(
+    if not moments.sums: raise ValueError(
             "batches is empty or the model has no linear layers: nothing to calibrate on")
     return _with_tables(model, moments, table_inputs) if tables else moments.means()
 

@@ -174,8 +174,8 @@ class OrderSwitch:
         start:float, # share of the run, above 0, below 1
     ):
         if not 0 < start < 1:
-            raise ValueError(f"start={start} must be above 0 and below 1: leave the listener out for"
-                " the model's own order from the first step")
+            raise ValueError(f"start={start} must be above 0 and below 1: leave the listener out"
+                " for the model's own order from the first step")
         self.start = start
     def on_start(self, run): self.before_step(run)
     def before_step(self, run):

@@ -39,8 +39,7 @@ class TrainConfig:
     train_seq_len:int=2048         # length of a row, tokens
     num_spans:int=8 # micro-batches per step, over all ranks; the ranks must divide it
     loader:str="spans"             # order of the training text: key of `LOADERS`
-    # most tokens in one forward pass, at least a row
-    pass_tokens:int=0              # 0: a whole micro-batch on a GPU, 8,192 on a CPU
+    pass_tokens:int=0 # most tokens at once, at least a row; 0: all on a GPU, 8,192 on a CPU
     # steps run first and undone, so that compilation is over when the clock starts
     warmup_steps:int=20
     grad_clip_norm:float=.3        # largest global norm of the gradient; 0: no clipping
@@ -62,10 +61,9 @@ class TrainConfig:
             least = int(name in at_least_1)
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.loader not in LOADERS:
-            raise ValueError(f"loader={self.loader!r}: choose one of {', '.join(LOADERS)}")
-        if self.compile not in ("auto", True, False):
-            raise ValueError(f"compile={self.compile!r} is none of 'auto', True, False")
+        for name,known in (("compile", ("auto", True, False)), ("loader", tuple(LOADERS))):
+            if (v := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={v!r} is none of {', '.join(map(repr, known))}")
         rows = self.num_spans*self.train_seq_len
         if self.train_batch_tokens % rows:
             raise ValueError(

@@ -115,8 +115,7 @@ class Muon(torch.optim.Optimizer):
         momentum:float=.95,  # share of the running sum kept, 0..1
         weight_decay:float=0., # times lr, taken off the weights before the step
         ns_steps:int=5,      # of Newton-Schulz
-        row_norm:bool=False, # PR #601: rows of length 1
-        even:bool=False,     # PR #1394: rows of length 1 before Newton-Schulz
+        row_norm:bool=False, even:bool=False, # rows of length 1: behind (#601), before (#1394)
         ns_dtype:torch.dtype=torch.bfloat16, # of Newton-Schulz and of the exchanged updates
         rank:int=0,  # of this process
         world:int=1, # processes that share the work, through torch.distributed

@@ -80,8 +80,7 @@ class ScheduleConfig:
     iterations:int=20_000         # steps at most
     max_wallclock_seconds:float=0. # seconds of training at most, validation aside; 0: no limit
     warmdown_iters:int=3500       # last steps, over which the rate falls to 0
-    # last share of the run, over which the rate falls, in place of warmdown_iters; 0: none
-    warmdown_ratio:float=0.
+    warmdown_ratio:float=0.       # last share of the run, in place of warmdown_iters; 0: none
     min_lr:float=0.               # multiplier at which the fall stops, 0..1
     lr_warmup_iters:int=0         # first steps, over which the rate rises
     decay:str="linear"            # shape of the warmdown: linear or cosine
@@ -98,8 +97,7 @@ class ScheduleConfig:
         return min(ramp(step+1, 0., 1., self.lr_warmup_iters), fall)
     def progress(self, step:int, elapsed:float=0.)->float: # 0..1
         "Share of the run that is over, by steps or by the clock, whichever is further."
-        cap = self.max_wallclock_seconds
-        return min(1., max(step/self.iterations, elapsed/cap if cap else 0.))
+        return _progress(self, step, elapsed)
     def scales(self, step:int, elapsed:float=0.)->dict[str,float]: # name -> multiplier
         "What the groups follow that have a schedule of their own."
         return {name: scale(self, step, elapsed) for name,scale in SCHEDULES.items()}
@@ -112,6 +110,10 @@ class ScheduleConfig:
         return step >= self.iterations or 0 < self.max_wallclock_seconds <= elapsed
 
 # %% ../../nbs/train/21_schedule.ipynb #rb21c001
+def _progress(c, step, elapsed):
+    cap = c.max_wallclock_seconds
+    return min(1., max(step/c.iterations, elapsed/cap if cap else 0.))
+
 def _left(c, step, elapsed):
     "What is left of the warmdown, 1 before it, by the nearer of both limits."
     if c.warmdown_ratio: return min(1., (1 - c.progress(step, elapsed))/c.warmdown_ratio)
