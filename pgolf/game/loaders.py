@@ -56,6 +56,13 @@ def _blocks(gen, n, seq_len):
 # %% ../../nbs/game/08_loaders.ipynb #rb08c001
 class _Drawn:
     "What the loop asks of a loader: its place, to be read and set, and micro-batches."
+    shards:list[np.ndarray]
+    seq_len:int
+    rank:int
+    micro:int # rows of a micro-batch
+
+    def next_batch(self)->tuple[Tensor,Tensor]: raise NotImplementedError
+
     @property
     def position(self)->int:
         "Rows drawn so far; to be at another one, the draws are made again."

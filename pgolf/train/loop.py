@@ -12,6 +12,7 @@ import copy, importlib, json, math, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
 
 # %% ../../nbs/train/25_loop.ipynb #rb25c001
-LOADERS = {  # name -> (shards, TrainConfig, Ranks, position, vocabulary) -> loader of a rank
+LOADERS:dict[str,Any] = {  # name -> (shards, TrainConfig, Ranks, position, vocabulary) -> loader of a rank
     "spans": lambda shards, c, ranks, position, vocab: BatchLoader(shards, c.train_batch_tokens,
         c.train_seq_len, c.num_spans, ranks.rank, ranks.world, position, vocab),
     "shuffled": lambda shards, c, ranks, position, vocab: ShuffledLoader(shards,
