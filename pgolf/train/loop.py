@@ -24,7 +24,8 @@ from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
 
 # %% ../../nbs/train/25_loop.ipynb #rb25c001
-LOADERS:dict[str,Any] = {  # name -> (shards, TrainConfig, Ranks, position, vocabulary) -> loader of a rank
+# name -> (shards, TrainConfig, Ranks, position, vocabulary) -> loader of a rank
+LOADERS:dict[str,Any] = {
     "spans": lambda shards, c, ranks, position, vocab: BatchLoader(shards, c.train_batch_tokens,
         c.train_seq_len, c.num_spans, ranks.rank, ranks.world, position, vocab),
     "shuffled": lambda shards, c, ranks, position, vocab: ShuffledLoader(shards,
