@@ -53,8 +53,34 @@ def _blocks(gen, n, seq_len):
     phase = int(gen.integers(top+1)) if top else 0  # no draw where there is no choice
     return phase + seq_len*gen.permutation((n-1-phase)//seq_len)
 
+# %% ../../nbs/game/08_loaders.ipynb #rb08c001
+class _Drawn:
+    "What the loop asks of a loader: its place, to be read and set, and micro-batches."
+    shards:list[np.ndarray]
+    seq_len:int
+    rank:int
+    micro:int # rows of a micro-batch
+
+    def next_batch(self)->tuple[Tensor,Tensor]: raise NotImplementedError
+
+    @property
+    def position(self)->int:
+        "Rows drawn so far; to be at another one, the draws are made again."
+        return self._position
+
+    @position.setter
+    def position(self, rows:int):
+        self.order = ShuffledOrder(list(map(len, self.shards)), self.seq_len, self.rank)
+        for _ in range(rows): self.order.draw()
+        self._position = rows
+
+    def next_step(self)->list[tuple[Tensor,Tensor]]:
+        "The same in the micro-batches of this rank, as the loop takes them."
+        x, y = self.next_batch()
+        return list(zip(x.split(self.micro), y.split(self.micro)))
+
 # %% ../../nbs/game/08_loaders.ipynb #368abea6
-class ShuffledLoader:
+class ShuffledLoader(_Drawn):
     "Batches of shuffled rows for one rank, out of every `world`-th shard."
     def __init__(self,
         shards:Iterable[Path], # training shards; sorted by name here
@@ -64,18 +90,18 @@ class ShuffledLoader:
         world:int=1,           # processes
         position:int=0,        # rows that this rank has drawn before
         vocab_size:int|None=None, # ids must be below it
+        num_spans:int=0,       # micro-batches of a step, over all ranks; 0: one for each rank
     ):
         paths = sorted(map(Path, shards))
         _check_deal(len(paths), batch_tokens, seq_len, rank, world)
         self.shards = [read_shard(p, vocab_size) for p in paths[rank::world]]
         self.seq_len, self.rows = seq_len, batch_tokens//(seq_len*world)
-        self.order = ShuffledOrder(list(map(len, self.shards)), seq_len, rank)
+        self.rank, self.micro = rank, self.rows*world//(num_spans or world)
         self.position = position
-        for _ in range(position): self.order.draw()
 
     def next_batch(self)->tuple[Tensor,Tensor]: # inputs, targets, (rows, seq_len) int64
         "The rows of the next step."
-        self.position += self.rows
+        self._position += self.rows
         drawn = [self.order.draw() for _ in range(self.rows)]
         return _shifted([self.shards[i][a:a+self.seq_len+1] for i, a in drawn])
 

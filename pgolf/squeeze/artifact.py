@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import zstandard
 from torch import Tensor
-
-from .entropy import EntropyError, decode, encode, squeeze
+from .entropy import EntropyError, decode, encode, from_brotli, squeeze, to_brotli
 from .quant import Quantized
 from ..files import atomic_write
 
@@ -89,14 +88,15 @@ def _expand(data, size, what):
     except zstandard.ZstdError as e:
         raise ArtifactError(f"{what}: not a zstd frame ({e})") from None
 
-def _expand_rans(data, size, what):
-    "Decode exactly `size` bytes."
-    try: out = decode(data, limit=size)
-    except EntropyError as e: raise ArtifactError(f"{what}: not a rANS stream ({e})") from None
-    if out.itemsize != 1 or out.size != size:
-        raise ArtifactError(
+def _exact(decode, by):
+    "A way back that yields exactly `size` bytes, or an ArtifactError."
+    def expand(data, size, what):
+        try: out = decode(data, limit=size)
+        except EntropyError as e: raise ArtifactError(f"{what}: not a {by} stream ({e})") from None
+        if out.itemsize != 1 or out.size != size: raise ArtifactError(
             f"{what}: {out.size} symbols of {out.dtype} where {size} bytes are expected")
-    return out.tobytes()
+        return out.tobytes()
+    return expand
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #5ea3f002
 class Coder(NamedTuple):
@@ -104,10 +104,12 @@ class Coder(NamedTuple):
     encode:Callable # (array, level, long) -> bytes
     decode:Callable # (bytes, size, what) -> `size` bytes, or an ArtifactError that says what
     general:bool=True # False: for integer codes alone
+    in_best:bool=True # whether "best" tries it
 
 CODERS = dict(
     zstd=Coder(lambda array, level, long: squeeze(array.tobytes(), level, long), _expand),
-    rans=Coder(lambda array, level, long: encode(array), _expand_rans, general=False),
+    rans=Coder(lambda array, *_: encode(array), _exact(decode, "rANS"), general=False),
+    brotli=Coder(lambda array, *_: to_brotli(array), _exact(from_brotli, "brotli"), True, False),
 )
 CODECS = (*CODERS, "best")
 
@@ -121,7 +123,7 @@ def check_codec(
 # %% ../../nbs/squeeze/34_artifact.ipynb #5ea3f003
 def _smallest(array, codec, level, long):
     "The shorter of the streams that `codec` allows, and its name."
-    names = CODERS if codec == "best" else (codec,)
+    names = [n for n, c in CODERS.items() if c.in_best] if codec == "best" else [codec]
     found = [(name, CODERS[name].encode(array, level, long)) for name in names]
     return min(found, key=lambda f: len(f[1]))
 
@@ -149,8 +151,7 @@ def pack(
     meta:dict|None=None, # anything JSON can say
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`, layer by layer
     long:bool=False,     # long-distance matching
-    # "zstd"; "rans" for integer codes, the smaller of both for the rest; "best": the smaller of
-    # both, stream by stream
+    # key of `CODERS`, or "best": the smaller of zstd and rANS, stream by stream
     codec:str="zstd",
 )->bytes: # the artifact
     "Lay tensors out as one file: prefix, header, payload, checksum."
@@ -396,7 +397,7 @@ def save_artifact(
     meta:dict|None=None, # anything JSON can say
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`
     long:bool=False,     # long-distance matching
-    codec:str="zstd",    # of integer codes: "zstd", "rans" or "best"
+    codec:str="zstd",    # of integer codes: "zstd", "rans", "brotli" or "best"
 )->int: # bytes written
     "Pack tensors into a file, whole or not at all."
     pieces = _pieces(tensors, meta, level, long, codec)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'TABLES', 'DTYPES', 'LEVELS', 'EntropyError', 'entropy', 'normalise', 'published_cdf', 'decode_published',
-           'group_rows', 'encode', 'decode', 'squeeze']
+           'group_rows', 'encode', 'decode', 'squeeze', 'to_brotli', 'from_brotli']
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #cb3b4cf7
 import math
 
+import brotli
 import numpy as np
 import zstandard
 
@@ -473,3 +474,25 @@ def squeeze(
     params = zstandard.ZstdCompressionParameters.from_level(level, source_size=max(1, len(data)),
         write_content_size=True, write_checksum=check, **extra)
     return zstandard.ZstdCompressor(compression_params=params).compress(data)
+
+# %% ../../nbs/squeeze/33_entropy.ipynb #br33c001
+def to_brotli(
+    array, # of bytes or codes
+)->bytes:
+    "Compress with brotli at its highest level."
+    return brotli.compress(array.tobytes(), quality=11)
+
+def from_brotli(
+    data,      # a stream of `to_brotli`
+    limit:int, # bytes at most
+)->np.ndarray: # (n,) uint8
+    "The way back, using little more memory than `limit`."
+    reader, out, rest = brotli.Decompressor(), bytearray(), bytes(data)
+    try:
+        while not reader.is_finished() and len(out) <= limit:
+            more = reader.process(rest, output_buffer_limit=2**20)
+            if not (more or rest): raise EntropyError("cut short")
+            out, rest = out+more, b""
+    except brotli.error as e: raise EntropyError(str(e)) from None
+    if len(out) > limit: raise EntropyError(f"more than the {limit} bytes expected")
+    return np.frombuffer(bytes(out), np.uint8)

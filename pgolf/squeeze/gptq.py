@@ -21,8 +21,10 @@ class GPTQConfig:
     "How a matrix is rounded against its Hessian."
     # calibration windows; this and the next two are read by whoever collects the Hessians
     samples:int=256
-    windows:str="train"      # "train"ing text, or the model's own writing: "self"
+    # the "train"ing text from its start, its rows as "shuffled", or the model's own: "self"
+    windows:str="train"
     tables:bool=False        # Hessians of the embedding tables too
+    table_inputs:bool=True   # the tied table counts as the input it is, beside the output
     # columns of which each corrects the others at once; behind them 1, 2, 1, 4, ... blocks do
     block:int=8
     damping:float=.01 # added to the diagonal, share of its mean; times ten until the factor exists
@@ -45,7 +47,7 @@ class GPTQConfig:
         if not self.damping > 0: raise ValueError(f"damping={self.damping} must be above 0")
 
 _CHOICES = dict(order=("descending","ascending","natural"), rule=("cholesky","plain_inverse"),
-    search=("plain","hessian"), refit=("","hessian","plain"), windows=("train","self"))
+    search=("plain","hessian"), refit=("","hessian","plain"), windows=("train","shuffled","self"))
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #a48a08cc
 def _cholesky(A, panel=192):

@@ -25,6 +25,7 @@ class Grid:
     peak:int=0              # code that the clip value lands on; 0: hi
     scale_floor:float=0.    # smallest step, in units of the weight
     quantiles:tuple=(1.,)   # clip candidates, quantiles of |w| in (0, 1]; 1 is the maximum
+    sigmas:float=0.         # clip in standard deviations of the row, in place of quantiles; 0: off
     search:str="row"        # who picks among the candidates: each "row", or the "tensor" as a whole
     scale_per:str="row"     # one step per "row" or one per "tensor"
     half_first:bool=True    # round the step to float16 before the codes are computed with it
@@ -35,6 +36,8 @@ class Grid:
             raise ValueError(f"lo={self.lo}, hi={self.hi}: codes must span 0 and fit a signed byte")
         if not self.quantiles or not all(0 < q <= 1 for q in self.quantiles):
             raise ValueError(f"quantiles={self.quantiles}: each must lie in (0, 1]")
+        if not 0 <= self.sigmas < float("inf") or self.sigmas and self.scale_per != "row":
+            raise ValueError(f"sigmas={self.sigmas} must be 0 or more, with scale_per='row'")
         if not self.scale_floor >= 0:
             raise ValueError(f"scale_floor={self.scale_floor} must be 0 or more")
         for name,known in (("search",("row","tensor")), ("scale_per",("row","tensor")),
@@ -103,12 +106,24 @@ def candidate_scales(
     grid:Grid, # quantiles, floor, granularity
 )->Tensor: # (candidates, ..., r or 1, 1) float32
     "Steps that the grid considers for each row."
+    if grid.sigmas: return _spread_scale(W, grid)[None]
     A = W.abs()
     if grid.scale_per == "tensor": A = A.flatten(-2).unsqueeze(-2)
     if grid.quantiles == (1.,): clip = A.amax(-1, keepdim=True)[None]
     else: clip = high_quantiles(A, grid.quantiles)
     scale = (clip / (grid.peak or grid.hi)).clamp(min=grid.scale_floor)
     return to_half(scale) if grid.half_first else scale
+
+# %% ../../nbs/squeeze/30_quant.ipynb #rb30c001
+def _spread_scale(W, grid):
+    "Steps by the spread of a row (SDClip); a row without spread is stepped by its largest weight."
+    top = grid.peak or grid.hi
+    spread = W.std(-1, keepdim=True, correction=min(1, W.shape[-1]-1))
+    scale = (grid.sigmas*spread/top).clamp(min=grid.scale_floor)
+    largest = W.abs().amax(-1, keepdim=True)/top
+    if grid.half_first: scale, largest = to_half(scale), to_half(largest)
+    flat = (W.amax(-1, keepdim=True) == W.amin(-1, keepdim=True)) | (scale == 0)
+    return torch.where(flat, largest, scale)
 
 # %% ../../nbs/squeeze/30_quant.ipynb #82c04bde
 def search_scale(

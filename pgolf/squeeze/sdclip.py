@@ -6,12 +6,12 @@
 __all__ = ['ORDERED', 'clip_scale', 'clip_gptq', 'hessian_clip_scale']
 
 # %% ../../nbs/squeeze/37_sdclip.ipynb #a73702b0
-import torch
+from dataclasses import replace
+
 from torch import Tensor
 
-from .budget import sigma_scale
 from .gptq import GPTQConfig, gptq
-from .quant import Grid
+from .quant import Grid, candidate_scales
 
 # %% ../../nbs/squeeze/37_sdclip.ipynb #9125f3eb
 def clip_scale(
@@ -20,9 +20,8 @@ def clip_scale(
     grid:Grid, # its last code is the clip
 )->Tensor: # (r, 1) float32, rounded to float16; 0 for a row of zeros
     "Steps of SDClip; a row without spread is stepped by its largest weight."
-    scale = sigma_scale(W, k, grid)
-    flat = (W.amax(1, keepdim=True) == W.amin(1, keepdim=True)) | (scale == 0)
-    return torch.where(flat, (W.abs().amax(1, keepdim=True)/grid.hi).half().float(), scale)
+    if not k > 0: raise ValueError(f"k={k} must be above 0")
+    return candidate_scales(W, replace(grid, sigmas=k))[0]
 
 # %% ../../nbs/squeeze/37_sdclip.ipynb #b91c04e6
 ORDERED = GPTQConfig(order="descending", damping=.01)

@@ -152,6 +152,7 @@ if __name__=="__main__": main()
 
 # %% ../../nbs/submit/61_script.ipynb #64bd4d04
 _STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_threshold","qat_rules",
+    "order_from",
     "use_gptq","first_rules","eval_rules",
     # what the script below knows; the illegal second score is never in it
     "use_ttt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
@@ -161,8 +162,9 @@ def _average(s):
     made = dict(ema=f"EMA({s.ema_decay})", hma=f"HMA({s.ema_decay})",
         swa=f"SWA({s.swa_every}, {s.swa_start_scale})", none="None")[s.average]
     kept = s.average!="none"
+    switch = f"OrderSwitch({s.order_from}), "
     late = f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), "
-    listeners = [late]*bool(s.late_qat_threshold)+["average, "]*kept
+    listeners = [switch]*bool(s.order_from)+[late]*bool(s.late_qat_threshold)+["average, "]*kept
     return dict(average=made, listeners="".join(listeners),
         weights="average.weights()" if kept else "model.state_dict()")
 
@@ -255,14 +257,20 @@ UNUSED = {name:unused for names,unused in {
     "SelfValue": lambda r: not r.model.xsa_last_n,
     "HeadGate": lambda r: not r.model.gated_attention,
     "_take_skip": lambda r: not r.model.skip_init,
+    "BatchLoader": lambda r: r.train.loader!="spans",
+    "ShuffledLoader": lambda r: r.train.loader!="shuffled",
+    "shuffled_windows": lambda r: r.gptq.windows!="shuffled",
+    "_spread_scale": lambda r: not any(g and g.sigmas for _,g in r.quant.rules),
+    "even_rows": lambda r: not r.optim.even_rows,
     "_to_bf16": lambda r: not r.model.rope_bf16,
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
     "refit_scale": lambda r: not r.gptq.refit,
-    "sample_tokens": lambda r: r.gptq.windows=="train",
+    "sample_tokens": lambda r: r.gptq.windows!="self",
     "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),
-    "encode decode": lambda r: r.stages.codec=="zstd",
+    "encode decode": lambda r: r.stages.codec in ("zstd","brotli"),
+    "to_brotli from_brotli": lambda r: r.stages.codec!="brotli",
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,
 }.items() for name in names.split()}
 

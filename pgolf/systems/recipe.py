@@ -35,6 +35,8 @@ class StageConfig:
     ema_decay:float=.997            # per step
     swa_every:int=0                 # steps between snapshots of "swa"
     swa_start_scale:float=.2        # snapshots start when the learning-rate multiplier falls below
+    # share of the run from which blocks run in `layer_order`, each once before; 0: from the start
+    order_from:float=0.
     # training sees rounded weights when the multiplier falls below; 0: never
     late_qat_threshold:float=0.
     # what it sees: (pattern, grid), first match wins
@@ -51,7 +53,7 @@ class StageConfig:
     ttt_rules:tuple=()
     # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
     rescore_temperature:float=0.
-    # of the integer codes: "zstd", "rans", or the "best" of both, layer by layer
+    # of the integer codes: "zstd", "rans", the "best" of both, layer by layer, or "brotli"
     codec:str="best"
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
@@ -61,6 +63,7 @@ class StageConfig:
         if self.average=="swa" and not self.swa_every:
             raise ValueError("average='swa' needs swa_every > 0")
         if not 0<=self.ema_decay<1: raise ValueError(f"ema_decay={self.ema_decay} not in [0, 1)")
+        if not 0<=self.order_from<1: raise ValueError(f"order_from={self.order_from} not in [0, 1)")
         if not 0<=self.zstd_level<=22:
             raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
         for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):

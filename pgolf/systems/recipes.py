@@ -8,6 +8,7 @@ __all__ = ['RECIPES', 'VARIANTS', 'SCALES', 'PARENTS', 'get_recipe', 'Scale', 's
 # %% ../../nbs/systems/50_recipes.ipynb #31feb3d9
 import difflib
 from dataclasses import dataclass, replace
+from .great import PR1394
 from .published import (PR576, PR576_AS_RUN, PR598, PR598_AS_RUN, PR601, PR601_AS_RUN,
                                      PR601_BH10240, PR601_V0, PR610, PR610_AS_RUN, PR1123,
                                      PR1123_AS_RUN)
@@ -21,6 +22,7 @@ RECIPES = {r.name:r for r in (
     PR598, PR598_AS_RUN,
     PR1123, PR1123_AS_RUN,
     PR601, PR601_AS_RUN,
+    PR1394, # description and run agree
 )}
 VARIANTS = {r.name:r for r in (PR601_V0, PR601_BH10240)}
 
@@ -52,6 +54,7 @@ class Scale:
     num_heads:int=4     # query heads
     small_dim:int=64    # width of the bigram and value tables
     num_spans:int=2     # spans that a batch is cut into
+    vocab_size:int=1024 # tokens at most: of the tokenizer that comes with the package
 
 SCALES = dict(
     pocket=Scale(
@@ -112,6 +115,7 @@ def shrink_order(
 def _shrink_model(s, m):
     "Model settings at scale `s`, in proportion to the full model `m`."
     return dict(
+        vocab_size=min(m.vocab_size, s.vocab_size),
         num_layers=s.num_layers,
         model_dim=s.model_dim,
         num_heads=s.num_heads,

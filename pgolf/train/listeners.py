@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MetricsLog', 'Validate', 'expected_steps', 'seconds_left', 'as_line', 'Progress', 'Checkpointer',
-           'TensorBoard']
+           'OrderSwitch', 'TensorBoard']
 
 # %% ../../nbs/train/26_listeners.ipynb #8b67ade2
 import json, math, sys
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -165,6 +166,29 @@ class Checkpointer:
         settle(run) # a run that has gone astray must not replace a good checkpoint
         with run.paused(): save_checkpoint(run, Path(self.path or run.out/"checkpoint.safetensors"))
 
+
+# %% ../../nbs/train/26_listeners.ipynb #rb26c001
+class OrderSwitch:
+    "Run every block once until a share of the run is over, from then on in the model's own order."
+    def __init__(self,
+        start:float, # share of the run, above 0, below 1
+    ):
+        if not 0 < start < 1:
+            raise ValueError(f"start={start} must be above 0 and below 1: leave the listener out"
+                " for the model's own order from the first step")
+        self.start = start
+    def on_start(self, run): self.before_step(run)
+    def before_step(self, run):
+        "Switch at the first step that begins at `start` or later; it is never switched back."
+        late = run.schedule.progress(run.step, run.agreed) >= self.start
+        run.model.order = run.model.cfg.order if late else tuple(range(run.model.cfg.num_layers))
+    @contextmanager
+    def rehearse(self, run):
+        "Be switched for a step of the warm-up, so that its graph is there before the clock starts."
+        before, run.model.order = run.model.order, run.model.cfg.order
+        yield
+        run.model.order = before
+    def on_end(self, run): run.model.order = run.model.cfg.order
 
 # %% ../../nbs/train/26_listeners.ipynb #7f5b5e7e
 class TensorBoard:

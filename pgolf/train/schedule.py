@@ -55,8 +55,8 @@ def _check(c):
             raise ValueError(f"{name}={v} must be finite and not negative")
     for name in ("muon_momentum", "muon_momentum_warmup_start"):
         if not 0 <= (v := getattr(c, name)) < 1: raise ValueError(f"{name}={v} must be in [0, 1)")
-    if not 0 <= c.warmdown_ratio <= 1:
-        raise ValueError(f"warmdown_ratio={c.warmdown_ratio} must be in 0..1")
+    for name in ("warmdown_ratio", "min_lr"):
+        if not 0 <= (v := getattr(c, name)) <= 1: raise ValueError(f"{name}={v} must be in 0..1")
     if c.decay not in DECAYS: raise ValueError(f"decay={c.decay!r} is none of {', '.join(DECAYS)}")
 
 # %% ../../nbs/train/21_schedule.ipynb #5ea3d003
@@ -80,7 +80,8 @@ class ScheduleConfig:
     iterations:int=20_000         # steps at most
     max_wallclock_seconds:float=0. # seconds of training at most, validation aside; 0: no limit
     warmdown_iters:int=3500       # last steps, over which the rate falls to 0
-    warmdown_ratio:float=0.       # a fraction of `iterations` in place of warmdown_iters; 0: none
+    warmdown_ratio:float=0.       # last share of the run, in place of warmdown_iters; 0: none
+    min_lr:float=0.               # multiplier at which the fall stops, 0..1
     lr_warmup_iters:int=0         # first steps, over which the rate rises
     decay:str="linear"            # shape of the warmdown: linear or cosine
     muon_momentum:float=.99       # at the end of its ramp
@@ -92,11 +93,11 @@ class ScheduleConfig:
         elapsed:float=0., # seconds of training so far
     )->float: # 0..1
         "Multiplier of every base learning rate."
-        warmdown = self.warmdown_ratio*self.iterations or self.warmdown_iters
-        left = by_steps(step, self.iterations, warmdown)
-        if cap := self.max_wallclock_seconds:
-            left = min(left, by_clock(step, elapsed, cap, warmdown))
-        return min(ramp(step+1, 0., 1., self.lr_warmup_iters), DECAYS[self.decay](left))
+        fall = max(DECAYS[self.decay](_left(self, step, elapsed)), self.min_lr)
+        return min(ramp(step+1, 0., 1., self.lr_warmup_iters), fall)
+    def progress(self, step:int, elapsed:float=0.)->float: # 0..1
+        "Share of the run that is over, by steps or by the clock, whichever is further."
+        return _progress(self, step, elapsed)
     def scales(self, step:int, elapsed:float=0.)->dict[str,float]: # name -> multiplier
         "What the groups follow that have a schedule of their own."
         return {name: scale(self, step, elapsed) for name,scale in SCHEDULES.items()}
@@ -107,3 +108,15 @@ class ScheduleConfig:
     def done(self, step:int, elapsed:float=0.)->bool:
         "Whether `step` finished steps in `elapsed` seconds reach a limit."
         return step >= self.iterations or 0 < self.max_wallclock_seconds <= elapsed
+
+# %% ../../nbs/train/21_schedule.ipynb #rb21c001
+def _progress(c, step, elapsed):
+    cap = c.max_wallclock_seconds
+    return min(1., max(step/c.iterations, elapsed/cap if cap else 0.))
+
+def _left(c, step, elapsed):
+    "What is left of the warmdown, 1 before it, by the nearer of both limits."
+    if c.warmdown_ratio: return min(1., (1 - c.progress(step, elapsed))/c.warmdown_ratio)
+    left = by_steps(step, c.iterations, c.warmdown_iters)
+    if not (cap := c.max_wallclock_seconds): return left
+    return min(left, by_clock(step, elapsed, cap, c.warmdown_iters))
