@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all test-busy card card-wheels docs readme lab clean bin
+.PHONY: help reproduce test test-all test-busy card card-wheels docs readme boxes lab clean bin
 
 help: ## show this list
 	@echo "pgolf: the annotated Parameter Golf"; echo
@@ -50,6 +50,9 @@ docs: $(READY) ## build the site into _docs/ (Quarto if installed, else pure Pyt
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/docs.py readme
+
+boxes: $(READY) ## renew the box at the top of every chapter, from the results
+	@$(BIN)/python .ci/boxes.py write
 
 lab: $(READY) ## open the chapters in JupyterLab
 	@$(BIN)/jupyter lab nbs

@@ -134,7 +134,9 @@ def stage_notebook(nb, index, entries, dates):
             data['text/markdown'] = reader.link_pulls(shown, seen[0])
         if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell)
         else: cells += framed(cell)
+        if cell.get('id') == 'chapter-box': cell['source'] = boxed(source(cell))
         if i == 0: cells.append(markdown(line, 'page-tools'))
+    cells = folded(cells)
     for cell in cells: cell['source'] = lines(source(cell))
     done['cells'] = cells
     (STAGE/f'{page}.ipynb').write_text(json.dumps(done), encoding='utf-8')
@@ -150,6 +152,43 @@ def framed(cell):
     anchors = f'```{{=html}}\n{anchors}\n```\n\n' if anchors else ''
     return [markdown(anchors + '::: {.exported}', f"{cell['id']}-opens"), cell,
         markdown(':::', f"{cell['id']}-ends")]
+
+
+def boxed(text):
+    "Turn the quotation that opens a chapter in JupyterLab into the box of its page."
+    return '::: {.chapter-box}\n' + re.sub(r'^> ?', '', text, flags=re.M) + '\n:::'
+
+
+# sections that stand folded on a page: answers to exercises, and what makes a chapter work
+FOLDED = r'(##+) ((?:Answers|Behind the scenes)\b[^\n]*)\n?'
+
+
+def folded(cells):
+    """Fold the sections that `FOLDED` names, up to the next heading of their level or above. A
+    heading inside becomes a bold line with the heading's anchor."""
+    done, level = [], 0
+    for cell in cells:
+        text = source(cell) if cell['cell_type'] == 'markdown' else ''
+        heading = re.match(r'(##?#?#?) ', text)
+        if level and heading and len(heading[1]) <= level:
+            done.append(markdown('```{=html}\n</details>\n```', f"{cell['id']}-folded"))
+            level = 0
+        if opens := re.match(FOLDED, text):
+            level, cell = len(opens[1]), dict(cell, source=text[opens.end():].strip())
+            title = html.escape(opens[2])
+            done.append(markdown(f'```{{=html}}\n<details class="folded" id="{anchor(opens[2])}">'
+                f'<summary>{title}</summary>\n```', f"{cell['id']}-folds"))
+        elif level and heading:
+            cell = dict(cell, source=re.sub(r'^##+ (.*)$',
+                lambda m: f'[**{m[1]}**]{{#{anchor(m[1])}}}', text, flags=re.M))
+        if source(cell).strip(): done.append(cell)
+    if level: done.append(markdown('```{=html}\n</details>\n```', 'last-folded'))
+    return done
+
+
+def anchor(heading):
+    "How the renderers name the place of a heading."
+    return re.sub(r'[^\w\s-]', '', heading.lower()).strip().replace(' ', '-')
 
 
 def stage_sources(entries, used):

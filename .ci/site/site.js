@@ -26,6 +26,15 @@
     box.after(link);
   });
 
+  // ---- a link to something that stands folded opens it
+  const unfold = () => {
+    let target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    for (let e = target; e; e = e.parentElement) if (e.matches("details.folded")) e.open = true;
+    if (target && target.closest("details.folded")) target.scrollIntoView();
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
+
   // ---- contents of the page where there is no margin for them
   const contents = document.querySelector("#TOC ul");
   const title = document.querySelector("main .page-tools") || document.querySelector("main header");
