@@ -51,8 +51,8 @@ docs: $(READY) ## build the site into _docs/ (Quarto if installed, else pure Pyt
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/docs.py readme
 
-lab: $(READY) ## open the chapters in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: $(READY) ## open the chapters in JupyterLab, first the page that says where to go
+	@$(BIN)/jupyter lab nbs/index.ipynb
 
 bin: # where the commands of the environment are
 	@echo $(BIN)
