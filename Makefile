@@ -54,8 +54,8 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 boxes: $(READY) ## renew the box at the top of every chapter, from the results
 	@$(BIN)/python .ci/boxes.py write
 
-lab: $(READY) ## open the chapters in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: $(READY) ## open the chapters in JupyterLab, first the page that says where to go
+	@$(BIN)/jupyter lab nbs/index.ipynb
 
 bin: # where the commands of the environment are
 	@echo $(BIN)

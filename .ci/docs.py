@@ -14,6 +14,7 @@ from pathlib import Path
 
 # what a reader expects around a chapter: sheets, papers, captions, the line under the title
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import figures
 import reader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +121,7 @@ def stage_notebook(nb, index, entries, dates):
     mine = {c.get('id') for c in original if exported(c)}
     reader.number_figures(done['cells'])
     line = reader.tools(Path('nbs')/nb, module_of(original), dates)
-    cells = []
+    cells, touched = [], False
     for i, cell in enumerate(done['cells']):
         if not source(cell).strip(): continue                     # a cell of directives alone
         # the file has that name
@@ -132,7 +133,9 @@ def stage_notebook(nb, index, entries, dates):
             if 'text/markdown' in o.get('data', {})):
             shown = relink(''.join(data['text/markdown']))
             data['text/markdown'] = reader.link_pulls(shown, seen[0])
-        if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells.append(cell)
+        live = figures.taken_out(cell, first=not touched)
+        touched = touched or bool(live)
+        if cell['cell_type'] != 'code' or cell.get('id') not in mine: cells += [cell, *live]
         else: cells += framed(cell)
         if cell.get('id') == 'chapter-box': cell['source'] = boxed(source(cell))
         if i == 0: cells.append(markdown(line, 'page-tools'))
@@ -366,7 +369,9 @@ def add_files(notebooks):
     "Put beside the pages what they offer: notebooks, scripts, pictures, and the built-in search."
     (SITE/'notebooks').mkdir()
     for nb in notebooks: shutil.copy(ROOT/'nbs'/nb, SITE/'notebooks')
-    for name in ('site.js', 'card.png', 'references.bib'): shutil.copy(STAGE/name, SITE)
+    for name in ('site.js', 'touch.js', 'card.png', 'references.bib'):
+        shutil.copy(STAGE/name, SITE)
+    (SITE/'vega.js').write_text(figures.library(), encoding='utf-8')
     if (SITE/'site_libs'/'fuse').exists():          # not Quarto: a search that reads whole words
         shutil.copy(STAGE/'search.js', SITE/'site_libs'/'fuse'/'fuse.min.js')
         reader.search_index(SITE)

@@ -8,6 +8,8 @@ import base64, configparser, functools, html, json, re, struct, subprocess, toml
 from html.parser import HTMLParser
 from pathlib import Path
 
+import figures
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES, BIBLIOGRAPHY = ROOT/'nbs'/'sources', ROOT/'nbs'/'references.bib'
 GLOSSARY = ROOT/'nbs'/'findings'/'glossary.toml'
@@ -245,6 +247,10 @@ def number_figures(cells):
     "Give each figure of a page its number and a caption: what `fig-cap` says, or `fig-alt`."
     count = 0
     for cell in cells:
+        for touched in filter(figures.touchable, cell.get('outputs', [])):
+            count += 1
+            said = touched['data'][figures.FIGURE]['description']
+            touched['metadata']['caption'] = f'Figure {count}. {said}'
         pictures = [o for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
         if not pictures: continue
         code = ''.join(cell['source'])

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import CLEAN, ROOT
+from scratch import watch
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
 SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card",
@@ -23,8 +24,10 @@ def execute(path, log):
     from nbdev.test import test_nb
     with open(log, "w") as out:
         for stream in (1, 2): os.dup2(out.fileno(), stream)
+    written = watch()
     ok, _ = test_nb(path, skip_flags=["notest"], basepath=ROOT)
-    sys.exit(not ok)
+    if written: print(f"AssertionError: writes outside of a scratch folder: {written[:5]}")
+    sys.exit(not ok or bool(written))
 
 
 def name_of(path): return re.sub(r'^\d+[a-z]?_', '', path.stem)
@@ -52,6 +55,18 @@ def test_a_chapter_that_fails_is_seen(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/"00_bad.ipynb")
     with pytest.raises(pytest.fail.Exception, match="00_bad.ipynb: .*AssertionError"):
         test_chapter(tmp_path/"00_bad.ipynb", tmp_path)
+
+
+def test_a_chapter_that_writes_beside_itself_is_seen(tmp_path):
+    import nbformat
+    planted = ROOT/"nbs"/f"planted-{os.getpid()}.txt"
+    code = f"open({str(planted)!r}, 'w').close()"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]),
+        tmp_path/"00_beside.ipynb")
+    try:
+        with pytest.raises(pytest.fail.Exception, match="outside of a scratch folder"):
+            test_chapter(tmp_path/"00_beside.ipynb", tmp_path)
+    finally: planted.unlink(missing_ok=True)
 
 
 def test_what_is_left_out_are_chapters():
