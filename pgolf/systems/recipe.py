@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, get_origin
 from tabulate import tabulate
 from ..model.gpt import Group, ModelConfig
-from ..squeeze.artifact import check_codec
+from ..squeeze.coders import check_codec
 from ..squeeze.gptq import GPTQConfig
 from ..train.muon import OptimConfig
 from ..squeeze.quant import Grid, QuantConfig
@@ -55,7 +55,8 @@ class StageConfig:
     ttt_rules:tuple=()
     # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
     rescore_temperature:float=0.
-    # of the integer codes: "zstd", "rans", the "best" of both, layer by layer, or "brotli"
+    # of the integer codes: "zstd", "rans", the "best" of both, layer by layer, "brotli", or
+    # "grouped": by columns, similar rows together, each kind of layer as it is smallest
     codec:str="best"
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
