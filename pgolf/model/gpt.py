@@ -35,6 +35,8 @@ class Sizes:
     logit_softcap:float=30. # logits stay within ± this; 0: off
     norm_eps:float=0. # epsilon of block and final norms; 0: float32's own 1.19e-7
     tied_embed_init_std:float=.005 # token table
+    # matrices start uniform, within one over the root of their inputs, in place of orthogonal
+    uniform_init:bool=False
     layer_order:tuple[int,...]=() # blocks in the order they run, repeats allowed; (): each once
 
     head_dim = property(lambda self: self.model_dim//self.num_heads, doc="Width of one head.")
@@ -116,7 +118,7 @@ def stored(
     cfg:ModelConfig, # the model
 )->dict: # field -> value, for `ModelConfig(**...)`
     "What an artifact says of its model."
-    return {k: v for k,v in asdict(cfg).items() if k != "layer_order" or v}
+    return {k: v for k,v in asdict(cfg).items() if k not in ("layer_order","uniform_init") or v}
 
 # %% ../../nbs/model/19_gpt.ipynb #5ea3b008
 OUTPUT_PARTS = {  # name -> (configuration, block number) -> module (y, x, v) -> y, or None
@@ -278,6 +280,9 @@ def _draw_weights(model:GPT, seed:int):
     for name,m in sorted(model.named_modules()):
         if not isinstance(m, CastLinear): continue
         if m.zero_init: nn.init.zeros_(m.weight)
+        elif c.uniform_init:
+            bound = m.in_features**-.5
+            nn.init.uniform_(m.weight, -bound, bound, generator=gen)
         else:
             nn.init.orthogonal_(m.weight, (2*c.num_layers)**-.5 if name.endswith("proj")
                 else 1., generator=gen)

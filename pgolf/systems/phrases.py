@@ -20,6 +20,7 @@ MODEL = dict(
     logit_softcap="bound of the logits",
     norm_eps="epsilon of the norms (0: that of float32)",
     tied_embed_init_std="spread of the token table at the start",
+    uniform_init="matrices start uniform in place of orthogonal",
     init_bf16="initial values rounded to bfloat16",
     bf16_names="parameters stored in bfloat16",
     rope_dims="rotated dimensions of a head",
