@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf.squeeze import artifact
+from pgolf.squeeze import artifact, coders
 from pgolf.squeeze.artifact import (ArtifactError, family, ledger, load_artifact, pack, peek,
                                     save_artifact, squeeze, unpack)
 from pgolf.squeeze.entropy import encode, entropy
@@ -322,7 +322,7 @@ def test_a_header_that_would_fill_memory_is_refused(monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(shapes=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 90)), max_size=4),
     alike=st.booleans(), top=st.integers(0, 127), seed=st.integers(0, 99),
-    codec=st.sampled_from(artifact.CODECS))
+    codec=st.sampled_from(coders.CODECS))
 def test_any_codes_come_back(shapes, alike, top, seed, codec):
     gen = torch.Generator().manual_seed(seed)
     if alike: shapes = shapes[:1]*len(shapes)

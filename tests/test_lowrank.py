@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from pgolf.squeeze.gptq import hessian_error
-from pgolf.squeeze.lowrank import (Corrected, FrontierConfig, error_factors, pack_asymmetric,
-                                   pack_symmetric, quantize_frontier)
-from pgolf.squeeze.quant import Quantized
+from pgolf.squeeze.lowrank import (Corrected, error_factors, pack_asymmetric, pack_symmetric,
+                                   squeeze_state)
+from pgolf.squeeze.quant import QuantConfig, Quantized, int_grid
+from pgolf.squeeze.sdclip import ORDERED
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,13 @@ def mixed(z):
     def part(key): return {k.removeprefix(f"mixed/{key}/"): torch.from_numpy(z[k])
         for k in z.files if k.startswith(f"mixed/{key}/")}
     h = json.loads(str(z["mixed/hyper"]))
-    rules = (("tok_emb", h["embed_bits"], h["embed_clip_sigmas"]),
-        (r"\.mlp\.", h["matrix_bits"], h["mlp_clip_sigmas"]),
-        (r"\.attn\.", h["matrix_bits"], h["attn_clip_sigmas"]),
-        ("", h["matrix_bits"], h["matrix_clip_sigmas"]))
-    cfg = FrontierConfig(rules=rules, lqer_top=h["lqer_top_k"], lqer_rank=h["lqer_rank"],
-        lqer_group=h["lqer_asym_group"])
+    def grid(kind, part): return int_grid(h[f"{kind}_bits"], sigmas=h[f"{part}_clip_sigmas"])
+    rules = (("tok_emb", grid("embed", "embed")), (r"\.mlp\.", grid("matrix", "mlp")),
+        (r"\.attn\.", grid("matrix", "attn")), ("", grid("matrix", "matrix")))
+    cfg = QuantConfig(rules, small_rules=((r"attn_gate_w$", int_grid(8)),),
+        lqer_top=h["lqer_top_k"], lqer_rank=h["lqer_rank"], lqer_group=h["lqer_asym_group"])
     state, hessians = part("in"), part("H")
-    return state, hessians, quantize_frontier(state, hessians, cfg)
+    return state, hessians, squeeze_state(state, cfg, ORDERED, hessians)
 
 
 def test_every_tensor_goes_the_published_way(z, mixed):

@@ -20,7 +20,8 @@ from pgolf.model import gpt
 from pgolf.model.gpt import BASE_GROUPS, GPT, OUTPUT_PARTS, Group, ModelConfig, stored
 from pgolf.score import windows
 from pgolf.score.lora import ADAPTATIONS
-from pgolf.squeeze.artifact import CODERS, ArtifactError, Coder, pack, unpack
+from pgolf.squeeze.artifact import ArtifactError, pack, unpack
+from pgolf.squeeze.coders import CODERS, Coder
 from pgolf.submit import script
 from pgolf.systems import pipeline
 from pgolf.systems.published import PR610
@@ -270,9 +271,9 @@ def test_a_coder_from_outside_writes_and_reads_an_artifact(monkeypatch):
     assert len(pack(tensors, codec="best")) <= len(packed)
     assert PR610.but(codec="zlib").stages.codec == "zlib"
     monkeypatch.delitem(CODERS, "zlib")
-    with pytest.raises(ArtifactError, match="must be a codec, zstd or rans or brotli, and a size"):
+    with pytest.raises(ArtifactError, match="must be a codec, zstd or rans or .*, and a size"):
         unpack(packed)
-    with pytest.raises(ValueError, match="codec='zlib': choose one of zstd, rans, brotli, best"):
+    with pytest.raises(ValueError, match="codec='zlib': choose one of zstd, rans, brotli"):
         PR610.but(codec="zlib")
 
 

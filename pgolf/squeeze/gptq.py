@@ -27,6 +27,7 @@ class GPTQConfig:
     table_inputs:bool=True   # the tied table counts as the input it is, beside the output
     # columns of which each corrects the others at once; behind them 1, 2, 1, 4, ... blocks do
     block:int=8
+    zero_dead:bool=False # weights of a column whose input is always 0 become 0
     damping:float=.01 # added to the diagonal, share of its mean; times ten until the factor exists
     order:str="descending"   # columns by diagonal: "descending", "ascending" or "natural"
     # "plain_inverse" is the faulty rule that PR #576 and PR #610 ran: exhibits only
@@ -98,19 +99,25 @@ class Factor:
     # (n, n) float32: row j has what column j takes of the errors of the columns behind it
     feed:Tensor
     cost:Tensor  # (n,) float32: error of the row per squared rounding error of the column, L_jj^2
+    dead:Tensor|None=None # (n,) bool, columns to become 0; None: none
 
 def factor(
     H:Tensor, # (n, n)
     cfg:GPTQConfig=GPTQConfig(), # order, damping, rule
 )->Factor: # for any number of matrices, rows and grids
     "Sort a Hessian's columns and factor it."
-    H = H.float()
+    H,dead = _without_dead(H.float()) if cfg.zero_dead else (H.float(), None)
     order = column_order(H, cfg.order).flip(0)
     L = damped_cholesky(H.index_select(0, order).index_select(1, order), cfg.damping)
     d = L.diagonal()
-    if cfg.rule == "cholesky": return Factor(H, order, (L/d).mT, d.square())
+    if cfg.rule == "cholesky": return Factor(H, order, (L/d).mT, d.square(), dead)
     K = torch.cholesky_inverse(L)
-    return Factor(H, order, -K/K.diagonal(), d.square())
+    return Factor(H, order, -K/K.diagonal(), d.square(), dead)
+
+def _without_dead(H):
+    "A Hessian with a 1 for columns that never had an input, and which these are."
+    dead = H.diagonal() == 0
+    return H + torch.diag(dead.float()), dead
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #904d9fae
 def _round_columns(W, feed, scale, grid, cfg):
@@ -136,6 +143,7 @@ def _sorted(W, factors):
     "Matrices (N, r, n) as (N, n, r) float32, their columns in the order of the factors."
     out = W.new_empty((len(W), *W.shape[:0:-1]), dtype=torch.float32)
     for w,f,o in zip(W.float(), factors, out):
+        if f.dead is not None: w = w.masked_fill(f.dead, 0)
         torch.index_select(w.mT.contiguous(), 0, f.order, out=o)
     return out
 
@@ -300,21 +308,21 @@ def _plain(name, t, cfg, rows=None):
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #57ed069b
 def dequantize_state(
-    tensors:dict, # name -> Quantized or tensor
+    tensors:dict, # name -> tensor, or what has a method `dequantize`, as Quantized
 )->dict: # name -> tensor; matrices float32, kept tensors in their stored type
     "Weights that stored tensors stand for."
-    return {n: t.dequantize() if isinstance(t, Quantized) else t for n,t in tensors.items()}
+    return {n: t if isinstance(t, Tensor) else t.dequantize() for n,t in tensors.items()}
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #71477c4e
 def quant_errors(
     state:dict,     # name -> tensor before
-    quantized:dict, # name -> Quantized or tensor after
+    quantized:dict, # name -> tensor after, or what has `codes` and `dequantize`, as Quantized
     hessians:dict|None=None, # weight name -> (n, n)
 )->list[dict]: # name, numel, codes (in use), mse and output: relative errors, None without Hessian
     "Relative squared error of each quantized matrix, plain and as seen in the layer's output."
     rows = []
     for name,q in quantized.items():
-        if not isinstance(q, Quantized): continue
+        if isinstance(q, Tensor): continue
         W = state[name].detach().float().cpu()
         D = W - q.dequantize()
         H = (hessians or {}).get(name)

@@ -297,20 +297,42 @@ class QuantConfig:
     keep_numel:int=65_536 # tensors up to this size are kept as float16
     keep_float32:str=""   # pattern of small tensors kept as float32 instead; "": none
     prune:float=0.        # share of each quantized matrix set to zero first
+    small_rules:tuple=()  # (pattern, Grid) of matrices up to keep_numel that are quantized
+    # the rest is for `squeeze_state`, which adds to what is rounded
+    lqer_top:int=0        # matrices, by rounding error, that get a correction of low rank; 0: none
+    lqer_rank:int=4       # of a correction
+    lqer_group:int=64     # numbers of its second factor that share a step
+    lqer_fit:str="plain"  # to the "plain" error, or to the error that the "inputs" see
+    awq_top:int=0         # groups of columns, among all matrices, that are kept in int8; 0: none
+    awq_group:int=64      # columns of a group
     def __post_init__(self):
-        rules = tuple((p, Grid(**g) if isinstance(g, dict) else g) for p,g in self.rules)
-        object.__setattr__(self, "rules", rules)
-        if self.keep_numel < 0: raise ValueError(f"keep_numel={self.keep_numel} must be 0 or more")
-        if not 0 <= self.prune < 1: raise ValueError(f"prune={self.prune} not in [0, 1)")
+        for name in ("rules", "small_rules"):
+            grids = ((p, Grid(**g) if isinstance(g, dict) else g) for p,g in getattr(self, name))
+            object.__setattr__(self, name, tuple(grids))
+        _check_quant(self)
     def grid(self,
         name:str, # tensor's name
         t:Tensor, # its value, for shape and type
     ):# Grid, or the dtype it is kept in
         "How a tensor is stored."
         if not t.is_floating_point(): return t.dtype
-        if t.numel() > self.keep_numel and t.dim() == 2: return _grid_of(name, self.rules)
+        if t.dim() == 2:
+            if t.numel() > self.keep_numel: return _grid_of(name, self.rules)
+            if grid := first_match(name, self.small_rules): return grid
         exact = self.keep_float32 and re.search(self.keep_float32, name)
         return torch.float32 if exact else torch.float16
+
+# %% ../../nbs/squeeze/30_quant.ipynb #ex30c001
+def _check_quant(c):
+    "Raise for a number that no rounding can use."
+    for name,least in dict(keep_numel=0, lqer_top=0, awq_top=0, lqer_rank=1, lqer_group=1,
+        awq_group=1).items():
+        if getattr(c, name) < least:
+            raise ValueError(f"{name}={getattr(c, name)} must be {least} or more")
+    if not 0 <= c.prune < 1: raise ValueError(f"prune={c.prune} not in [0, 1)")
+    if c.lqer_fit not in ("plain","inputs"):
+        raise ValueError(f"lqer_fit={c.lqer_fit!r}: choose 'plain' or 'inputs'")
+
 
 # %% ../../nbs/squeeze/30_quant.ipynb #6b5726c6
 def _grid_of(name, rules):

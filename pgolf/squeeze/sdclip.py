@@ -24,23 +24,17 @@ def clip_scale(
     return candidate_scales(W, replace(grid, sigmas=k))[0]
 
 # %% ../../nbs/squeeze/37_sdclip.ipynb #b91c04e6
-ORDERED = GPTQConfig(order="descending", damping=.01)
+ORDERED = GPTQConfig(order="descending", damping=.01, zero_dead=True)
 
 def clip_gptq(
     W:Tensor,     # (r, n) float32
     H:Tensor,     # (n, n) float32, sum of x x^T over the inputs
     scale:Tensor, # (r, 1) float32
     grid:Grid,    # range of the codes
-    cfg:GPTQConfig=ORDERED,
 )->Tensor: # (r, n) float32 whole numbers
     "Round with GPTQ as PR #1394 does: dead columns are zero."
-    if H.shape != (W.shape[1],)*2:
-        raise ValueError(f"H.shape={tuple(H.shape)} does not belong to W.shape={tuple(W.shape)}:"
-            f" expected {(W.shape[1],)*2}")
-    dead = H.diagonal() == 0
-    H = H.clone()
-    H.diagonal()[dead] = 1
-    return gptq(W.masked_fill(dead, 0), H, scale, grid, cfg)
+    return gptq(W, H, scale, grid, ORDERED)
+
 
 # %% ../../nbs/squeeze/37_sdclip.ipynb #437e94e6
 def hessian_clip_scale(

@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, get_origin
 from tabulate import tabulate
 from ..model.gpt import Group, ModelConfig
-from ..squeeze.artifact import check_codec
+from ..squeeze.coders import check_codec
 from ..squeeze.gptq import GPTQConfig
 from ..train.muon import OptimConfig
 from ..squeeze.quant import Grid, QuantConfig
@@ -37,6 +37,8 @@ class StageConfig:
     swa_start_scale:float=.2        # snapshots start when the learning-rate multiplier falls below
     # share of the run from which blocks run in `layer_order`, each once before; 0: from the start
     order_from:float=0.
+    # share from which Muon's weight decay falls, on a line, to half of it at the end; 0: never
+    taper_from:float=0.
     # training sees rounded weights when the multiplier falls below; 0: never
     late_qat_threshold:float=0.
     # what it sees: (pattern, grid), first match wins
@@ -53,7 +55,8 @@ class StageConfig:
     ttt_rules:tuple=()
     # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
     rescore_temperature:float=0.
-    # of the integer codes: "zstd", "rans", the "best" of both, layer by layer, or "brotli"
+    # of the integer codes: "zstd", "rans", the "best" of both, layer by layer, "brotli", or
+    # "grouped": by columns, similar rows together, each kind of layer as it is smallest
     codec:str="best"
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
@@ -63,7 +66,8 @@ class StageConfig:
         if self.average=="swa" and not self.swa_every:
             raise ValueError("average='swa' needs swa_every > 0")
         if not 0<=self.ema_decay<1: raise ValueError(f"ema_decay={self.ema_decay} not in [0, 1)")
-        if not 0<=self.order_from<1: raise ValueError(f"order_from={self.order_from} not in [0, 1)")
+        for name in ("order_from","taper_from"):
+            if not 0<=(v := getattr(self, name))<1: raise ValueError(f"{name}={v} not in [0, 1)")
         if not 0<=self.zstd_level<=22:
             raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
         for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):

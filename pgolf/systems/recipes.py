@@ -14,6 +14,7 @@ from .published import (PR576, PR576_AS_RUN, PR598, PR598_AS_RUN, PR601, PR601_A
                                      PR1123_AS_RUN)
 from .road import MILESTONES
 from .recipe import Recipe, expand
+from .summit import PR1855
 from ..train.schedule import ScheduleConfig
 
 # %% ../../nbs/systems/50_recipes.ipynb #c5000002
@@ -24,6 +25,7 @@ RECIPES = {r.name:r for r in (
     PR1123, PR1123_AS_RUN,
     PR601, PR601_AS_RUN,
     PR1394, # description and run agree
+    PR1855, # likewise
 )}
 VARIANTS = {r.name:r for r in (PR601_V0, PR601_BH10240)}
 
@@ -124,6 +126,7 @@ def _shrink_model(s, m):
         rope_dims=s.model_dim//s.num_heads*m.rope_dims//m.head_dim,
         layer_order=shrink_order(m.layer_order, m.num_layers, s.num_layers),
         xsa_last_n=round(m.xsa_last_n*s.num_layers/m.num_layers),
+        parallel_start=round(m.parallel_start*s.num_layers/m.num_layers),
         bigram_vocab_size=m.bigram_vocab_size and s.bigram_vocab_size*m.bigram_vocab_size//2048,
         bigram_dim=s.small_dim,
         ve_dim=m.ve_dim and s.small_dim,
@@ -191,9 +194,10 @@ def _expanded(recipe):
     return recipe.but(**{n:expand(recipe.settings()[n], recipe.model.num_layers) for n in names})
 
 # %% ../../nbs/systems/50_recipes.ipynb #a7b10002
-PARENTS = {name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
-           for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601")
-PARENTS = {n:m.parent for n,m in MILESTONES.items()} | PARENTS
+PARENTS = {n:m.parent for n,m in MILESTONES.items()} | {
+    name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
+    for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601") | {
+    "pr1855": "pr1394"}
 
 def parent_of(
     recipe:Recipe, # at its scale
