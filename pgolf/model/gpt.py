@@ -42,6 +42,8 @@ class Sizes:
     asymmetric_cap:bool=False # a limit of its own for each sign, both starting at logit_softcap
     norm_eps:float=0. # epsilon of block and final norms; 0: float32's own 1.19e-7
     tied_embed_init_std:float=.005 # token table
+    # matrices start uniform, within one over the root of their inputs, in place of orthogonal
+    uniform_init:bool=False
     layer_order:tuple[int,...]=() # blocks in the order they run, repeats allowed; (): each once
 
     head_dim = property(lambda self: self.model_dim//self.num_heads, doc="Width of one head.")
@@ -141,7 +143,7 @@ def _is_tail(order:tuple[int,...], start:int)->bool:
 
 # %% ../../nbs/model/19_gpt.ipynb #5ea3b007
 LATER = ("layer_order","asymmetric_cap","smear_window","output_gate","gate_window","gate_slope",
-    "parallel","parallel_start","fused_loss")
+    "parallel","parallel_start","fused_loss","uniform_init")
 
 def stored(
     cfg:ModelConfig, # the model
@@ -348,6 +350,9 @@ def _draw_weights(model:GPT, seed:int):
     for name,m in sorted(model.named_modules()):
         if not isinstance(m, CastLinear): continue
         if m.zero_init: nn.init.zeros_(m.weight)
+        elif c.uniform_init:
+            bound = m.in_features**-.5
+            nn.init.uniform_(m.weight, -bound, bound, generator=gen)
         else:
             nn.init.orthogonal_(m.weight, (2*c.num_layers)**-.5 if name.endswith("proj")
                 else 1., generator=gen)

@@ -22,6 +22,7 @@ MODEL = dict(
     fused_loss="loss of training that keeps less (on a GPU)",
     norm_eps="epsilon of the norms (0: that of float32)",
     tied_embed_init_std="spread of the token table at the start",
+    uniform_init="matrices start uniform in place of orthogonal",
     init_bf16="initial values rounded to bfloat16",
     bf16_names="parameters stored in bfloat16",
     rope_dims="rotated dimensions of a head",

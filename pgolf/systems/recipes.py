@@ -12,6 +12,7 @@ from .great import PR1394
 from .published import (PR576, PR576_AS_RUN, PR598, PR598_AS_RUN, PR601, PR601_AS_RUN,
                                      PR601_BH10240, PR601_V0, PR610, PR610_AS_RUN, PR1123,
                                      PR1123_AS_RUN)
+from .road import MILESTONES
 from .recipe import Recipe, expand
 from .summit import PR1855
 from ..train.schedule import ScheduleConfig
@@ -30,10 +31,10 @@ VARIANTS = {r.name:r for r in (PR601_V0, PR601_BH10240)}
 
 # %% ../../nbs/systems/50_recipes.ipynb #50646baf
 def get_recipe(
-    name:str, # key of `RECIPES` or `VARIANTS`
+    name:str, # key of `RECIPES`, `VARIANTS` or `MILESTONES`
 )->Recipe:
     "Look a recipe up by name."
-    known = RECIPES | VARIANTS
+    known = RECIPES | VARIANTS | {n:m.recipe for n,m in MILESTONES.items()}
     if name in known: return known[name]
     near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=.4)) or "none"
     raise ValueError(
@@ -122,7 +123,7 @@ def _shrink_model(s, m):
         model_dim=s.model_dim,
         num_heads=s.num_heads,
         num_kv_heads=s.num_heads*m.num_kv_heads//m.num_heads,
-        rope_dims=s.model_dim//s.num_heads//4 if m.rope_dims else 0,
+        rope_dims=s.model_dim//s.num_heads*m.rope_dims//m.head_dim,
         layer_order=shrink_order(m.layer_order, m.num_layers, s.num_layers),
         xsa_last_n=round(m.xsa_last_n*s.num_layers/m.num_layers),
         parallel_start=round(m.parallel_start*s.num_layers/m.num_layers),
@@ -167,7 +168,7 @@ def at_scale(
 
 def _shrink_run(s, r):
     "The other settings at scale `s`, in proportion to the full recipe `r`."
-    stretch = s.seq_len/r.train.train_seq_len
+    c,stretch = r.score, s.seq_len/r.train.train_seq_len
     return dict(
         rope_train_seq_len=round(r.model.rope_train_seq_len*stretch),
         train_seq_len=s.seq_len,
@@ -180,7 +181,8 @@ def _shrink_run(s, r):
         samples=s.samples,
         keep_numel=s.keep_numel,
         eval_seq_len=s.seq_len,
-        eval_stride=s.stride,
+        # blocks without overlap stay so
+        eval_stride=s.seq_len if c.eval_stride == c.eval_seq_len else s.stride,
         ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch),
         ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
     )
@@ -192,9 +194,10 @@ def _expanded(recipe):
     return recipe.but(**{n:expand(recipe.settings()[n], recipe.model.num_layers) for n in names})
 
 # %% ../../nbs/systems/50_recipes.ipynb #a7b10002
-PARENTS = {name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
-           for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601") | {
-           "pr1855": "pr1394"}
+PARENTS = {n:m.parent for n,m in MILESTONES.items()} | {
+    name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
+    for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601") | {
+    "pr1855": "pr1394"}
 
 def parent_of(
     recipe:Recipe, # at its scale
