@@ -65,14 +65,19 @@ class _Drawn:
 
     @property
     def position(self)->int:
-        "Rows drawn so far; to be at another one, the draws are made again."
+        "Rows drawn so far; to be at another one, the draws are made again, when a row is wanted."
         return self._position
 
     @position.setter
-    def position(self, rows:int):
-        self.order = ShuffledOrder(list(map(len, self.shards)), self.seq_len, self.rank)
-        for _ in range(rows): self.order.draw()
-        self._position = rows
+    def position(self, rows:int): self._position, self._order = rows, None
+
+    def draw(self, n:int)->list[tuple[int,int]]: # shard and first token of each row
+        "The next rows."
+        if self._order is None:
+            self._order = ShuffledOrder(list(map(len, self.shards)), self.seq_len, self.rank)
+            for _ in range(self._position): self._order.draw()
+        self._position += n
+        return [self._order.draw() for _ in range(n)]
 
     def next_step(self)->list[tuple[Tensor,Tensor]]:
         "The same in the micro-batches of this rank, as the loop takes them."
@@ -101,8 +106,7 @@ class ShuffledLoader(_Drawn):
 
     def next_batch(self)->tuple[Tensor,Tensor]: # inputs, targets, (rows, seq_len) int64
         "The rows of the next step."
-        self._position += self.rows
-        drawn = [self.order.draw() for _ in range(self.rows)]
+        drawn = self.draw(self.rows)
         return _shifted([self.shards[i][a:a+self.seq_len+1] for i, a in drawn])
 
 # %% ../../nbs/game/08_loaders.ipynb #4370f3c4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLASH3', 'FLASH2', 'flash_for', 'attend', 'many_lengths', 'subtract_self_value', 'SelfValue', 'HeadGate', 'last_rows',
-           'split_heads', 'Projections', 'CausalSelfAttention']
+           'split_heads', 'one_product', 'share_product', 'Projections', 'CausalSelfAttention']
 
 # %% ../../nbs/model/12_attention.ipynb #e350fee6
 import importlib
@@ -122,6 +122,24 @@ def split_heads(
     "Cut channels into heads."
     return x.unflatten(-1, (-1, head_dim))
 
+# %% ../../nbs/model/12_attention.ipynb #0ne9rod1
+def one_product(
+    x:Tensor, # (B, T, C)
+    layers:tuple[CastLinear,...], # that all read it, without bias
+)->tuple[Tensor,...]: # what each of them gives, (B, T, its width), views of one tensor
+    "Multiply by the joined weights of several layers."
+    joined = torch.cat([m.cast(x.dtype) for m in layers])
+    return F.linear(x, joined).split([m.out_features for m in layers], -1)
+
+def share_product(
+    x:Tensor, # what the layers read
+    layers:tuple[CastLinear,...],
+)->bool:
+    "Whether one product may stand for several: in training on a GPU, where no one listens."
+    plain = all(m.bias is None and not m._forward_hooks and not m._forward_pre_hooks
+        for m in layers)
+    return x.is_cuda and plain and layers[0].training
+
 # %% ../../nbs/model/12_attention.ipynb #5ea3a005
 class Projections(nn.Module):
     "Queries, keys and values of a layer, and the way back into the stream."
@@ -136,10 +154,11 @@ class Projections(nn.Module):
 
     def heads(self, x:Tensor, rotary=None, value:Tensor|None=None, last:int|None=None):
         "Queries of the last positions, keys and values of all, each (B, positions, heads, D)."
-        q = split_heads(self.c_q(last_rows(x, last)), self.head_dim)
-        k = split_heads(self.c_k(x), self.head_dim)
-        v = self.c_v(x) if value is None else self.c_v(x) + value
-        v = split_heads(v, self.head_dim)
+        layers = self.c_q, self.c_k, self.c_v
+        if last is None and share_product(x, layers): q, k, v = one_product(x, layers)
+        else: q, k, v = self.c_q(last_rows(x, last)), self.c_k(x), self.c_v(x)
+        if value is not None: v = v + value
+        q, k, v = (split_heads(t, self.head_dim) for t in (q, k, v))
         q, k = rms_norm(q), rms_norm(k)
         if rotary is not None:
             q = apply_rotary(q, *(t[-q.shape[1]:] for t in rotary)) # queries are the last positions

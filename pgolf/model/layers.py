@@ -38,10 +38,15 @@ class CastLinear(nn.Linear):
         self.fake_quant:Callable[[Tensor],Tensor]|None = None
         self.eval_quant:Callable[[Tensor],Tensor]|None = None # applied to the weight in eval mode
 
-    def forward(self, x:Tensor)->Tensor:
+    def cast(self, dtype:torch.dtype)->Tensor: # (out_features, in_features)
+        "The weight as activations of this dtype meet it."
         quant = self.fake_quant if self.training else self.eval_quant
         w = self.weight if quant is None else quant(self.weight)
-        return F.linear(x, w.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return w.to(dtype)
+
+    def forward(self, x:Tensor)->Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.cast(x.dtype), bias)
 
 # %% ../../nbs/model/10_layers.ipynb #bcd1aa87
 def _to_bf16(

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ..game.loaders import PackedSpans, ShuffledLoader
 from ..game.shards import BatchLoader
+from .ahead import Ahead
 from .checkpoint import _stateful, load_checkpoint, save_checkpoint
-from .device import Clock, Ranks, best_dtype, maybe_compile, setup_ranks, tf32, wait_for
+from .device import Clock, Lag, Ranks, best_dtype, maybe_compile, setup_ranks, tf32
 from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
 
@@ -156,7 +157,7 @@ class Run(_Tools):
     stopped_by:str=""  # "", "iterations", "wallclock" or "interrupted"
     now:object=time.perf_counter # tells the time, in seconds
     def __post_init__(self):
-        self.clock = Clock(self.device, self.agreed, self.now)
+        self.clock, self.lag = Clock(self.device, self.agreed, self.now), Lag(self.device)
         self.first_step = self.step
         self.pending = []     # losses and norms that are still on the device
         self.losses,self.seconds,self.lr_scales = [],[],[]
@@ -199,7 +200,7 @@ def settle(
 # %% ../../nbs/train/25_loop.ipynb #12dc0fe6
 def _to(t, device):
     if not isinstance(t, Tensor): return t
-    if torch.device(device).type != "cuda": return t.to(device)
+    if torch.device(device).type != "cuda" or t.is_cuda: return t.to(device)
     return t.pin_memory().to(device, non_blocking=True)
 
 def pieces(
@@ -342,7 +343,7 @@ def why_stop(
     run:Run, # between two steps; its agreed time is brought up to date
 )->str: # "", "iterations", "wallclock" or "interrupted", the same on every rank
     "Agree over ranks whether the run is over."
-    if run.schedule.max_wallclock_seconds: wait_for(run.device)
+    if run.schedule.max_wallclock_seconds: run.lag.wait()
     # a signal that comes after this waits for the next step
     run.agreed,stop = run.ranks.max(run.elapsed, float(run.interrupted))
     if run.schedule.done(run.step, run.agreed):
@@ -375,7 +376,9 @@ def _settings(model, optim, schedule, cfg, listeners):
 def _prepare(model, loader, optim, schedule, cfg, listeners, ranks, out, now=time.perf_counter):
     "Move the model, build optimizers and the run."
     model.to(ranks.device).train()
-    if hasattr(model, "compute_dtype"): model.compute_dtype = best_dtype(ranks.device)
+    if hasattr(model, "compute_dtype"):
+        width = getattr(getattr(model, "cfg", None), "model_dim", 0)
+        model.compute_dtype = best_dtype(ranks.device, width)
     config = _settings(model, optim, schedule, cfg, listeners)
     optims = optim
     if not isinstance(optim, list):
@@ -413,7 +416,7 @@ def _telling_failure(run):
 # %% ../../nbs/train/25_loop.ipynb #1a5db70b
 def train(
     model:nn.Module, # has `loss(ids, targets)`; trained in place
-    loader,          # `BatchLoader` of this rank, or anything with `next_step()` and `position`
+    loader, # of this rank; has `next_step()` and `position`, and is read by a thread
     optim:OptimConfig|list, # configuration, or optimizers whose groups carry "base_lr"
     schedule:ScheduleConfig, # rates, momentum, limits
     cfg:TrainConfig, # the rest
@@ -427,7 +430,8 @@ def train(
     run = _prepare(model, loader, optim, schedule, cfg, listeners, setup_ranks(device), out, now)
     if resume: load_checkpoint(run, resume)
     loss_fn,compiled,why = choose_loss(model, cfg.compile, run.device)
-    with _ctrl_c(run), _telling_failure(run), tf32(run.device):
+    with (_ctrl_c(run), _telling_failure(run), tf32(run.device),
+            Ahead(loader, run.device) as run.loader):
         _begin(run, loss_fn, compiled, why)
         while not (reason := why_stop(run)): train_step(run, loss_fn)
         run.stopped_by = reason
