@@ -42,6 +42,13 @@ def no_hang(seconds):
         signal.signal(signal.SIGPROF, before)
 
 
+def described_first():
+    "Names of recipes; what differs as it was run is tried with the slow tests."
+    from pgolf.systems.recipes import RECIPES
+    return [pytest.param(n, marks=pytest.mark.slow) if n.endswith("-as-run") else n
+        for n in RECIPES]
+
+
 @pytest.fixture(scope="session")
 def shared():
     "Folder of the reference data beside the checkout."
@@ -70,7 +77,10 @@ def one_thread():
 def novels(tmp_path_factory):
     "The embedded novels as a dataset."
     from pgolf.game.data import austen
-    return austen(tmp_path_factory.mktemp("austen") / "austen_sp1024")
+    # workers of one run share a folder, and whoever comes first fills it
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    return austen(base / "austen" / "austen_sp1024")
 
 
 def start_pgolf(*args, **kw):

@@ -61,6 +61,7 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+@functools.cache
 def notebooks():
     "Page name -> notebook, for every page that _quarto.yml lists and that exists."
     names = re.findall(r"nbs/([\w/]+)\.ipynb", (ROOT / "_quarto.yml").read_text())
