@@ -3,7 +3,8 @@
   python .ci/boxes.py write           write every box from nbs/findings/chapters.toml, the results
                                       and what the chapters' own cells show
   python .ci/boxes.py seconds FILE    keep the seconds that chapters took, from what
-                                      `pytest tests/test_chapters.py --durations=0` printed
+                                      `pytest tests/test_chapters.py --durations=0` printed, or
+                                      from lines such as `nbs/model/19_gpt.ipynb: 34 s`
 
 A box is a cell of plain Markdown, so that it reads alike in JupyterLab and on the site. No number
 in it is typed: `techniques` and `measured` name rows of the results, `find` is a pattern over the
@@ -147,9 +148,14 @@ def write():
 
 
 def durations(text):
-    "Read seconds of chapters from what pytest printed."
-    found = re.findall(r'([\d.]+)s call\s+\S*test_chapters\.py::test_chapter\[(\w+)\]', text)
-    return {re.sub(r'^\d+[a-z]?_', '', name): round(float(s)) for s, name in found}
+    "Read seconds of chapters from what was printed; of several the shortest."
+    said = re.findall(r'([\d.]+)s call\s+\S*test_chapters\.py::test_chapter\[(\w+)\]', text)
+    said += [(s, n) for n, s in re.findall(r'nbs/(?:\w+/)?(\w+)\.ipynb: (\d+) s$', text, re.M)]
+    found = {}
+    for s, name in said:
+        page = re.sub(r'^\d+[a-z]?_', '', name)
+        found[page] = min(round(float(s)), found.get(page, 10**6))
+    return found
 
 
 def seconds(path):

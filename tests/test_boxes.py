@@ -118,6 +118,8 @@ def test_seconds_are_read_from_what_pytest_prints():
         "63.4s call     tests/test_chapters.py::test_chapter[31_gptq]\n"
         "0.6s call     tests/test_chapters.py::test_chapter[44a_tilt]\n")
     assert boxes.durations(text) == dict(gptq=63, tilt=1)
+    again = text + "nbs/squeeze/31_gptq.ipynb: 50 s\nnbs/01_show.ipynb: 2 s\n"
+    assert boxes.durations(again) == dict(gptq=50, tilt=1, show=2)
 
 
 @pytest.mark.parametrize("seconds, said", [(None, "to run: not timed yet"),
