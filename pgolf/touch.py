@@ -77,7 +77,7 @@ def layers(
     chosen = dict(mark=mark, encoding=channels | dict(color=color),
         transform=[dict(filter=f"datum[{json.dumps(control)}] === chosen")])
     if not ghosts: return [chosen]
-    thin = dict(type=kind, clip=True, color=PALE, opacity=.5)
+    thin = dict(type=kind, clip=True, color=PALE, opacity=.8)
     if kind == "line": thin |= dict(strokeWidth=1)
     apart = [dict(field=c) for c in (control, series) if c]
     return [dict(mark=thin, encoding=channels | dict(detail=apart)), chosen]
