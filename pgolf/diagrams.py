@@ -148,7 +148,7 @@ def loop_svg(
     wide = x_of(chunks-1) + 132
     parts += [box(24, 160, wide-24, 26, "the score: every grade is written down once, and stays"),
         bow(x_of(1)+106, 92, x_of(1)+44, 92, 4, WORSE, "4 3"),
-        text(x_of(1), 206, "never back: grade again what has been learnt from", fill=WORSE, size=12)]
+        text(x_of(1), 206, "never back: to grade again what was learnt from", fill=WORSE, size=12)]
     return svg(wide+24, 218, "Score first: grade a chunk, then learn from it", parts)
 
 # %% ../nbs/01c_diagrams.ipynb #diag0027

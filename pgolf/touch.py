@@ -77,7 +77,7 @@ def layers(
     chosen = dict(mark=mark, encoding=channels | dict(color=color),
         transform=[dict(filter=f"datum[{json.dumps(control)}] === chosen")])
     if not ghosts: return [chosen]
-    thin = dict(type=kind, clip=True, color=PALE, opacity=.5)
+    thin = dict(type=kind, clip=True, color=PALE, opacity=.8)
     if kind == "line": thin |= dict(strokeWidth=1)
     apart = [dict(field=c) for c in (control, series) if c]
     return [dict(mark=thin, encoding=channels | dict(detail=apart)), chosen]
@@ -110,39 +110,41 @@ class Touch:
 
 # %% ../nbs/01a_touch.ipynb #touch016
 def touch(
-    rows:Iterable[dict], # numbers and words, for every value of the control
-    control:str,         # column that the reader sets
-    x:str,               # column along the axis
-    y:dict[str, str],    # column -> title of its axis with the unit; a panel each
-    title:str,           # the finding
-    alt:str,             # what it shows, for those who don't see it
-    *,
-    label:str="",        # of the control, with the unit; empty: its column
-    x_title:str="",      # of the axis, with the unit; empty: its column
-    start=None,          # value before anybody has touched it; None: the first
-    say:Callable=str,    # value of the control -> a sentence that reads the figure
-    series:str="",       # column of several lines within one value
-    kind:str="line",     # or "bar" or "point"
-    log:Iterable=(),     # columns on log axes
-    guides:dict|None=None, # column of y -> points of a line to compare with
-    ghosts:bool|None=None, # show the other values; None: unless bars
-    width:int=300,       # of a panel, pixels
+    rows:Iterable[dict],    # numbers and words, for every value of the control
+    control:dict[str, str], # column that the reader sets -> its label, with the unit
+    x:dict[str, str],       # column along the axis -> title, with the unit
+    y:dict[str, str],       # column -> title of its axis, with the unit; a panel each
+    title:str,              # the finding
+    alt:str,                # what it shows, for those who don't see it
+    start=None,             # value before anybody has touched it; None: the first
+    say:Callable=str,       # value of the control -> a sentence that reads the figure
+    series:str="",          # column of several lines within one value
+    kind:str="line",        # or "bar" or "point"; bars have no pale ones behind them
+    log:Iterable=(),        # columns on log axes
+    guides:dict|None=None,  # column of y -> points of a line to compare with
+    width:int=300,          # of a panel, pixels
 )->Touch:
     "A figure that shows the rows of the value that the reader chose."
     rows = [{k: _plain(v) for k, v in r.items()} for r in rows]
-    values = positions(rows, control)
-    start = values[0] if start is None else _plain(start)
-    if start not in values: raise ValueError(f"start={start!r} is none of {control}: {values}")
-    spec = _frame(rows, values, start, title, alt, label or control, say)
-    names = positions(rows, series) if series else []
-    pale = kind != "bar" if ghosts is None else ghosts
-    across = axis(rows, x, x_title or x, x in log)
-    for name, said in y.items():
-        upright = axis(rows, name, said, name in log, kind == "bar")
-        drawn = layers(dict(x=across, y=upright), control, series, kind, pale, names)
-        if guides and name in guides: drawn.insert(-1, guide_layer(guides[name], x, name))
-        spec["hconcat"].append(dict(width=width, height=210, layer=drawn))
-    return Touch(spec, alt)
+    (column, label), = control.items()
+    start = positions(rows, column)[0] if start is None else _plain(start)
+    frame = _frame(rows, column, start, title, alt, label, say)
+    look = dict(control=column, series=series, kind=kind)
+    panels = [_panel(rows, x, {k: said}, look, log, (guides or {}).get(k)) | dict(width=width)
+        for k, said in y.items()]
+    return Touch(frame | dict(hconcat=panels), alt)
+
+# %% ../nbs/01a_touch.ipynb #touch16b
+def _panel(rows, x, y, look, log, guide)->dict:
+    "One panel: its axes, what the chosen value draws, and what stands behind it."
+    (across, below), = x.items()
+    (upright, beside), = y.items()
+    channels = dict(x=axis(rows, across, below, across in log),
+        y=axis(rows, upright, beside, upright in log, look["kind"] == "bar"))
+    names = positions(rows, look["series"]) if look["series"] else []
+    drawn = layers(channels, **look, ghosts=look["kind"] != "bar", names=names)
+    if guide: drawn.insert(-1, guide_layer(guide, across, upright))
+    return dict(height=210, layer=drawn)
 
 # %% ../nbs/01a_touch.ipynb #touch017
 def _plain(value):
@@ -150,8 +152,10 @@ def _plain(value):
     if hasattr(value, "item"): value = value.item()
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
-def _frame(rows, values, start, title, alt, label, say)->dict:
+def _frame(rows, column, start, title, alt, label, say)->dict:
     "Everything but the panels."
+    values = positions(rows, column)
+    if start not in values: raise ValueError(f"start={start!r} is none of {column}: {values}")
     said = [say(v) for v in values]
     reading = f"{json.dumps(said)}[indexof({json.dumps(values)}, chosen)]"
     return {
@@ -161,7 +165,6 @@ def _frame(rows, values, start, title, alt, label, say)->dict:
             fontSize=14, subtitleFontSize=13, subtitleColor=INK, offset=12),
         "params": [dict(name="chosen", value=start, bind=binding(values, label + " "))],
         "data": dict(values=rows),
-        "hconcat": [],
         "config": dict(view=dict(stroke="#ddd"), axis=dict(gridColor="#eee", labelFontSize=11,
             titleFontSize=12), legend=dict(orient="bottom")),
         "usermeta": dict(values=values, said=said),

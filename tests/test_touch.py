@@ -138,7 +138,7 @@ def test_control_and_figure_have_names(site, browser, page, i):
     named = browser.execute_script("return [...arguments[0].labels].map(l => l.textContent).join()",
         control(figure))
     assert spec["params"][0]["bind"]["name"].strip() in named
-    drawing = figure.find_element("css selector", ".touch-live [aria-label]")
+    drawing = figure.find_element("css selector", ".touch-live[aria-label]")
     assert drawing.get_attribute("aria-label") == spec["description"]
     assert figure.find_element("css selector", "figcaption").text.startswith("Figure ")
 
