@@ -235,10 +235,13 @@ class _Ends(nn.Module):
         "Logits (B, T, V) from final states (B, T, C), before the softcap."
         return F.linear(h, self.tok_emb.weight.to(h.dtype))
 
+    def bounded(self, z:Tensor)->Tensor:
+        "Logits behind the softcap."
+        return softcap(z, self.cfg.logit_softcap) if self.caps is None else self.caps(z)
+
     def logits(self, h:Tensor)->Tensor:
         "Scores (B, T, V) of the next token from final states (B, T, C), in their dtype."
-        z = self.unbounded(h)
-        return softcap(z, self.cfg.logit_softcap) if self.caps is None else self.caps(z)
+        return self.bounded(self.unbounded(h))
 
 # %% ../../nbs/model/19_gpt.ipynb #lm190002
 class _Trained(_Ends):

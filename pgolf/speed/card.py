@@ -6,10 +6,10 @@
 __all__ = ['KERNELS', 'STEPS', 'Card', 'Answers', 'read_answers', 'answer_table', 'ask_versions', 'heads', 'both_ways',
            'try_kernel', 'ask_attention', 'loss_and_gradient', 'ask_recipes', 'share_of_codes', 'ask_squeeze',
            'ask_scoring', 'StepTimes', 'short_training', 'ask_compiled', 'ask_script', 'started', 'run_of', 'ask_run',
-           'ask_others', 'one_other', 'run_step']
+           'ask_others', 'one_other', 'run_step', 'run_table', 'run_figures']
 
 # %% ../../nbs/speed/83_card.ipynb #83ca0002
-import importlib.util, json, re, shutil, signal, subprocess, time
+import base64, importlib.util, json, re, shutil, signal, subprocess, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -425,3 +425,27 @@ def run_step(
     for p in (card.out, card.work): Path(p).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     STEPS[name](card, Answers(Path(card.out)/"card-answers.jsonl", name))
+
+# %% ../../nbs/speed/83_card.ipynb #83cf0002
+def run_table(
+    folder, # of kept results
+)->Table:
+    "What the run of the card has reached, stage by stage."
+    path = Path(folder)/"card-run.json"
+    if not path.exists(): return Table("Not measured: no run of full size on a card is kept yet.")
+    report = Report.load(path)
+    t = report.training
+    what = (f"{report.recipe}, {report.scale} size, on {report.environment.get('device')}: "
+        f"{t['steps']:,} steps, {t['tokens']:,} tokens in {t['elapsed']:,.0f} s; artifact of "
+        f"{report.bytes_artifact:,} bytes; audit: {report.mark or 'passed'}")
+    rows = [[r["stage"], r["val_bpb"], r["targets"], r["seconds"]] for r in report.rows]
+    return show(rows, what, headers=["stage", "bits per byte", "targets", "seconds"],
+        digits=(0, 4, 0, 1))
+
+def run_figures(
+    folder, # of kept results
+)->list[bytes]: # PNG files
+    "The figures of the notebook that the card executed."
+    cells = read_json(Path(folder)/"card-run.ipynb").get("cells", [])
+    shown = [o.get("data", {}).get("image/png") for c in cells for o in c.get("outputs", ())]
+    return [base64.b64decode("".join(png)) for png in shown if png]

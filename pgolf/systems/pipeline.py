@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MADE', 'Job', 'start', 'check_start', 'check_recipe', 'make_average', 'make_listeners', 'train_here', 'work', 'join',
            'train_weights', 'weights_of', 'model_of', 'write_artifact', 'squeeze_here', 'read_artifact', 'grade',
-           'score_windows', 'score_blocks', 'score_adapting', 'score_all', 'kept_scores', 'run']
+           'score_windows', 'score_blocks', 'score_adapting', 'score_tilted', 'score_all', 'kept_scores', 'run']
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b764e3b6
 import json, sys, tempfile, time
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
-from ..squeeze.artifact import ArtifactError, load_artifact, save_artifact
+from ..squeeze.artifact import ArtifactError, save_artifact
 from ..train.averaging import EMA, HMA, SWA
 from ..game.data import Dataset, open_dataset
 from ..train.device import Ranks, best_dtype, close_ranks, pick_device, setup_ranks
@@ -21,6 +21,8 @@ from .ownership import (check_data, claim, fingerprint, release, remember_data,
                                      set_aside)
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
+from ..squeeze.lowrank import (check_additions, flatten_corrections, load_codes,
+                                   squeeze_state)
 from ..train.frontier import DecayTaper
 from ..train.listeners import Checkpointer, MetricsLog, OrderSwitch, Progress
 from ..squeeze.quant import LateQAT, set_eval_quant
@@ -35,7 +37,9 @@ from ..train.checkpoint import FREE, read_checkpoint, write_checkpoint
 from ..train.schedule import check_schedules
 from ..files import atomic_write, read_json, write_json
 from ..game.tokenizer import tokenizer_id
-from ..score.lora import ADAPTATIONS
+from ..score.phased import ADAPTATIONS
+from ..score.order import HintWatch, check_tilt, hinted, window_hints
+from ..score.tilt import strong_hints
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -128,6 +132,8 @@ def check_recipe(recipe):
     check_schedules(recipe.optim.groups)
     first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
     for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
+    check_additions(recipe.quant, recipe.stages.use_gptq)
+    check_tilt(recipe)
     if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
 
 
@@ -250,7 +256,7 @@ def work(
         about["eval_tokens"], lines=about["lines"], progress=about["progress"] and ranks.is_main,
         report=Report.load(out/"report.json"), ranks=ranks)
     if stage=="squeeze": squeeze_here(job)
-    elif stage=="score": score_all(job, load_artifact(job.artifact)[0])
+    elif stage=="score": score_all(job, load_codes(job.artifact)[0])
     elif about["machines"]==1 or _meet(job, about["place"]): train_here(job)
     close_ranks()
 
@@ -329,7 +335,7 @@ def write_artifact(
         if job.nproc==1: return squeeze_here(job)
         launch(job, "squeeze")
         job.report = Report.load(job.out/"report.json")
-    return load_artifact(job.artifact)[0], json.loads((job.out/"errors.json").read_text())
+    return load_codes(job.artifact)[0], json.loads((job.out/"errors.json").read_text())
 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #4002840s
@@ -344,7 +350,7 @@ def squeeze_here(
     r,codes = job.recipe, _squeeze(job, state, hessians)
     meta = dict(recipe=r.name, scale=r.scale, model=stored(r.model), tokenizer=job.dataset.name,
         tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
-    job.report.bytes_artifact = save_artifact(job.artifact, codes, meta,
+    job.report.bytes_artifact = save_artifact(job.artifact, flatten_corrections(codes), meta,
         r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)
     job.report.training["squeeze_seconds"] = time.perf_counter()-began
     errors = quant_errors(state, codes, hessians)
@@ -365,7 +371,7 @@ def _squeeze(job, state, hessians):
     r,s,source = job.recipe, job.recipe.stages, state
     if s.first_rules:
         source = dequantize_state(quantize_state(state, replace(r.quant, rules=s.first_rules)))
-    return quantize_state(source, r.quant, r.gptq if s.use_gptq else None, hessians)
+    return squeeze_state(source, r.quant, r.gptq if s.use_gptq else None, hessians)
 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200005
@@ -387,7 +393,7 @@ def read_artifact(
     eval_rules:tuple=(), # (pattern, grid) applied whenever it is evaluated
 )->GPT: # in eval mode
     "A model from nothing but the artifact."
-    tensors,meta = load_artifact(path)
+    tensors,meta = load_codes(path)
     try: return _ready(ModelConfig(**meta["model"]), dequantize_state(tensors), device, eval_rules)
     except (KeyError,TypeError,ValueError,RuntimeError) as e:
         raise ArtifactError(f"{path}: a sound container, but no model of this package ({e}); give"
@@ -401,9 +407,8 @@ def grade(
     fn,          # tokens, byte tables -> Scores
 )->Scores: # per target
     "Score one stage and add its row to the report."
-    tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     began = time.perf_counter()
-    s = fn(tokens, job.dataset.byte_tables())
+    s = fn(_val_tokens(job), job.dataset.byte_tables())
     row = Row(stage, what, s.val_loss, s.val_bpb, s.n_targets, s.n_bytes, s.coverage, s.legal,
         time.perf_counter()-began)
     job.report.rows = [r for r in job.report.rows if r["stage"]!=stage]+[asdict(row)]
@@ -428,6 +433,7 @@ def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
     r = job.recipe
     learner = ADAPTATIONS[r.stages.adaptation](model, r, job.ranks)
+    if r.stages.use_tilt: return _adapt_tilted(job, learner)
     out = dict(adapted=grade(job, "adapted", f"read back, {learner.what}",
         lambda t,b: learner.score(t, b, r.score, job.progress)))
     if again := r.stages.rescore_temperature:
@@ -436,6 +442,30 @@ def score_adapting(job, model):
             "ILLEGAL: the same text again, with weights that have learnt it",
             lambda t,b: learner.rescore(t, b, cfg, job.progress))
     return out
+
+# %% ../../nbs/systems/52_pipeline.ipynb #ex52c001
+def _adapt_tilted(job, learner):
+    "Grade a model that learns; from the same pass, once more with hints from the text."
+    r,tokens = job.recipe, _val_tokens(job)
+    watch = HintWatch(strong_hints(tokens, r.tilt), job.ranks, r.score.eval_temperature)
+    adapted = grade(job, "adapted", f"read back, {learner.what}",
+        lambda t,b: learner.score(t, b, r.score, job.progress, watch))
+    tilted = grade(job, "tilted", "the same, with hints from the text so far",
+        lambda t,b: hinted(adapted, t, watch.hint, watch.all(), r.tilt))
+    return dict(adapted=adapted, tilted=tilted)
+
+def score_tilted(job, model, sliding):
+    "Grade windows with hints from the text."
+    r,tokens = job.recipe, _val_tokens(job)
+    hint = strong_hints(tokens, r.tilt)
+    return grade(job, "tilted", "read back, windows, with hints from the text so far",
+        lambda t,b: hinted(sliding, t, hint, window_hints(model, t, b, r.score, hint, job.ranks),
+            r.tilt))
+
+def _val_tokens(job):
+    "The tokens that are scored."
+    return job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
+
 
 # %% ../../nbs/systems/52_pipeline.ipynb #04675d18
 def score_all(
@@ -459,7 +489,9 @@ def score_all(
     out["artifact"] = score_blocks(job, "artifact", "read back from the file, blocks", model)
     out["sliding"] = score_windows(job, "sliding",
         f"read back, windows with stride {job.recipe.score.eval_stride}", model)
-    if job.recipe.stages.use_ttt: out |= score_adapting(job, model)
+    s = job.recipe.stages
+    if s.use_ttt: out |= score_adapting(job, model)
+    elif s.use_tilt: out["tilted"] = score_tilted(job, model, out["sliding"])
     if job.ranks.is_main:
         with atomic_write(job.out/"scores.npz") as f:
             np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
