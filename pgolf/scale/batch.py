@@ -201,7 +201,8 @@ def work_of(
     work = dict(training=3.*steps*recipe.train.train_batch_tokens)
     work |= dict.fromkeys(("raw", "averaged", "quantized", "artifact"), float(targets))
     work |= dict(sliding=windows)
-    return work | (dict(adapted=windows + 3*t.ttt_epochs*targets) if s.use_ttt else {})
+    if s.use_ttt: work["adapted"] = windows + 3*t.ttt_epochs*targets
+    return work | dict(audit=sum(work.values())/3)  # a quarter of the whole, as runs took it
 
 # %% ../../nbs/scale/71_batch.ipynb #ce5ad650
 def progress_of(
@@ -212,9 +213,10 @@ def progress_of(
     out,total = Path(run.out), sum(work.values())
     report = read_json(out/"report.json")
     rows = [r["stage"] for r in report.get("rows", [])]
-    if report.get("complete"): return "audit", 1.
     left = [s for s in work if s not in rows and s != "training"]
-    if rows: return f"scoring, {left[0] if left else 'again'}", 1-sum(work[s] for s in left)/total
+    rest = sum(work[s] for s in left)/total
+    if report.get("complete"): return "audit", 1-work["audit"]/total
+    if rows: return f"scoring, {left[0] if len(left) > 1 else 'again'}", 1-rest
     if (out/"weights.safetensors").exists(): return "squeezing", work["training"]/total
     step,steps = _last_step(out/"metrics.jsonl"), run.resolve().schedule.iterations
     trained = min(1, step/steps)*work["training"]/total
