@@ -5,6 +5,7 @@ run to an audited score."""
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pgolf.game.loaders import cumulative_lengths, segment_starts
 from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT, ModelConfig, count_parameters
 from pgolf.squeeze.artifact import peek
+from pgolf.submit import script
 from pgolf.systems import pipeline
 from pgolf.systems.great import PR1394
 from pgolf.systems.recipes import at_scale, parent_of
@@ -22,7 +24,7 @@ from pgolf.systems.verdict import audit_run
 from pgolf.train import loop
 from pgolf.train.averaging import EMA
 from pgolf.train.device import Ranks
-from pgolf.train.frontier import from_banks, to_banks
+from pgolf.train.frontier import DecayTaper, from_banks, to_banks
 from pgolf.train.listeners import OrderSwitch
 from pgolf.train.loop import TrainConfig, make_loader, train
 from pgolf.train.muon import Muon, make_optimizers
@@ -410,6 +412,31 @@ def test_one_graph_with_lanes_and_gates():
             model.order = order
             torch.testing.assert_close(loss(*part), model.loss(*part))
     torch.testing.assert_close(want, model.loss(*part))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_each_rank_clips_its_own_gradient_before_the_average(shards, monkeypatch, own):
+    r = tiny(clip_each_rank=own, grad_clip_norm=1e-3)
+    model, seen = GPT(r.model), []
+    loader = make_loader(shards, r.train, Ranks(1, 2), vocab_size=64)
+    run = loop._prepare(model, loader, r.optim, r.schedule, r.train, [], Ranks(1, 2), None)
+    def average(params, loss, world):
+        grads = [p.grad for p in params if p.grad is not None]
+        seen.append(torch.nn.utils.get_total_norm(grads).item())
+        return loss
+    monkeypatch.setattr(loop, "average_gradients", average)
+    loop.forward_backward(run, model.loss)
+    assert (seen[0] == pytest.approx(1e-3, rel=1e-2)) == own and (seen[0] > .1) != own
+
+
+def test_a_decay_that_tapers_is_a_setting_of_runs_and_scripts():
+    r = tiny(taper_from=.7)
+    heard = pipeline.make_listeners(SimpleNamespace(recipe=r, progress=False), None)
+    tapers = [l for l in heard if isinstance(l, DecayTaper)]
+    assert [(t.start, t.end) for t in tapers] == [(.7, .5)]
+    assert "OrderSwitch(0.35), DecayTaper(0.7), average, Log()" in script.entry_script(r)
+    assert "DecayTaper" not in script.entry_script(tiny())
+    with pytest.raises(ValueError, match="taper_from=1"): tiny(taper_from=1.)
 
 
 def test_only_the_table_is_bfloat16():
