@@ -5,13 +5,21 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from test_golden_model import ODD, build, check_gradients
 from torch import nn
 
-from pgolf.model.attention import attend, many_lengths
+from pgolf.model import attention
+from pgolf.model.attention import attend, many_lengths, share_product
+from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.model.layers import CastLinear
 from pgolf.squeeze.budget import metrics
 from pgolf.squeeze.quant import Grid, LateQAT, candidate_scales, int_grid, to_half
 from pgolf.speed.peer import Peer, _compile_newton_schulz, as_its_main
-from pgolf.train import device
+from pgolf.systems.recipes import RECIPES, at_scale
+from pgolf.train import device, loop, muon
+from pgolf.train.device import WIDE, Lag, Ranks
+from pgolf.train.muon import OptimConfig
+from pgolf.train.schedule import ScheduleConfig
 
 
 class CastedLinear(nn.Linear): "As the scripts call it."
@@ -101,7 +109,6 @@ def test_a_card_that_is_named_is_the_current_one(monkeypatch):
 
 
 def test_late_qat_rehearses_and_leaves_no_trace():
-    from pgolf.model.layers import CastLinear
     model = nn.Sequential(CastLinear(4, 4))
     run = types.SimpleNamespace(model=model, lr_scale=1.)
     late = LateQAT(.15, ((".*", int_grid(4)),))
@@ -117,3 +124,89 @@ def test_on_a_cpu_no_kernel_is_left_out():
     q = torch.randn(1, 5, 4, 8)
     with many_lengths("cpu"): a = attend(q, q, q)
     assert torch.equal(a, attend(q, q, q))
+
+
+class OnCard(torch.Tensor):
+    "A tensor that says it is on a card, so that code takes the way it would take there."
+    is_cuda = True
+
+
+def test_queries_keys_and_values_share_a_product_in_training_on_a_card_where_no_one_listens():
+    layers = [CastLinear(8, n) for n in (8, 4, 4)]
+    here = torch.randn(2, 3, 8)
+    card = here.as_subclass(OnCard)
+    assert share_product(card, layers) and not share_product(here, layers)
+    for m in layers: m.eval()
+    assert not share_product(card, layers), "scores stay what they are"
+    for m in layers: m.train()
+    handle = layers[2].register_forward_pre_hook(lambda m, args: None)
+    assert not share_product(card, layers), "calibration hears each of them"
+    handle.remove()
+    assert not share_product(card, [*layers[:2], CastLinear(8, 4, bias=True)])
+
+
+@pytest.mark.parametrize("name", [n for n in ODD if n != "pr1123"])
+def test_one_product_has_the_published_gradients(golden, name, monkeypatch):
+    "What training multiplies on a card, against what the systems' own code gave."
+    asked = []
+    monkeypatch.setattr(attention, "share_product", lambda x, layers: asked.append(1) or True)
+    z = golden(name)
+    check_gradients(build(z, name).train(), z)
+    assert asked
+
+
+@pytest.mark.parametrize("method", [muon.newton_schulz])
+def test_sums_within_products_are_those_of_the_plain_polynomials(method, monkeypatch):
+    g, fused, calls = torch.Generator().manual_seed(0), muon.summed_products, []
+    monkeypatch.setattr(muon, "summed_products", lambda *a: calls.append(1) or fused(*a))
+    for shape in ((3, 24, 40), (40, 24), (1, 1)):
+        G = torch.randn(shape, generator=g)
+        plain = method(G, 5, torch.float32)
+        assert not calls, "a CPU keeps the published order"
+        got = method(G.as_subclass(OnCard), 5, torch.float32).as_subclass(torch.Tensor)
+        torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-4)
+        assert len(calls) == 5
+        calls.clear()
+
+
+class Mark:
+    "An event of a device that has done a step when it is waited for."
+    made:list = []
+    def __init__(self):
+        self.waited = 0
+        self.made.append(self)
+    def record(self): pass
+    def synchronize(self): self.waited += 1
+
+
+@pytest.mark.parametrize("seconds, waits", [(1e9, True), (0., False)])
+def test_a_run_with_a_limit_waits_for_the_step_before_the_last(monkeypatch, seconds, waits):
+    monkeypatch.setattr(Mark, "made", [])
+    model = GPT(ModelConfig(vocab_size=16, num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1,
+        rope_dims=0))
+    class Zeros:
+        position = 0
+        def next_step(self): return [(torch.zeros(1, 8, dtype=torch.long),)*2]
+    class Card:
+        def on_start(self, run): run.lag = Lag("cuda", Mark)
+    cfg = loop.TrainConfig(train_batch_tokens=8, train_seq_len=8, num_spans=1, warmup_steps=0)
+    loop.train(model, Zeros(), OptimConfig(), ScheduleConfig(iterations=4, warmdown_iters=0,
+        max_wallclock_seconds=seconds), cfg, [Card()])
+    assert [m.waited for m in Mark.made] == ([1, 1, 1, 1, 0] if waits else [])
+
+
+def test_wide_models_train_in_bfloat16_where_a_cpu_has_amx(monkeypatch):
+    for amx in (True, False):
+        monkeypatch.setattr(device, "has_amx", lambda: amx)
+        for width in (WIDE-8, WIDE):
+            model = GPT(ModelConfig(vocab_size=16, num_layers=1, model_dim=width, num_heads=4,
+                num_kv_heads=1, rope_dims=0))
+            loop._prepare(model, None, OptimConfig(), ScheduleConfig(), loop.TrainConfig(), (),
+                Ranks(), None)
+            wide = amx and width == WIDE
+            assert model.compute_dtype == (torch.bfloat16 if wide else torch.float32)
+
+
+def test_small_runs_do_not_depend_on_the_instructions_of_a_cpu():
+    for name, r in RECIPES.items():
+        for scale in ("tiny", "pocket"): assert at_scale(r, scale).model.model_dim < WIDE, name

@@ -6,9 +6,8 @@
 __all__ = ['MOST', 'each_tensor', 'narrow', 'widen', 'joined', 'Ahead']
 
 # %% ../../nbs/train/24a_ahead.ipynb #ah240002
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -54,65 +53,45 @@ def joined(
     if k == 1: return micros
     return [tuple(map(torch.cat, zip(*micros[i:i+k]))) for i in range(0, n, k)]
 
-# %% ../../nbs/train/24a_ahead.ipynb #ah24000d
-def _read_on(loader, pack, box, stop):
-    "Fill the box until told to stop, or until an error is in it."
-    while not stop.is_set():
-        try: step = pack(loader.next_step()), loader.position, None
-        except BaseException as error: step = None, None, error
-        box.put(step)
-        if step[2] is not None: return
-
-def _pack(gpu, micros):
-    "In the thread: joined, narrow and in memory that a card can read by itself."
-    torch.cuda.set_device(gpu) # of this thread
-    return [each_tensor(lambda t: narrow(t).pin_memory(), m) for m in joined(micros)]
-
 # %% ../../nbs/train/24a_ahead.ipynb #ah24000e
-class _Reading:
-    "The thread of a loader, from one place to the next."
+def _read(loader, device):
+    "A step, in the thread; for a card joined, narrow, and in memory that it reads by itself."
+    step = loader.next_step()
+    if device.type != "cuda": return step
+    torch.cuda.set_device(device) # of this thread
+    return [each_tensor(lambda t: narrow(t).pin_memory(), m) for m in joined(step)]
+
+class _Asking:
+    "Asks for the next step, and knows the place behind the last one that was handed out."
     loader:Any
-    pack:Any # of what the loader gives, in the thread
-
-    def begin(self):
-        "Start to read where the loader stands."
-        self.box, self.stop, self.place = Queue(1), threading.Event(), self.loader.position
-        self.thread = threading.Thread(target=_read_on, name="pgolf loader", daemon=True,
-            args=(self.loader, self.pack, self.box, self.stop))
-        self.thread.start()
-
-    def close(self):
-        "End the thread, whatever it does; the loader stands behind the last step handed out."
-        self.stop.set()
-        while self.thread.is_alive():
-            try: self.box.get_nowait() # it may wait for room
-            except Empty: self.thread.join(.001)
+    device:torch.device
+    pool:ThreadPoolExecutor
+    def ask(self):
+        self.place = self.loader.position
+        self.coming:Future = self.pool.submit(_read, self.loader, self.device)
+    def __enter__(self):
+        self.ask()
+        return self
+    def __exit__(self, *_):
+        self.pool.shutdown()
         if self.loader.position != self.place: self.loader.position = self.place
 
-    def __enter__(self):
-        self.begin()
-        return self
-    def __exit__(self, *_): self.close()
-
 # %% ../../nbs/train/24a_ahead.ipynb #ah24000f
-class Ahead(_Reading):
+class Ahead(_Asking):
     "A loader that reads the next step while this one is computed; its thread ends with its `with`."
     def __init__(self,
         loader,          # has `next_step()` and `position`, to be read and set
         device:str="cpu",# where the steps go; a CPU gets them as they are
     ):
-        self.loader, self.device, self.pack = loader, torch.device(device), list
-        if self.device.type != "cuda": return
-        gpu = self.device.index
-        self.pack = partial(_pack, torch.cuda.current_device() if gpu is None else gpu)
+        self.loader, self.device = loader, torch.device(device)
+        if self.device == torch.device("cuda"):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.pool = ThreadPoolExecutor(1, "pgolf loader")
 
     def next_step(self)->list: # micro-batches, on the device
         "What the loader would have given."
-        step, place, error = self.box.get()
-        if error is not None:
-            self.box.put((step, place, error)) # for whoever asks again
-            raise error
-        self.place = place
+        step = self.coming.result()
+        self.ask()
         if self.device.type != "cuda": return step
         return [each_tensor(partial(widen, device=self.device), m) for m in step]
 
@@ -120,6 +99,6 @@ class Ahead(_Reading):
     def position(self)->int: return self.place
     @position.setter
     def position(self, place:int):
-        self.close()
+        wait([self.coming])
         self.loader.position = place
-        self.begin()
+        self.ask()
