@@ -22,6 +22,7 @@ from .ownership import (fingerprint, own_data, read_json, same_data, same_tokeni
                                      write_json)
 from ..model.gpt import ModelConfig
 from .report import Report
+from .ruled import Subject, ruled
 from .ownership import open_corpus
 from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
@@ -273,13 +274,14 @@ def audit_run(
     if report: found = audit_numbers(Path(path), report, row, recipe, dataset, model)
     found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
     with exactly(model):
-        found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
-            tokens, places, seed)
+        ev = evaluation_of(recipe, dataset, model, stage, len(tokens)-1)
+        found += audit(ev, tokens, places, seed)
+        found += ruled(Subject(Path(path), artifact, recipe, dataset, report, row, ev, tokens))
     about = (f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,}"
         f" targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed")
     out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage,
         val_bpb=row and row["val_bpb"], about="; ".join(filter(None, (about, unknown))),
-        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))])
+        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TDS".index(f.name[0]), f.name))])
     if report:
         write_json(Path(path)/"audit.json", out)
         replace(report, audit=out).save(Path(path)/"report.json")
