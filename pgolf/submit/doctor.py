@@ -393,7 +393,8 @@ def check_legality(f:Folder)->Iterator[Check]:
 CHECKS = (check_files,check_track,check_artifacts,check_fields,check_script,check_imports,
     check_helpers,check_extras,check_log_source,check_bytes,check_unsent,check_claimed_bytes,
     check_logged_bytes,check_scores,check_runs,check_seeds,check_configuration,check_order,
-    check_times,check_text,check_devices,check_own_scores,check_legality,check_compliance,check_patterns)
+    check_times,check_text,check_devices,check_own_scores,check_legality,
+    check_compliance,check_patterns)
 
 def examine(f:Folder)->list[Check]: # in the order of `CHECKS`
     "Ask a folder all questions."
