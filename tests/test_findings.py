@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 from pgolf.systems.effects import PROBES, changes
-from pgolf.systems.evidence import (QUESTIONS, book, findings_table, has, headline_table, measured,
-    read_rows, slug, techniques_table, value_of, worth)
+from pgolf.systems.evidence import (QUESTIONS, book, counted, findings_table, great_text, has,
+    headline_table, measured, read_rows, slug, techniques_table, value_of, worth)
 from pgolf.systems.pictures import finding_of, pictures, to_draw
 from pgolf.systems.recipes import get_recipe
 
@@ -31,10 +31,10 @@ def in_the_book(monkeypatch):
 
 # ---- complete
 
-def points(sheet):
-    "Numbers of the points of section 12, written as a list or as a table."
+def points(sheet, section="12."):
+    "Numbers of the points of a section, written as a list or as a table."
     part = re.split(r"^## ", sheet, flags=re.M)
-    text = next(p for p in part if p.startswith("12. "))
+    text = next(p for p in part if p.startswith(f"{section} "))
     return {int(n) for n in re.findall(r"^(?:\| )?(\d+)(?:\.| \|) ", text, re.M)[1:]}
 
 
@@ -49,6 +49,47 @@ def test_points_are_read_in_both_forms():
         "## 13. End\n9. no")
     assert points(sheet) == {1, 2}
     assert points("## 12. Claims\n| # | x |\n|---|---|\n| 1 | a |\n| 2 | b |") == {1, 2}
+
+
+GREAT = {"pr1394": "10.", "pr1855": "14."}  # where their sheets list what parts from the code
+
+
+@pytest.mark.parametrize("system", GREAT)
+def test_every_point_of_a_great_system_has_a_row(shared, system):
+    text = (shared / "spec" / f"{system}.md").read_text()
+    found = points("## 0. Title\n" + text, GREAT[system]) | {1}
+    assert len(found) > 5 and {r["n"] for r in rows("claim", system)} == found
+
+
+def test_every_entry_of_the_road_whose_claims_part_from_its_code_has_a_row(shared):
+    text = (shared / "spec" / "frontier.md").read_text()
+    part = next(p for p in re.split(r"^## ", text, flags=re.M) if p.startswith("6. "))
+    heads = re.findall(r"^\* \*\*(.*?)\*\*", part, re.M)
+    found = [{int(n) for n in re.findall(r"#(\d+)", h)} for h in heads]
+    ours = {r["pr"] for r in rows("claim", "frontier")} | {1855, 1626, 1736}
+    assert len(found) > 20 and all(not prs or prs & ours for prs in found), found
+    assert len(rows("claim", "frontier")) >= len(found) - 2
+
+
+def test_numbers_are_kept_and_each_is_asked_for():
+    kept = json.loads((RESULTS / "frontier-claims.json").read_text())
+    asked = {r["number"] for r in rows("claim") if "number" in r}
+    assert asked == set(kept) and len(asked) > 10
+    for key in asked: assert re.match(r"-?[\d,.]+ \S", counted(key, RESULTS))
+
+
+def test_a_number_that_nobody_counted_is_not_measured(tmp_path):
+    assert counted("caps-moved", tmp_path) == counted("no such", RESULTS) == "not measured"
+    (tmp_path / "frontier-claims.json").write_text(json.dumps(
+        {"caps-moved": dict(value=1234.5, unit="steps", digits=1)}))
+    assert counted("caps-moved", tmp_path) == "1,234.5 steps"
+
+
+def test_a_claim_names_the_entry_that_makes_it():
+    table = findings_table(RESULTS)
+    assert "[#1769]" in table and "[#1412]" in table and "#ontier" not in table
+    assert {r["file"] for r in read_rows("great", FOLDER)} == {"pr1394", "pr1855", "pr2135"}
+    for r in read_rows("great", FOLDER): assert f"#{r['file'][2:]}" in great_text(r)
 
 
 # What a page has around a description.

@@ -58,10 +58,41 @@ ROWS = {
         "loop 4-5 three passes from 50 %", "value embeddings removed", "shuffled-sequence loader"),
         "35.94 M", "4,989", "15,988,983", dict(vocab_size=8192, tables=True, order_from=.5,
             layer_order=(*range(6), 4, 5, *range(4, 11)), ve_dim=0, loader="shuffled")),
+    "pr1493": ("#1493", "1.0810", ("loop 3-5 from 35 %", "GPT-J parallel 7+", "q gain 5.25",
+        "decay 0.095", "lr 0.022", "EMA 0.9965", "warmdown 0.72"), "35.94 M", "4,554",
+        "15,993,232", dict(layer_order=(*range(6), *range(3, 6), *range(3, 11)), order_from=.35,
+            parallel="joint", parallel_start=7, qk_gain_init=5.25, muon_weight_decay=.095,
+            matrix_lr=.022, ema_decay=.9965, warmdown_ratio=.72, use_ttt=True)),
+    "pr1530": ("#1530", "1.0734", ("varlen attention with document masks",
+        "document-wise LoRA TTT"), "35.94 M", "4,853", "15,996,664", dict(loader="packed",
+            adaptation="documents", ttt_lora_rank=96, ttt_lora_scale=1., ttt_lora_chunk_tokens=32,
+            parallel="lanes", parallel_start=8, muon_momentum=.97)),
+    "pr1729": ("#1729", "1.0678", ("CaseOps tokenizer", "Muon decay taper (on #1626)"), "35.94 M",
+        "4,886", "15,943,106", dict(taper_from=.7, matrix_lr=.026, warmdown_ratio=.75,
+            max_wallclock_seconds=600.-4, samples=16*48, ttt_lora_chunk_tokens=48)),
+    "pr1855": ("#1855", "1.0611", ("nine hyperparameters",), "35.95 M", "4,931", "15,907,550",
+        dict(matrix_lr=.026, muon_momentum=.97, min_lr=.1, warmdown_ratio=.85, beta2=.99,
+            output_gate="sparse", gate_slope=.5, smear_window=12, parallel_start=8, polar=True)),
 }
+# the row of #2135 stands in section 1 of another sheet, its settings in section 2.6
+LAST = dict(matrix_lr=.028, samples=32*48, lqer_group=32, ttt_lora_lr=8e-5, eval_seq_len=2560,
+    asymmetric_cap=True)
+OWN_SHEET = ("pr1394", "pr1855")  # whose claims are means, not the largest file
 
 
-def test_every_milestone_is_in_the_table(): assert list(ROWS) == list(MILESTONES)
+def test_every_milestone_is_in_the_table():
+    assert [*ROWS, "pr2135"] == list(MILESTONES)
+
+
+def test_the_last_one_is_what_its_sheet_knows(shared):
+    r, sheet = get_recipe("pr2135"), (shared/"spec"/"after1855.md").read_text()
+    assert {k: value(r, k) for k in LAST} == LAST
+    assert {k.split(".")[1] for k, *_ in diff(get_recipe("pr1855"), r)} <= LAST.keys()
+    for words in ("| **#2135** | **1.05651** (0.00036) |", "matrix lr 0.028, LQER group 32",
+        "adapter lr 8e-5", "evaluation window 2,560. #2135: the same with 32 calibration batches"):
+        assert words in sheet
+    assert (r.claims[-1].claimed, r.claims[-1].logged) == (1.0565, 1.05651)
+    assert at_scale(r, "mini").score.eval_seq_len == 160  # a quarter more than training's 128
 
 
 def value(recipe, name):
@@ -86,8 +117,8 @@ def test_the_recipe_has_what_its_row_says(name):
     count = sum(p.numel() for p in model.parameters())
     assert f"{count/1e6:.2f} M" == parameters
     result = r.claims[-1]
-    assert result.stage == ("adapted" if r.stages.use_ttt else "sliding")
-    if name != "pr1394":  # its claims are those of its own sheet: the mean, not the largest file
+    if name not in OWN_SHEET:
+        assert result.stage == ("adapted" if r.stages.use_ttt else "sliding")
         assert (f"{result.claimed:.4f}", f"{result.bytes_logged:,}") == (bpb, size)
         assert parameters in result.note
 
@@ -96,7 +127,7 @@ def test_the_recipe_has_what_its_row_says(name):
 def test_the_row_stands_in_the_sheet(shared, name):
     label, bpb, words, parameters, steps, size, _ = ROWS[name]
     sheet = (shared/"spec"/"frontier.md").read_text()
-    rows = [l for l in sheet.splitlines() if l.startswith(f"| {label} |")]
+    rows = [l for l in sheet.splitlines() if l.startswith(f"| {label} |") and l.count("|") == 9]
     cells = [c.strip() for c in rows[0].split("|")[1:-1]]
     assert len(rows) >= 1 and cells[1].split()[0] == bpb and cells[4:6] == [parameters, steps]
     assert cells[7] == size and all(w in cells[3] for w in words)
@@ -107,6 +138,8 @@ def test_grids_are_those_of_their_rows():
         ("pr414", Grid(-31, 31, quantiles=CLIPS, scale_floor=1/31)),
         ("pr1019", Grid(-31, 31, quantiles=CLIPS, scale_floor=1/31))):
         assert [g for _, g in get_recipe(name).quant.rules] == [own, FLOOR8]
+    assert [(g.hi, g.sigmas) for _, g in get_recipe("pr1729").quant.rules] == [(31, 12.), (31, 13.),
+        (63, 15.)]  # "int7 embedding, per-group clip 12/13/15" (#1626)
     trained = [n for n in ROWS if get_recipe(n).stages.late_qat_threshold]
     assert trained == ["pr65", "pr162", "pr287"]  # from step 0: no multiplier exceeds 1
     for n in trained:
@@ -124,7 +157,7 @@ def test_the_tables_of_1218_decay_by_themselves():
 def test_a_milestone_is_its_parent_with_what_it_adds():
     for m in ROAD[1:]:
         assert diff(get_recipe(m.parent), m.recipe), m.recipe.name
-        if m.recipe.name != "pr1394":
+        if m.recipe.name not in OWN_SHEET:
             assert parent_of(at_scale(m.recipe, "mini")).name == m.parent
     same = {m.recipe.name for m in ROAD[1:]
         if training_key(m.recipe) == training_key(get_recipe(m.parent))}
@@ -150,11 +183,12 @@ def test_a_scale_keeps_what_a_milestone_is_about():
         r = {n: at_scale(get_recipe(n), scale) for n in ROWS}
         assert r["launch"].score.eval_stride == r["launch"].score.eval_seq_len
         assert r["pr50"].score.eval_stride < r["pr50"].score.eval_seq_len
-        assert r["pr287"].model.rope_dims == r["pr287"].model.head_dim == 4*r["pr315"].model.rope_dims
+        whole, part = r["pr287"].model, r["pr315"].model
+        assert whole.rope_dims == whole.head_dim == 4*part.rope_dims
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["launch", "pr65", "pr549", "pr1218"])
+@pytest.mark.parametrize("name", ["launch", "pr65", "pr549", "pr1218", "pr1530"])
 def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path, name):
     r = at_scale(get_recipe(name), "tiny").but(iterations=4, warmup_steps=0)
     job = pipeline.start(r, novels, tmp_path/"run", "cpu", 512, progress=False)
@@ -166,6 +200,6 @@ def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path, name):
 def test_the_plan_of_the_road_lists_every_milestone():
     from pgolf.scale.runs import read_plan
     plan = read_plan(ROOT/"nbs"/"scale"/"road.yaml")
-    assert {r.recipe for r in plan} == set(ROWS) and {r.scale for r in plan} == {"mini"}
+    assert {r.recipe for r in plan} == set(MILESTONES) and {r.scale for r in plan} == {"mini"}
     assert all(sum(p.label == r.label for p in plan) >= 3 for r in plan)
     for r in plan: r.resolve()

@@ -58,8 +58,9 @@ def runs_apart(
     known, shared = hashes(train), []
     held = [(i, hashes(d[1:])) for i, d in enumerate(documents(val, bos_id))]
     held = [(i, h) for i, h in held if len(h)]
-    for i, h in held:
-        if float(torch.isin(h, known).double().mean()) >= share: shared.append(i)
+    seen = torch.isin(torch.cat([h for _, h in held]), known) if held else known[:0].bool()
+    for (i, _), hits in zip(held, seen.split([len(h) for _, h in held])):
+        if float(hits.double().mean()) >= share: shared.append(i)
     return _finding("D2r", "no held-out document stands in the training text",
         [(float(len(shared)), shared[0], f" of {len(held):,}")] if shared else [], 0,
         f"{len(held):,} documents, none with {share:.0%} of its runs of {run} tokens in training",

@@ -18,6 +18,7 @@ from .folder import STATUS,Check,Folder,close_to,judge,last_told,seed_of,told,ve
 from .folder import check_artifacts,check_extras,check_fields,check_files,check_helpers
 from .folder import (check_imports, check_log_source, check_patterns, check_script,
                                  check_track)
+from .ruled_logs import check_configuration,check_order
 from .logs import Log,number,unit
 from .submission import OVERSHOOT,SECONDS,SEEDS,VAL_BYTES,read_log,result_of
 
@@ -391,8 +392,9 @@ def check_legality(f:Folder)->Iterator[Check]:
 # %% ../../nbs/submit/67_doctor.ipynb #daf6f583
 CHECKS = (check_files,check_track,check_artifacts,check_fields,check_script,check_imports,
     check_helpers,check_extras,check_log_source,check_bytes,check_unsent,check_claimed_bytes,
-    check_logged_bytes,check_scores,check_runs,check_seeds,check_times,check_text,check_devices,
-    check_own_scores,check_legality,check_compliance,check_patterns)
+    check_logged_bytes,check_scores,check_runs,check_seeds,check_configuration,check_order,
+    check_times,check_text,check_devices,check_own_scores,check_legality,
+    check_compliance,check_patterns)
 
 def examine(f:Folder)->list[Check]: # in the order of `CHECKS`
     "Ask a folder all questions."

@@ -103,6 +103,15 @@ def _notes_behind(lines, widest=math.inf):
         notes = []
     return out+notes
 
+# %% ../../nbs/submit/60_flatten.ipynb #60c1a550
+def _class_line(c, lines):
+    "A class's header with its docstring as a note behind it: first line, last line, text."
+    doc = ast.get_docstring(c) if isinstance(c, ast.ClassDef) and len(c.body)>1 else None
+    if not doc or c.body[0].lineno!=c.lineno+1: return None
+    first, c.body = c.body[0], c.body[1:]
+    return c.lineno-1, first.end_lineno-1, f"{lines[c.lineno-1]} # {' '.join(doc.split())}"
+
+
 # %% ../../nbs/submit/60_flatten.ipynb #8a52b079
 def _inner_lines(text):
     "Numbers of the lines that go on where a bracket is open, from 0."
@@ -140,6 +149,7 @@ def compact(
             c.body = [x for x in c.body if span(x) not in gone] or [ast.Pass()]
     functions = [f for f in ast.walk(tree) if isinstance(f, FUNCTIONS)]
     edits += [e for f in functions if (e := _one_line(f, lines))]
+    if block>8: edits += [e for c in ast.walk(tree) if (e := _class_line(c, lines))]
     for a,b,header in sorted(edits, key=lambda e: e[0], reverse=True):
         lines[a:b+1] = [header] if header else []
     text = _same("\n".join(l for l in lines if l.strip()), tree)

@@ -245,6 +245,7 @@ STAND_INS = '''
 from contextlib import contextmanager,nullcontext
 import torch
 def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
+def _telling_failure(run): return nullcontext()
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parsed', 'QUESTIONS', 'ASKED', 'BEFORE', 'SCRIPT', 'read_file', 'read_rows', 'Measured', 'which_stage', 'from_table',
-           'measured', 'gains', 'prefix', 'leak', 'fixed_temperature', 'steps', 'worth', 'say', 'worth_text',
-           'value_of', 'looks_like', 'has', 'book', 'see', 'pull', 'findings_table', 'short', 'as_set', 'lines_table',
-           'quoted', 'techniques_table', 'systems_table', 'system_text', 'stories', 'headline_table', 'counts',
+           'measured', 'gains', 'prefix', 'leak', 'fixed_temperature', 'counted', 'steps', 'worth', 'say', 'worth_text',
+           'value_of', 'looks_like', 'has', 'see', 'pull', 'findings_table', 'short', 'as_set', 'lines_table', 'quoted',
+           'techniques_table', 'systems_table', 'system_text', 'great_text', 'stories', 'headline_table', 'counts',
            'small_effects', 'slug', 'glossary_table', 'filterable']
 
 # %% ../../nbs/systems/58_evidence.ipynb #75c4b189
@@ -19,8 +19,8 @@ from ..files import find_results
 from ..show import Table, show
 from .adaptation import GRID, bpb, gain, of
 from .effects import PROBES, Effect, differences, effects, paired
-from .recipe import brief
-from .recipes import get_recipe
+from .recipe import brief, diff
+from .recipes import at_scale, get_recipe, parent_of
 
 # %% ../../nbs/systems/58_evidence.ipynb #2cd08576
 def read_file(
@@ -35,18 +35,23 @@ def read_file(
 parsed = cache(tomllib.loads)
 
 def read_rows(
-    kind:str,         # "claim", "line", "technique", "term", "symbol", "system", "wing"
+    kind:str,         # "claim", "line", "technique", "term", "symbol", "system", "great", "wing"
     folder:Path|None=None, # of the files; None: the book's own
 )->list[dict]: # each with `file`, the name of its file
     "All rows of one kind."
     folder = folder or find_results().parent/"findings"
     files = {p.stem: read_file(p) for p in sorted(folder.glob("*.toml"))}
-    order = sorted(files, key=lambda n: files[n].get("system", {}).get("place", 0))
+    order = sorted(files, key=lambda n: _place(files[n]))
     found = []
     for name in order:
         rows = files[name].get(kind, [])
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
+
+def _place(file):
+    "Where a file stands in the order of the book; one that has no place comes first."
+    about = file.get("system") or file.get("great") or file
+    return about.get("place", 0)
 
 # %% ../../nbs/systems/58_evidence.ipynb #c3381857
 @dataclass(frozen=True)
@@ -122,6 +127,15 @@ ASKED = dict(gain=", adapting", prefix=", the part against the whole",
     leak=", the second pass against the first", temperature=", {1} against 1")
 
 # %% ../../nbs/systems/58_evidence.ipynb #fec3337f
+def counted(
+    key:str,               # of a row with `number`
+    folder:Path|None=None, # of results; None: the book's own
+)->str: # "not measured" where nobody has counted it
+    "A number that is no difference of scores, from the page of the frontier's claims."
+    path = (folder or find_results())/"frontier-claims.json"
+    one = json.loads(path.read_text()).get(key) if path.is_file() else None
+    return f"{one['value']:,.{one['digits']}f} {one['unit']}" if one else "not measured"
+
 BEFORE = dict(averaged="raw", artifact="averaged", sliding="artifact", adapted="sliding")
 
 def steps(
@@ -175,6 +189,7 @@ def worth_text(
 )->str: # Markdown
     "What a row is worth here, at every scale that was measured."
     key = row.get("worth")
+    if "number" in row: return counted(row["number"], folder)
     if not key: return "no score in it" if {"n", "ran"} & set(row) else "not measured"
     found = worth(key, folder, known)
     said = "; ".join(say(m, row.get("reverse", False)) for m in found) or "not measured yet"
@@ -222,6 +237,30 @@ def book(
 )->dict[str, Path]: # page -> notebook, below the folder
     "Every page of the book."
     return _pages(folder or find_results().parent)
+<<<<<<< ours
+=======
+
+def see(
+    ref:str,      # "gptq#gptq"
+    up:str="../", # from the page to the folder of notebooks
+    text:str="",  # of the link; "": the page's name
+)->str: # Markdown
+    "A link to a page of the book, or to a place on it."
+    page, _, anchor = ref.partition("#")
+    pages = book()
+    if page not in pages: raise ValueError(f"see={ref!r}: no page {page!r} in {', '.join(pages)}")
+    return f"[{text or page}]({up}{pages[page]}{'#'+anchor if anchor else ''})"
+
+def pull(number)->str: # Markdown
+    "A pull request of the challenge, as a link."
+    return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
+
+def whose(
+    row:dict, # a claim
+)->str: # "1394"
+    "The pull request that makes a claim: the row's own word, or the name of its file."
+    return str(row.get("pr") or row["file"][2:])
+>>>>>>> theirs
 
 # %% ../../nbs/systems/58_evidence.ipynb #0b80275e
 def see(
@@ -245,7 +284,7 @@ def findings_table(
 )->Table:
     "Every claim, what ran, the verdict, and what it is worth."
     known = measured(folder)
-    def row(r): return {"system": pull(r["file"][2:]), "kind": r["kind"], "claim": r["claim"],
+    def row(r): return {"system": pull(whose(r)), "kind": r["kind"], "claim": r["claim"],
         "what ran": r["ran"], "verdict": r["verdict"],
         "worth here, bpb ± 95 %": worth_text(r, folder, known), "where": see(r["see"])}
     return show(map(row, read_rows("claim")))
@@ -335,6 +374,21 @@ def system_text(
     listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
     return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
 
+# %% ../../nbs/systems/58_evidence.ipynb #gr580001
+def great_text(
+    system:dict, # a row
+)->Table: # Markdown
+    "One of the great systems: when, what is new, what was found, and its recipe beside its parent."
+    name = system["file"]
+    recipe = at_scale(get_recipe(name), "full")
+    before = parent_of(recipe)
+    changed = len(diff(before, recipe))
+    facts = [("when", system["date"]), ("score", system["rank"]), ("new in it", system["new"]),
+        ("built on", ", ".join(map(pull, system["built_on"]))), ("found here", system["found"]),
+        ("its recipe", f"`{name}`, {changed} settings other than `{before.name}` ({see('road')})")]
+    listed = "\n".join(f"- **{k}**: {v}" for k, v in facts)
+    return Table(f"### {system['title']} ({pull(name[2:])})\n\n{listed}")
+
 # %% ../../nbs/systems/58_evidence.ipynb #b7c74a17
 def stories(
     folder:Path|None=None, # of results; None: the book's own
@@ -356,7 +410,7 @@ def headline_table(
 )->Table:
     "The claims of the first page: those with a `headline`."
     known = measured(folder)
-    def row(r): return {"claim": f"{r['headline']} ({pull(r['file'][2:])})", "what ran": r["short"],
+    def row(r): return {"claim": f"{r['headline']} ({pull(whose(r))})", "what ran": r["short"],
         "worth here, bpb ± 95 %": worth_text(r, folder, known), "chapter": see(r["see"], "")}
     return show([row(r) for r in read_rows("claim") if "headline" in r])
 
@@ -368,8 +422,11 @@ def counts()->Table:
     def row(name, mine): return [name, len(mine), *(sum(r["verdict"] == v for r in mine)
         for v in verdicts)]
     systems = [s["file"] for s in read_rows("system")]
-    body = [row(pull(s[2:]), [r for r in rows if r["file"] == s]) for s in systems]
-    return show([*body, row("all", rows)], headers=["system", "claims", *verdicts])
+    great = [s["file"] for s in read_rows("great")]
+    body = [row(pull(s[2:]), [r for r in rows if r["file"] == s]) for s in (*systems, *great)]
+    others = [r for r in rows if r["file"] not in (*systems, *great)]
+    return show([*body, row("the road", others), row("all", rows)],
+        headers=["system", "claims", *verdicts])
 
 def small_effects(
     limit:float,           # bpb

@@ -322,7 +322,7 @@ def model_of(
 def _ready(cfg, state, device, eval_rules):
     model = GPT(cfg).to(device).eval()
     model.load_state_dict(state)
-    model.compute_dtype = best_dtype(device)
+    model.compute_dtype = best_dtype(device, cfg.model_dim)
     set_eval_quant(model, eval_rules)
     return model
 

@@ -169,6 +169,7 @@ def at_scale(
 def _shrink_run(s, r):
     "The other settings at scale `s`, in proportion to the full recipe `r`."
     c,stretch = r.score, s.seq_len/r.train.train_seq_len
+    length = round(c.eval_seq_len*stretch)
     return dict(
         rope_train_seq_len=round(r.model.rope_train_seq_len*stretch),
         train_seq_len=s.seq_len,
@@ -180,9 +181,9 @@ def _shrink_run(s, r):
         checkpoint_minutes=0.,
         samples=s.samples,
         keep_numel=s.keep_numel,
-        eval_seq_len=s.seq_len,
+        eval_seq_len=length,
         # blocks without overlap stay so
-        eval_stride=s.seq_len if c.eval_stride == c.eval_seq_len else s.stride,
+        eval_stride=length if c.eval_stride == c.eval_seq_len else s.stride,
         ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch),
         ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
     )

@@ -1,0 +1,112 @@
+"""The road, measured: what is gathered from runs, and what is read from it."""
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from pgolf.scale import measured
+from pgolf.scale.measured import (difference, down_the_road, gather, main, reads, read_runs,
+    road_steps)
+from pgolf.systems.recipes import at_scale, get_recipe
+from pgolf.systems.report import Report
+from pgolf.systems.road import MILESTONES
+
+KEPT = ROOT/"nbs"/"results"/"road"
+
+
+def pretend(runs, name, seed, bpb, complete=True, tokens=409_600, **more):
+    "A run of a milestone, without the run."
+    r = at_scale(get_recipe(name), "mini").but(seed=seed)
+    out = runs/f"{more.pop('called', name)}-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    r.save(out/"recipe.json")
+    row = dict(stage="sliding", val_bpb=bpb, targets=16_384, seconds=2., legal=True)
+    report = Report(name, r.title, "mini", "austen_sp1024", seed, "cpu", 1, 592_144, rows=[row],
+        training=dict(steps=200, tokens=tokens, elapsed=40.), bytes_artifact=5,
+        environment=dict(pgolf="0", torch="2"), complete=complete, **more)
+    report.save(out/"report.json")
+
+
+def test_finished_runs_are_kept_and_others_are_not(tmp_path):
+    pretend(tmp_path/"runs", "launch", 1, 2.2)
+    pretend(tmp_path/"runs", "launch", 2, 2.3, complete=False)
+    (tmp_path/"runs"/"empty").mkdir()
+    found = gather(tmp_path/"runs", tmp_path/"kept")
+    assert [p.name for p in found] == ["launch-mini-1.json"]
+    kept = json.loads(found[0].read_text())
+    assert (kept["stages"], kept["result"], kept["bytes"], kept["tokens"]) == ({"sliding": 2.2},
+        "sliding", 5, 409_600)
+    assert kept["seconds"] == 42. and kept["audit"] is False
+    before = found[0].read_bytes()
+    pretend(tmp_path/"runs", "launch", 2, 2.3)
+    assert len(gather(tmp_path/"runs", tmp_path/"kept")) == 2 and found[0].read_bytes() == before
+
+
+def test_another_number_under_the_same_name_is_an_error(tmp_path):
+    pretend(tmp_path/"runs", "launch", 1, 2.2)
+    [path] = gather(tmp_path/"runs", tmp_path/"kept")
+    before = path.read_bytes()
+    pretend(tmp_path/"runs", "launch", 1, 2.1)
+    with pytest.raises(ValueError, match="another stages than .*launch-1.*remove the file"):
+        gather(tmp_path/"runs", tmp_path/"kept")
+    assert path.read_bytes() == before
+
+
+def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
+    pretend(tmp_path/"runs", "pr50", 3, 2.2, called="pr50-own")
+    main([str(tmp_path/"runs"), str(tmp_path/"kept")])
+    assert capsys.readouterr().out.startswith("1 finished run(s) in ")
+    assert set(read_runs(tmp_path/"kept")) == {"pr50-own"}
+    (tmp_path/"runs"/"pr50-own-3"/"recipe.json").write_text("{}")
+    for words in (["one"], ["a", "b", "c"]):
+        with pytest.raises(SystemExit, match="usage"): main(words)
+    pretend(tmp_path/"runs", "pr50", 3, 2.4, called="pr50-own")
+    with pytest.raises(SystemExit, match="pgolf: error: .*another stages"):
+        main([str(tmp_path/"runs"), str(tmp_path/"kept")])
+
+
+def test_seeds_are_paired_and_steps_follow_the_road(tmp_path):
+    for seed, a, b in ((1, 2.2, 2.1), (2, 2.3, 2.21), (3, 2.25, 2.14)):
+        pretend(tmp_path/"runs", "launch", seed, a)
+        pretend(tmp_path/"runs", "pr50", seed, b)
+    pretend(tmp_path/"runs", "launch", 9, 1.)  # has no partner
+    gather(tmp_path/"runs", tmp_path/"kept")
+    found = read_runs(tmp_path/"kept")
+    assert difference(found, "launch", "pr50") == pytest.approx([-.1, -.09, -.11])
+    steps = road_steps(found)
+    assert [s.name for s in steps] == list(MILESTONES)
+    assert steps[1].seeds == 3 and steps[1].here.mean == pytest.approx(-.1)
+    assert (reads(steps[0]), reads(steps[1]), reads(steps[2])) == ("the start", "as published",
+        "not measured")
+    name, there, here = down_the_road(found)[0]
+    assert (name, here.mean) == ("pr50", pytest.approx(-.1)) and there == pytest.approx(-.0319)
+    assert all(e is None for _, _, e in down_the_road(found)[1:])
+
+
+def test_a_seed_alone_claims_nothing(tmp_path):
+    pretend(tmp_path/"runs", "launch", 1, 2.2)
+    pretend(tmp_path/"runs", "pr50", 1, 1.2)
+    gather(tmp_path/"runs", tmp_path/"kept")
+    step = road_steps(read_runs(tmp_path/"kept"))[1]
+    assert not np.isfinite(step.here.half) and reads(step) == "one seed: no interval"
+
+
+def test_repeats_cost_from_their_start_on():
+    r = at_scale(get_recipe("pr1394"), "mini")
+    whole, none = r.but(order_from=0.), r.but(layer_order=(), order_from=0.)
+    cost = [measured.training_flops(x, 100) for x in (none, r, whole)]
+    assert cost[0] < cost[1] < cost[2] and cost[1] == pytest.approx((cost[0]+cost[2])/2)
+
+
+def test_what_is_committed_are_runs_of_the_road():
+    found = read_runs(KEPT)
+    for name, seeds in found.items():
+        assert name.removesuffix("-own") in MILESTONES
+        recipe = get_recipe(name.removesuffix("-own"))
+        for seed, one in seeds.items():
+            assert one["seed"] == seed and one["recipe"] == recipe.name and one["audit"]
+            assert one["result"] == ("adapted" if recipe.stages.use_ttt else "sliding")
+            assert one["steps"] == 200 and one["targets"] == 16_384
+    tokens = {one["tokens"] for name, seeds in found.items() for one in seeds.values()
+        if not name.endswith("-own")}
+    assert tokens <= {409_600}  # equal steps and equal tokens
