@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_TOKENS', 'NO_REPORT', 'STAGES', 'open_subject', 'data_for', 'tokenizer_of', 'check_tokenizer', 'audit_numbers',
-           'audit_data', 'sidecar_is_whole', 'stretch', 'evaluation_of', 'audit_run', 'verdict_rows', 'verdict_line']
+           'audit_data', 'sidecar_is_whole', 'stretch', 'evaluation_of', 'is_queue', 'audit_run', 'verdict_rows',
+           'verdict_line']
 
 # %% ../../nbs/systems/54_verdict.ipynb #40ec5033
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from .ownership import (fingerprint, own_data, read_json, same_data, same_tokeni
                                      write_json)
 from ..model.gpt import ModelConfig
 from .report import Report
+from ..score.order import AskedQueue, in_order, order_of
 from .ownership import open_corpus
 from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
@@ -221,12 +223,14 @@ def evaluation_of(
     model,          # read back from the artifact
     stage:str,      # "artifact", "sliding", "adapted" or "rescored"
     length:int,     # targets it will be asked about
+    tokens=None,    # these, for a queue: in the order of its work
 ):# an `Evaluation`
     "The evaluation of a stage, on a stretch: chunks of one window, learnt from at most twice."
     r,sp = recipe, dataset.tokenizer()
     tables = byte_tables(sp, dataset.vocab_size) # tokens are changed, of which no sidecar knows
     if stage == "artifact": cfg = replace(r.score, eval_stride=r.score.eval_seq_len)
     else: cfg = replace(r.score, eval_compile=False)
+    if is_queue(r, stage): return _queue_of(r, model, tables, cfg, stage, tokens, sp.bos_id())
     if stage not in ("adapted","rescored"):
         return model_evaluation(model, tables, cfg, length, bos_id=sp.bos_id())
     ttt = replace(r.ttt, ttt_chunk_tokens=cfg.eval_seq_len, ttt_epochs=min(2, r.ttt.ttt_epochs),
@@ -234,6 +238,25 @@ def evaluation_of(
     if r.stages.ttt_rules: set_fake_quant(model, r.stages.ttt_rules)
     again = r.stages.rescore_temperature if stage == "rescored" else 0.
     return model_evaluation(model, tables, cfg, length, ttt, sp.bos_id(), again)
+
+
+# %% ../../nbs/systems/54_verdict.ipynb #ex54c001
+def is_queue(
+    recipe:Recipe, # says how a model adapts
+    stage:str,     # of the score
+)->bool:
+    "Whether documents were scored in the order of their length."
+    s = recipe.stages
+    return s.use_ttt and s.adaptation == "queue" and stage in ("adapted","tilted")
+
+def _queue_of(r, model, tables, cfg, stage, tokens, bos_id):
+    "The evaluation of a queue: one document after the other, a pause after the first."
+    lora = replace(r.lora, ttt_lora_docs=1)
+    chunk = r.phased.ttt_phase_chunk_tokens
+    phased = replace(r.phased, ttt_phases=min(1, r.phased.ttt_phases), ttt_phase_docs=1,
+        ttt_phase_chunk_tokens=min(chunk, cfg.eval_seq_len))
+    return AskedQueue(model, tables, cfg, lora, phased, tokens, bos_id,
+        r.tilt if stage == "tilted" else None).evaluation()
 
 
 # %% ../../nbs/systems/54_verdict.ipynb #c5400003
@@ -251,7 +274,7 @@ def _row_of(report, stage, recipe):
     return stage, row
 
 # %% ../../nbs/systems/54_verdict.ipynb #a5120dbf
-STAGES = ("artifact","sliding","adapted","rescored")
+STAGES = ("artifact","sliding","adapted","tilted","rescored")
 
 def audit_run(
     path,             # folder of a finished run, or an artifact
@@ -269,17 +292,21 @@ def audit_run(
     stage,row = _row_of(report, stage, recipe)
     model = read_artifact(artifact, device, recipe.stages.eval_rules)
     tokens = stretch(dataset, 4*recipe.score.eval_seq_len)
+    if is_queue(recipe, stage): tokens = in_order(tokens, dataset.tokenizer().bos_id())
     found = [*NO_REPORT]
     if report: found = audit_numbers(Path(path), report, row, recipe, dataset, model)
     found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
     with exactly(model):
-        found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
+        found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1, tokens),
             tokens, places, seed)
+    if is_queue(recipe, stage):
+        whole = dataset.val_tokens(row["targets"]+1 if row else None)
+        found.append(order_of(whole, recipe.lora, dataset.tokenizer().bos_id()))
     about = (f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,}"
         f" targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed")
     out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage,
         val_bpb=row and row["val_bpb"], about="; ".join(filter(None, (about, unknown))),
-        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))])
+        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD1".index(f.name[0]), f.name))])
     if report:
         write_json(Path(path)/"audit.json", out)
         replace(report, audit=out).save(Path(path)/"report.json")
