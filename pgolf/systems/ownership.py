@@ -10,6 +10,7 @@ __all__ = ['MADE', 'claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 
 import atexit, hashlib, os, platform, sys
 from pathlib import Path
 
+from ..game import caseops # noqa: F401: datasets may name its transform
 from ..game.data import Dataset, austen, check_bytes, open_dataset
 from ..files import read_json, write_json
 from ..game.tokenizer import tokenizer_id
