@@ -196,6 +196,7 @@ class Watch:
     "Hears what is graded and learnt; does nothing."
     def graded(self, rows): "`GradedRows`, before anything is learnt from them."
     def learnt(self, targets): "Targets (n,) that one update has learnt from."
+    def done(self): "All is graded."
 
 
 # %% ../../nbs/score/44d_phased.ipynb #ex44d023
@@ -279,6 +280,7 @@ def score_phased(
     with _bar(n_bytes[order], progress and ranks.is_main) as tick:
         for done in work.run(): tick(work.nll[order.to(work.nll.device)], done)
     if ranks.world > 1: dist.all_reduce(work.nll)
+    watch.done()
     return Scores(work.nll.cpu().double(), n_bytes)
 
 

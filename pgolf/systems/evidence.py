@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['parsed', 'QUESTIONS', 'ASKED', 'BEFORE', 'SCRIPT', 'read_file', 'read_rows', 'Measured', 'which_stage', 'from_table',
            'measured', 'gains', 'prefix', 'leak', 'fixed_temperature', 'counted', 'steps', 'worth', 'say', 'worth_text',
-           'value_of', 'looks_like', 'has', 'see', 'pull', 'findings_table', 'short', 'as_set', 'lines_table', 'quoted',
-           'techniques_table', 'systems_table', 'system_text', 'great_text', 'stories', 'headline_table', 'counts',
-           'small_effects', 'slug', 'glossary_table', 'filterable']
+           'value_of', 'looks_like', 'has', 'book', 'see', 'pull', 'whose', 'findings_table', 'short', 'as_set',
+           'lines_table', 'quoted', 'techniques_table', 'systems_table', 'system_text', 'great_text', 'stories',
+           'headline_table', 'counts', 'small_effects', 'slug', 'glossary_table', 'filterable']
 
 # %% ../../nbs/systems/58_evidence.ipynb #75c4b189
 import json, re, tomllib
@@ -237,9 +237,9 @@ def book(
 )->dict[str, Path]: # page -> notebook, below the folder
     "Every page of the book."
     return _pages(folder or find_results().parent)
-<<<<<<< ours
-=======
 
+
+# %% ../../nbs/systems/58_evidence.ipynb #0b80275e
 def see(
     ref:str,      # "gptq#gptq"
     up:str="../", # from the page to the folder of notebooks
@@ -260,23 +260,6 @@ def whose(
 )->str: # "1394"
     "The pull request that makes a claim: the row's own word, or the name of its file."
     return str(row.get("pr") or row["file"][2:])
->>>>>>> theirs
-
-# %% ../../nbs/systems/58_evidence.ipynb #0b80275e
-def see(
-    ref:str,      # "gptq#gptq"
-    up:str="../", # from the page to the folder of notebooks
-    text:str="",  # of the link; "": the page's name
-)->str: # Markdown
-    "A link to a page of the book, or to a place on it."
-    page, _, anchor = ref.partition("#")
-    pages = book()
-    if page not in pages: raise ValueError(f"see={ref!r}: no page {page!r} in {', '.join(pages)}")
-    return f"[{text or page}]({up}{pages[page]}{'#'+anchor if anchor else ''})"
-
-def pull(number)->str: # Markdown
-    "A pull request of the challenge, as a link."
-    return f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})"
 
 # %% ../../nbs/systems/58_evidence.ipynb #e2c28d3b
 def findings_table(

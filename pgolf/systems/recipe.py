@@ -261,7 +261,8 @@ FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how 
     "ttt_lr_mult": (_number(0, pair=True), r"[('mlp\.proj', 3.0)]"),
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
     "ttt_places": (_place, "('q', 'k', 'v')"),
-    **{n: (_rule, RULES) for n in ("rules", "small_rules", "qat_rules", "first_rules", "eval_rules", "ttt_rules")},
+    **{n: (_rule, RULES) for n in ("rules", "small_rules", "qat_rules", "first_rules",
+        "eval_rules", "ttt_rules")},
 }
 PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always","ttt_lora_targets")
 SEEDS = 2**63 # seeds are below: what a generator takes
