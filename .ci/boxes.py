@@ -71,7 +71,7 @@ def scores(row, folder, known):
     for label, key, reverse in asked(row):
         if values := worth(key, folder, known):
             text, _, where = say(values[0], reverse).rpartition(' (')
-            said.setdefault(where.rstrip(')'), []).append(f'{label} {text}')
+            said.setdefault(where.rstrip(')'), []).append(f'{label}: {text}')
         else: absent.append(label)
     lines = [f"{'; '.join(v)} ({UNIT if i == 0 else ''}{where})"
         for i, (where, v) in enumerate(said.items())]
