@@ -98,6 +98,9 @@ def load_tokenizer(
         raise ValueError(
             f"{path} has {sp.vocab_size()} pieces, expected vocab_size={vocab_size}: take the"
             " tokenizer that the shards were made with")
+    try: sp.id_to_piece(list(range(sp.vocab_size()))) # each of them is read
+    except UnicodeDecodeError as e: raise ValueError(
+        f"{path} has a piece that is no text ({e}): take another tokenizer") from None
     return sp
 
 # %% ../../nbs/game/03_tokenizer.ipynb #5ea3f102
