@@ -1,9 +1,14 @@
 "Fixtures shared by all tests; what needs the reference data skips where it is absent."
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 900  # seconds for a child that takes less than 20: it stops what hangs, and judges nothing
+CLEAN = multiprocessing.get_context("forkserver")  # a process forks off one that has loaded what
+CLEAN.set_forkserver_preload(["torch", "nbdev.test"])  # they all need, and has run nothing
 
 
 class Hand:
@@ -32,6 +39,13 @@ def no_hang(seconds):
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+def described_first():
+    "Names of recipes; what differs as it was run is tried with the slow tests."
+    from pgolf.systems.recipes import RECIPES
+    return [pytest.param(n, marks=pytest.mark.slow) if n.endswith("-as-run") else n
+        for n in RECIPES]
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +76,10 @@ def one_thread():
 def novels(tmp_path_factory):
     "The embedded novels as a dataset."
     from pgolf.game.data import austen
-    return austen(tmp_path_factory.mktemp("austen") / "austen_sp1024")
+    # workers of one run share a folder, and whoever comes first fills it
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    return austen(base / "austen" / "austen_sp1024")
 
 
 def start_pgolf(*args, **kw):
@@ -80,6 +97,43 @@ def run_pgolf(*args, **kw):
     return child.returncode, out, err
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(script, args, log, env):
+    with open(log, "w") as out:
+        for stream in (1, 2): os.dup2(out.fileno(), stream)
+    os.environ.update(env)
+    sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+    sys.argv = [str(script), *map(str, args)]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def on_ranks(world, script, *args):
+    """Run a script as torchrun would on one machine, in `world` processes that need not load torch
+    anew; the first that fails ends them all, and is told with what it said."""
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    if world > 1: env["TORCHELASTIC_RUN_ID"] = "tests"
+    logs = [Path(script).with_name(f"said-{r}-of-{world}") for r in range(world)]
+    ranks = [CLEAN.Process(target=_rank, args=(script, args, log, env | dict(RANK=str(r),
+        LOCAL_RANK=str(r)))) for r, log in enumerate(logs)]
+    for p in ranks: p.start()
+    left = {p.sentinel: p for p in ranks}
+    try:
+        while left:
+            ended = [left.pop(s) for s in wait(list(left), timeout=HANG)]
+            if not ended or any(p.exitcode for p in ended):
+                said = "\n".join(log.read_text()[-4000:] for log in logs if log.exists())
+                pytest.fail(f"a rank of {world} failed or hangs:\n{said}", pytrace=False)
+    finally:
+        for p in left.values(): p.kill()
+        for p in ranks: p.join()
+
+
 @pytest.fixture
 def main(monkeypatch, capsys):
     """The command in this process: `main('plan', 'pr610')` gives exit code, standard output,
@@ -91,6 +145,15 @@ def main(monkeypatch, capsys):
         with pytest.raises(SystemExit) as e: cli.main()
         return e.value.code or 0, *capsys.readouterr()
     return call
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """`pgolf squeeze` tries few steps for each matrix, and a file a little below its budget will
+    do."""
+    from pgolf.command import submitting
+    few = partial(submitting.SqueezeConfig, rungs=8, sample=2048, tries=2, slack=.05)
+    monkeypatch.setattr(submitting, "SqueezeConfig", few)
 
 
 def half_written(folder):

@@ -266,6 +266,7 @@ def test_growth_follows_flops_and_memory_the_batch():
     growth.growth_figure(points)
 
 
+@pytest.mark.slow
 def test_the_profile_of_a_script_stands_beside_ours(case, tmp_path):
     phases = profile_peer(case, load_peer(script(tmp_path)))
     assert list(phases) == ["passes: theirs", "passes: ours", "Muon: theirs", "Muon: ours"]

@@ -162,7 +162,7 @@ def test_a_refused_start_gives_the_folder_back(main, done, data):
     assert not (done/"lock").exists()
 
 
-def test_results_of_other_commands_are_kept(main, done, tmp_path):
+def test_results_of_other_commands_are_kept(coarse, main, done, tmp_path):
     squeeze = ("squeeze", done, "--samples", 1, "--min-numel", 20_000)
     assert main(*squeeze)[0] == 0
     first = (done/"squeezed.pgolf").read_bytes()
@@ -235,7 +235,7 @@ def test_no_command_takes_data_of_another_tokenizer(main, done, twin, tmp_path):
     assert contents(done) == before and {p.name for p in tmp_path.iterdir()} == {"done", "a.pgolf"}
 
 
-def test_a_run_is_scored_on_its_own_data(main, done, data, tmp_path, monkeypatch):
+def test_a_run_is_scored_on_its_own_data(coarse, main, done, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sliding = next(r for r in json.loads((done/"report.json").read_text())["rows"]
                    if r["stage"] == "sliding")
@@ -268,7 +268,7 @@ def test_data_that_moved_or_changed_are_named(main, data, tmp_path):
 # ---- 07: every command takes a run's folder or an artifact alike
 
 @pytest.mark.slow
-def test_folder_and_artifact_alike(main, done):
+def test_folder_and_artifact_alike(coarse, main, done):
     quick = ("--samples", 1, "--min-numel", 20_000)
     assert main("squeeze", done, *quick)[0] == 0
     squeezed, own = done/"squeezed.pgolf", done/"model.pgolf"
@@ -544,7 +544,7 @@ def test_a_failed_start_blocks_nothing(main, data, tmp_path):
 
 # ---- 20: messages
 
-def test_messages_say_what_is_wrong(main, done, tmp_path, monkeypatch):
+def test_messages_say_what_is_wrong(coarse, main, done, tmp_path, monkeypatch):
     refused(main("squeeze", done, "--samples", -3), "samples=-3", "1 window or more")
     # recipe.json lies beside it
     assert main("squeeze", done/"weights.safetensors", "--corpus", "none")[0] == 0

@@ -1,22 +1,21 @@
 "Every chapter runs from top to bottom, in a process of its own; its visible tests are the tests."
-import multiprocessing
 import os
 import re
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import CLEAN, ROOT
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
 SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card",
-        "caseops", "cli", "data", "effects", "embeddings", "entropy", "formats", "gpt", "gptq",
-        "growth", "loop", "lora", "muon", "page", "pipeline", "plan", "running", "script", "slurm",
-        "submission", "submitting", "tilt", "tokenizer", "ttt", "verdict", "windows"}
+        "caseops", "cli", "compare", "data", "effects", "embeddings", "entropy", "flatten",
+        "formats", "gpt", "gptq", "great", "growth", "listeners", "loaders", "loop", "lora",
+        "lowrank", "machines", "muon", "notebook", "page", "pipeline", "plan", "quant", "queue",
+        "reach", "record", "rulings", "running", "script", "slurm", "streams", "submission",
+        "submitting", "tilt", "tokenizer", "ttt", "unwrap", "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))
-CLEAN = multiprocessing.get_context("forkserver")  # every chapter forks off a process that has
-CLEAN.set_forkserver_preload(["torch", "nbdev.test"])  # loaded what they all need, and run nothing
 
 
 def execute(path, log):

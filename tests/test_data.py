@@ -8,11 +8,11 @@ import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
+from conftest import CLEAN
 from hypothesis import example, given, settings, strategies as st
 
 from pgolf.game import data
@@ -136,7 +136,7 @@ def _build(path): return austen(path).vocab_size
 
 def test_concurrent_builders_share_one_dataset(tmp_path):
     path = tmp_path/"data"/"austen_sp1024"
-    with get_context("spawn").Pool(2) as pool: assert pool.map(_build, [path]*2) == [1024, 1024]
+    with CLEAN.Pool(2) as pool: assert pool.map(_build, [path]*2) == [1024, 1024]
     assert [p.name for p in path.parent.iterdir()] == ["austen_sp1024"]
     assert len(open_dataset(path).val_tokens()) > 160_000
 

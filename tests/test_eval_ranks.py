@@ -1,13 +1,9 @@
 """Scoring, calibration and adaptation shared over processes: the numbers of one."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
-from conftest import HANG, ROOT
+from conftest import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -57,10 +53,7 @@ def runs(tmp_path_factory):
     for world in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"world{world}")
         (folder/"job.py").write_text(JOB)
-        launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={world}"]
-        subprocess.run([sys.executable, *launcher, str(folder/"job.py"), str(folder)], check=True,
-            timeout=HANG, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True)
+        on_ranks(world, folder/"job.py", folder)
         out[world] = [dict(np.load(p)) for p in sorted(folder.glob("rank*.npz"))]
     return out
 

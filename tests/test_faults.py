@@ -13,11 +13,12 @@ import torch
 from conftest import HANG, ROOT, half_written, run_pgolf, start_pgolf
 from test_end_to_end import STAGES, lines, tiny, wait_until
 
+from pgolf.command.options import resolve
 from pgolf.squeeze.artifact import ArtifactError, save_artifact
 from pgolf.game.data import Dataset, build_dataset, open_dataset
 from pgolf.game.shards import read_shard, write_shard
 from pgolf.systems.report import Report
-from pgolf.systems.pipeline import read_artifact
+from pgolf.systems.pipeline import read_artifact, run, start
 from pgolf.game.tokenizer import train_tokenizer
 from pgolf.train.checkpoint import read_checkpoint
 
@@ -206,8 +207,7 @@ def test_folder_in_use_is_not_built_over(main, novels, tmp_path):
 def finished(novels, tmp_path_factory):
     "Folder of a small finished run."
     out = tmp_path_factory.mktemp("runs")/"finished"
-    code, _, err = run_pgolf(*tiny(novels, out, "--steps", 3, "--eval-tokens", 256))
-    assert code == 0, err
+    run(start(resolve("pr610", "tiny", {}, steps=3), novels, out, "cpu", 256, progress=False))
     return out
 
 

@@ -81,7 +81,7 @@ def _rank(rank, world, path):
 
 
 def test_two_ranks_take_the_steps_of_one(tmp_path):
-    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path/f"{r}.pt") for r in (0, 1))
     for system, settings in SYSTEMS.items():
         for a, b, c in zip(first[system], second[system], solve(**settings), strict=True):

@@ -4,6 +4,7 @@ without one."""
 import numpy as np
 import pytest
 import torch
+from conftest import described_first
 
 from pgolf.train import loop as training
 from pgolf.speed.bench import ids, make_case, toy_tables
@@ -140,7 +141,7 @@ def on_meta(recipe, shard, out):
 
 
 @pytest.mark.filterwarnings("ignore:SWA took no snapshot")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", described_first())
 def test_no_step_waits_for_the_device(name, shard, tmp_path):
     """Two steps at the full rate, two near the end with fake quantization and averages; the first
     ten and the last are logged, and wait."""
@@ -163,7 +164,7 @@ def test_a_step_that_is_logged_waits(shard, tmp_path):
     run.call("on_failure")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", described_first())
 def test_scoring_does_not_wait_either(name):
     "All pieces of a text, windows of both kinds, with and without the whole distribution."
     case = make_case(name, "tiny")

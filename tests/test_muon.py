@@ -76,7 +76,7 @@ def _rank(rank, world, path):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (2, str(path)), nprocs=2)
+    mp.start_processes(_rank, (2, str(path)), nprocs=2, start_method="forkserver")
     return [torch.load(path/f"{r}.pt") for r in (0, 1)]
 
 

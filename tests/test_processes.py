@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import HANG, ROOT
+from conftest import HANG, ROOT, on_ranks
 from pgolf.game.shards import write_shard
 from pgolf.train.checkpoint import read_checkpoint
 
@@ -59,20 +59,35 @@ close_ranks()
 
 
 @pytest.fixture
-def job(tmp_path):
-    "Start the job with `world` ranks; returns the process and its folder."
+def written(tmp_path):
+    "The job and its data."
     g = np.random.default_rng(0)
     write_shard(tmp_path/"train.bin",
         (np.arange(20_000) % 50 + g.integers(0, 3, 20_000)).astype(np.uint16))
     (tmp_path/"job.py").write_text(JOB)
+    return tmp_path/"job.py", tmp_path/"train.bin"
 
+
+@pytest.fixture
+def done(written, tmp_path):
+    "Do the job on `world` ranks; their reports, and the folder."
+    def call(name, world=1, **args):
+        out = tmp_path/name
+        out.mkdir()
+        on_ranks(world, *written, out, json.dumps(args))
+        return [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))], out
+    return call
+
+
+@pytest.fixture
+def job(written, tmp_path):
+    "Start the job with `world` ranks, as people do; returns the process and its folder."
     def start(name, world=1, **args):
         out = tmp_path/name
         out.mkdir(exist_ok=True)
         launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
             f"--nproc-per-node={world}"]
-        cmd = [sys.executable, *launcher, str(tmp_path/"job.py"), str(tmp_path/"train.bin"),
-            str(out), json.dumps(args)]
+        cmd = [sys.executable, *launcher, *map(str, written), str(out), json.dumps(args)]
         env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/"tests")]))
         return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, env=env), out
@@ -87,10 +102,9 @@ def finish(started, code=0):
     return [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
 
 
-def test_two_ranks_train_as_one_and_rank_zero_alone_writes(job):
-    two = _, out = job("two", world=2)
-    a, b = finish(two)
-    [one] = finish(job("one"))
+def test_two_ranks_train_as_one_and_rank_zero_alone_writes(done):
+    (a, b), out = done("two", world=2)
+    [one], _ = done("one")
     assert (one["world"], a["world"], b["world"]) == (1, 2, 2)
     np.testing.assert_allclose(a["losses"], one["losses"], rtol=1e-4)
     assert a | dict(elapsed=0) == b | dict(elapsed=0)  # losses, rates, and every weight, to the bit
@@ -99,16 +113,16 @@ def test_two_ranks_train_as_one_and_rank_zero_alone_writes(job):
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint.safetensors", "metrics.jsonl",
         "rank0.json", "rank1.json"]
     # one rank goes on with what two have begun
-    [rest] = finish(job("rest", resume=str(out/"checkpoint.safetensors")))
+    [rest], _ = done("rest", resume=str(out/"checkpoint.safetensors"))
     assert rest["steps"] == 8 and len(rest["losses"]) == 3
     np.testing.assert_allclose(rest["losses"], a["losses"][5:], rtol=1e-4)
 
 
-def test_ranks_of_unequal_speed_agree_on_clock_and_rate(job):
+def test_ranks_of_unequal_speed_agree_on_clock_and_rate(done):
     """The slower clock counts for both: twelve steps of half a second, though the faster has
     counted half."""
     plan = dict(iterations=1000, max_wallclock_seconds=6., warmdown_iters=5)
-    a, b = finish(job("lag", world=2, step=.25, plan=plan))
+    (a, b), _ = done("lag", world=2, step=.25, plan=plan)
     assert [(r["stopped_by"], r["steps"], r["elapsed"]) for r in (a, b)] == [("wallclock", 12, 3.),
         ("wallclock", 12, 6.)]
     assert a["lr"] == b["lr"] and a["lr"][-1] < 1 and a["weights"] == b["weights"]

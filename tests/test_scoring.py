@@ -2,15 +2,13 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from conftest import HANG
+from conftest import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -214,10 +212,7 @@ RANKS = """if 1:
 
 def test_two_processes_score_as_one(tmp_path):
     (tmp_path/"job.py").write_text(RANKS)
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        done = subprocess.run([sys.executable, *launcher, tmp_path/"job.py", tmp_path],
-            capture_output=True, text=True, timeout=HANG)
-        assert done.returncode == 0, done.stderr
+    for world in (1, 2): on_ranks(world, tmp_path/"job.py", tmp_path)
     one, *two = (load_scores(tmp_path/f"{n}.npz") for n in ("1-0", "2-0", "2-1"))
     for s in two: assert torch.equal(s.scores.nll, one.scores.nll)
 

@@ -74,11 +74,18 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+@functools.cache
 def notebooks():
     "Page name -> notebook, for every page that _quarto.yml lists and that exists."
     names = re.findall(r"nbs/([\w/]+)\.ipynb", (ROOT / "_quarto.yml").read_text())
     return {re.sub(r"^\d+[a-z]?_", "", n.rpartition("/")[2]): ROOT / "nbs" / f"{n}.ipynb"
         for n in names if (ROOT / "nbs" / f"{n}.ipynb").exists()}
+
+
+def some(pages, every=6):
+    "One page in `every` always, the others with the slow tests."
+    return [p if i%every == 0 else pytest.param(p, marks=pytest.mark.slow)
+        for i, p in enumerate(pages)]
 
 
 def cells(path): return json.loads(path.read_text())["cells"]
@@ -124,7 +131,7 @@ def check_links(site, page, run):
             name), f"broken anchor {href}"
 
 
-@pytest.mark.parametrize("page", notebooks())
+@pytest.mark.parametrize("page", some(notebooks()))
 def test_page(site, browser, page):
     browser.get(f"{site}{page}.html")
     assert not console(browser)
@@ -186,7 +193,7 @@ return [all.left, all.top, inside.left, all.bottom]"""
 
 
 @pytest.mark.parametrize("page",
-    [p for p in notebooks() if r"\\sqrt" in notebooks()[p].read_text()])
+    some([p for p in notebooks() if r"\\sqrt" in notebooks()[p].read_text()], 2))
 def test_roots_have_their_sign(site, browser, page):
     "A font without the sign leaves its place empty, and the formula says something else."
     browser.get(f"{site}{page}.html")
@@ -224,7 +231,8 @@ ASIDE = """return [...document.querySelectorAll('math mover, math munder')]
   return [far, pair.textContent] }).filter(([far]) => far > .25)"""
 
 
-@pytest.mark.parametrize("page", [p for p in notebooks() if "$" in notebooks()[p].read_text()])
+@pytest.mark.parametrize("page",
+    some([p for p in notebooks() if "$" in notebooks()[p].read_text()]))
 def test_formulas_are_whole(site, browser, page):
     "Numerators are not cut by what scrolls; hats and braces stand where they belong."
     browser.get(f"{site}{page}.html")

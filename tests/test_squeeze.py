@@ -94,7 +94,7 @@ def test_budget_that_cannot_be_met(tiny):
     assert len(squeeze_state(model.state_dict(), least, None, SqueezeConfig(**SMALL)).data) <= least
 
 
-def test_any_checkpoint_by_the_command(main, tiny, tmp_path):
+def test_any_checkpoint_by_the_command(main, coarse, tiny, tmp_path):
     r, model, _ = tiny
     state = {n.replace("bigram.", "bigram_emb.").replace("smear.", "smear_gate."): t
         for n, t in model.state_dict().items()}
@@ -116,7 +116,7 @@ def test_any_checkpoint_by_the_command(main, tiny, tmp_path):
     assert code == 1 and "absent" in err
 
 
-def test_a_run_folder_by_the_command(main, tiny, novels, tmp_path):
+def test_a_run_folder_by_the_command(main, coarse, tiny, novels, tmp_path):
     r, model, _ = tiny
     folder = tmp_path / "run"
     folder.mkdir()
@@ -133,6 +133,7 @@ def test_a_run_folder_by_the_command(main, tiny, novels, tmp_path):
     assert code == 1 and "budget=-2000" in err
 
 
+@pytest.mark.slow
 def test_pr601_at_full_size():
     """Its assignment is over the limit, a squeezed one fits, code included.
 

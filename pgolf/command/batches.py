@@ -105,28 +105,27 @@ def batch(
     device:Where=None,
     nproc:EachRanks=None,
     eval_tokens:Targets=None,
-    jobs:Jobs="auto",
-    threads:Threads=1,
+    jobs:Jobs="auto", threads:Threads=1,
     out:RunsFolder=None,
     notebooks:Notebooks=None,
     dry_run:DryRun=False,
-    on:On="here",
-    gpus:Gpus=0,
-    nodes:Nodes=1,
-    time:Minutes=60,
-    partition:Partition="",
-    sbatch:Sbatch=[],
+    on:On="here", gpus:Gpus=0, nodes:Nodes=1, time:Minutes=60,
+    partition:Partition="", sbatch:Sbatch=[],
 ):
     "Make many runs side by side; those that are finished are not made again, those begun go on."
-    said = dict(seeds=seeds, overrides=parse_overrides(override), scale=scale, corpus=corpus,
-        device=device, nproc=nproc, eval_tokens=eval_tokens, out=out and str(out))
+    plan = _plan_of(runs, dict(seeds=seeds, overrides=parse_overrides(override), scale=scale,
+        corpus=corpus, device=device, nproc=nproc, eval_tokens=eval_tokens, out=out and str(out)))
+    request = _request(on, Request(gpus, nodes, time, partition, parse_overrides(sbatch)))
+    run_batch(plan, jobs, threads, notebooks, dry_run, request)
+
+# %% ../../nbs/command/86_batches.ipynb #3ac951ed
+def _plan_of(runs, said):
+    "The plan of a command line."
     said = {k:v for k,v in said.items() if v not in (None, [], {})}
     file = [r for r in runs if Path(r).suffix in (".yaml", ".yml", ".toml")]
     if file and len(runs) > 1:
         raise ValueError(f"{' '.join(runs)}: give recipes, or one file that lists runs")
-    plan = read_plan(file[0], **said) if file else make_plan(runs, **said)
-    request = _request(on, Request(gpus, nodes, time, partition, parse_overrides(sbatch)))
-    run_batch(plan, jobs, threads, notebooks, dry_run, request)
+    return read_plan(file[0], **said) if file else make_plan(runs, **said)
 
 # %% ../../nbs/command/86_batches.ipynb #cf861007
 def _request(on, request):

@@ -39,6 +39,7 @@ AuditStage = Annotated[str, typer.Option("--stage",
 Places = Annotated[int, typer.Option(
     help="targets that are changed; each costs four evaluations of the stretch")]
 
+# %% ../../nbs/command/87_measuring.ipynb #c2bd5f2d
 @command()
 def audit(
     path:Annotated[Path, typer.Argument(help="folder of a finished run, or an artifact")],
@@ -80,6 +81,7 @@ ReportStage = Annotated[str, typer.Option("--stage",
 Margin = Annotated[float, typer.Option(help="lead that a record needs, nats per token")]
 TextBytes = Annotated[float, typer.Option(help="of the text, if the seeds are numbers")]
 
+# %% ../../nbs/command/87_measuring.ipynb #587b5ca5
 @command(cls=ManyValues)
 def record(
     new:New,
@@ -118,42 +120,36 @@ Compile = Annotated[bool|None, typer.Option("--compile/--no-compile",
     help="compile the forward pass: faster, after a minute's work; default on a GPU alone")]
 
 # %% ../../nbs/command/87_measuring.ipynb #cf870007
+_KEPT = {True: "the same command goes on",
+    False: "nothing is kept; with --save FILE a score goes on where it stopped"}
+
 @command()
 def score(
     a:Scored,
     against:Other=None,
     save:Save=None,
     corpus:OwnCorpus="",
-    stride:Stride=None,
-    seq_len:SeqLen=None,
+    stride:Stride=None, seq_len:SeqLen=None,
     tokens:Tokens=0,
     documents:Documents=False,
     temperature:Temperature=None,
-    device:Device="auto",
-    compile:Compile=None,
+    device:Device="auto", compile:Compile=None,
     quiet:Quiet=False,
 ):
     "Score an artifact token by token, and compare it with another."
     given = dict(eval_stride=stride, eval_seq_len=seq_len, eval_temperature=temperature,
         eval_compile=compile)
-    given = {k:v for k,v in given.items() if v is not None}
-    how = (corpus, tokens, documents, given, pick_device(device), not quiet)
-    kept = ("the same command goes on" if save
-        else "nothing is kept; with --save FILE a score goes on where it stopped")
-    with resumable(kept):
+    how = corpus, tokens, documents, given, pick_device(device), not quiet
+    with resumable(_KEPT[bool(save)]):
         first = _scores(a, save, *how)
         second = _scores(against, None, *how) if against else None
-    print(f"{a}: {first.scores}")
-    if second:
-        print(f"{against}: {second.scores}")
-        _say_where(scoring.compare(first, second))
-    say_next(f"`pgolf audit {a}` says whether the score counts" if second or a.suffix==".npz" else
-        f"`pgolf score {a} --against OTHER` says where two differ")
+    _say_scores(a, first, against, second)
 
 # %% ../../nbs/command/87_measuring.ipynb #0801942e
 def _scores(source, save, corpus, tokens, documents, given, device, progress):
     "Scores of a file, or of the artifact of a run."
     if source.suffix==".npz": return scoring.load_scores(source)
+    given = {k:v for k,v in given.items() if v is not None}
     if tokens<0:
         raise ValueError(f"tokens={tokens}: give the number of targets to score, or 0 for all")
     recipe,artifact,_ = open_subject(source, finished=False)
@@ -171,6 +167,16 @@ def _scores(source, save, corpus, tokens, documents, given, device, progress):
     kinds = scoring.token_kinds(sp, data.vocab_size)
     return scoring.score_into(save, model, text, data.byte_tables(),
         replace(recipe.score, **given), kinds, starts, documents, about, progress)
+
+# %% ../../nbs/command/87_measuring.ipynb #0c400ed3
+def _say_scores(a, first, against, second):
+    "The score, its difference to another, and what to do next."
+    print(f"{a}: {first.scores}")
+    if second:
+        print(f"{against}: {second.scores}")
+        _say_where(scoring.compare(first, second))
+    say_next(f"`pgolf audit {a}` says whether the score counts" if second or a.suffix==".npz" else
+        f"`pgolf score {a} --against OTHER` says where two differ")
 
 def _say_where(found):
     "The difference as a whole, then by kind of target."
@@ -207,8 +213,7 @@ def bench(
     override:Overrides=[],
     device:Device="auto",
     compile:Compiled=False,
-    json:Measurements=None,
-    figure:Figure=None,
+    json:Measurements=None, figure:Figure=None,
     overwrite:Overwrite=False,
 ):
     "Measure every part of a run: times, rates, shares of a step, memory."
@@ -219,8 +224,17 @@ def bench(
     benches = BENCHES | extra | (SECTIONS if only or not quick else {})
     out = run_benches(tuple(system), scale, device, tuple(only), quick, settings,
         compile, True, benches)
-    out["command"] = " ".join(["pgolf","bench",*("--quick" for _ in range(quick)),
+    out["command"] = _bench_line(quick, system, only, scale)
+    _show_benches(out, json, figure)
+
+# %% ../../nbs/command/87_measuring.ipynb #4519e17c
+def _bench_line(quick, system, only, scale):
+    "The command, as it can be given again."
+    return " ".join(["pgolf","bench",*("--quick" for _ in range(quick)),
         *(f"--system {s}" for s in system), *(f"--only {n}" for n in only), f"--scale {scale}"])
+
+def _show_benches(out, json, figure):
+    "Machine and table; numbers and figure where files are named for them."
     print(", ".join(f"{k} {v}" for k,v in out["machine"].items()), "",
         bench_table(out["rows"]), sep="\n")
     if json: write_json(json, out)

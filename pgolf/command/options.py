@@ -86,6 +86,7 @@ def say_next(
     lines = textwrap.fill(whole, width, break_long_words=False, break_on_hyphens=False)
     print(lines.replace("\0", " "))
 
+# %% ../../nbs/command/84_options.ipynb #46c11d86
 @contextmanager
 def resumable(
     # said unless the exception says more

@@ -58,18 +58,12 @@ def run(
     out:RunFolder=None,
     corpus:Corpus="austen",
     override:Overrides=[],
-    seed:Seed=None,
-    steps:Steps=None,
-    device:Device="auto",
-    nproc:Ranks=1,
+    seed:Seed=None, steps:Steps=None,
+    device:Device="auto", nproc:Ranks=1,
     eval_tokens:Targets=None,
-    overwrite:Overwrite=False,
-    quiet:Quiet=False,
-    nnodes:Nnodes=1,
-    rdzv:Rdzv="",
-    node_rank:NodeRank=None,
-    slurm_nodes:SlurmNodes="",
-    slurm_job:SlurmJob=0,
+    overwrite:Overwrite=False, quiet:Quiet=False,
+    nnodes:Nnodes=1, rdzv:Rdzv="", node_rank:NodeRank=None,
+    slurm_nodes:SlurmNodes="", slurm_job:SlurmJob=0,
 ):
     "Train, quantize, write, read back, score and adapt one system."
     r = resolve(recipe, scale, parse_overrides(override), seed, steps)
@@ -79,11 +73,15 @@ def run(
     with resumable():
         data = open_data(corpus)
         if machines.place: return _join(r, data, machines, device, nproc)
-        job = pipeline.start(r, data, out, device, eval_tokens, nproc, progress=not quiet,
-            overwrite=overwrite, machines=machines)
-        if job.report.complete: say(f"{out} holds this run, finished: nothing was run")
-        report = pipeline.run(job)
-    show_run(r, report, out)
+        _lead(r, data, out, device, eval_tokens, nproc, not quiet, overwrite, machines)
+
+# %% ../../nbs/command/85_running.ipynb #e26c7bc6
+def _lead(recipe, data, out, device, eval_tokens, nproc, progress, overwrite, machines):
+    "Be the only machine, or the first of several."
+    job = pipeline.start(recipe, data, out, device, eval_tokens, nproc, progress=progress,
+        overwrite=overwrite, machines=machines)
+    if job.report.complete: say(f"{out} holds this run, finished: nothing was run")
+    show_run(recipe, pipeline.run(job), out)
     say_next(f"`pgolf audit {out}` checks the score, `pgolf report {out}` lists the files")
 
 # %% ../../nbs/command/85_running.ipynb #c3d1a0e1
@@ -111,6 +109,7 @@ Settings = Annotated[bool, typer.Option("--settings",
 Measured = Annotated[Path|None,
     typer.Option(help="finished run, its folder or an artifact: show the measured ledger")]
 
+# %% ../../nbs/command/85_running.ipynb #479279a5
 @command()
 def plan(
     recipe:Name,
@@ -161,6 +160,7 @@ def data_austen(
     "Unpack the embedded novels into shards."
     describe(austen(path, vocab_size))
 
+# %% ../../nbs/command/85_running.ipynb #61c5c962
 Variant = Annotated[str, typer.Option(help="tokenizer of the export: sp1024, ...")]
 TrainShards = Annotated[int,
     typer.Option(help="training shards, a prefix of the frozen order")]
@@ -199,6 +199,7 @@ def data_build(
     "Make shards and a tokenizer from text or JSONL files."
     describe(build_dataset(read_documents(train), read_documents(val), out, vocab_size, tokenizer))
 
+# %% ../../nbs/command/85_running.ipynb #2348d949
 def describe(d):
     "What a dataset holds, and what its user should know."
     train = sum(len(read_shard(p)) for p in d.train_shards)

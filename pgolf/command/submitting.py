@@ -39,6 +39,7 @@ ImportFolder = Annotated[Path|None, typer.Option("--out", help="folder that rece
     "weights.safetensors and recipe.json; default runs/SCALE/RECIPE-imported")]
 Unpacked = Annotated[int, typer.Option(help="most bytes that the file may unpack to")]
 
+# %% ../../nbs/command/88_submitting.ipynb #8f0f7208
 @command("import")
 def import_(
     file:Published,
@@ -143,11 +144,16 @@ def squeeze(
         s = squeeze_model(model.to(pick_device(device)), budget-code, ids,
             SqueezeConfig(min_numel=min_numel), meta | dict(code_bytes=code), progress=True)
     with atomic_write(out) as f: f.write(s.data)
-    print_table(bits_table(s.data), ["family","weights","bits per weight","bytes"])
-    total = len(s.data)+code
-    print(f"\n{out}: {len(s.data):,} bytes + code {code:,} = {total:,} of {budget:,}"
+    _say_squeezed(out, s.data, code, budget, r.name)
+
+# %% ../../nbs/command/88_submitting.ipynb #f8847cb1
+def _say_squeezed(out, data, code, budget, recipe):
+    "Bits for each family of tensors, and the sum."
+    print_table(bits_table(data), ["family","weights","bits per weight","bytes"])
+    total = len(data)+code
+    print(f"\n{out}: {len(data):,} bytes + code {code:,} = {total:,} of {budget:,}"
         f" ({budget-total:,} left)")
-    say_next(f"`pgolf audit {out} --system {r.name}` scores and checks it")
+    say_next(f"`pgolf audit {out} --system {recipe}` scores and checks it")
 
 # %% ../../nbs/command/88_submitting.ipynb #cf88000a
 def _subject(checkpoint, r, corpus, samples):
@@ -188,6 +194,7 @@ All = Annotated[bool,
     typer.Option("--all", help="every submission below the folder, a line each")]
 Found = Annotated[Path|None, typer.Option("--json", help="file for what was found")]
 
+# %% ../../nbs/command/88_submitting.ipynb #3a36c07b
 @command()
 def doctor(
     folder:Submission,
@@ -206,6 +213,7 @@ def doctor(
     say_next(_AFTER.get(str(found.get("verdict")), "`pgolf doctor FOLDER` says more"))
     if found.get("verdict")=="fail": raise typer.Exit(1)
 
+# %% ../../nbs/command/88_submitting.ipynb #46b1ed71
 _AFTER = dict(
     fail="mend what failed",
     warn="read what warns, then open a pull request",

@@ -28,6 +28,7 @@ def own_notebooks(
         raise ValueError(f"no run notebooks pr*.ipynb in {folder}: name it with --notebooks")
     return {n:found[n] for n in RECIPES if n in found}
 
+# %% ../../nbs/scale/70_notebook.ipynb #05a3b601
 def notebook_of(
     recipe:str,            # name
     folder:Path|None=None, # of notebooks; None: `notebooks_folder`
@@ -57,6 +58,7 @@ class _CtrlC:
         if not self.loop: return
         for s in (signal.SIGINT, signal.SIGTERM): self.loop.remove_signal_handler(s)
 
+# %% ../../nbs/scale/70_notebook.ipynb #7b9bd886
 def _manager_for(ctrl_c):
     "A kernel manager that listens for signals as soon as there is a kernel."
     from jupyter_client import AsyncKernelManager

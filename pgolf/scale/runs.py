@@ -170,6 +170,7 @@ def check_plan(
             raise ValueError(f"{which}: {e}") from None
     return states
 
+# %% ../../nbs/scale/69_runs.ipynb #1d8ddddf
 def _check(run, sets, data, here):
     "Settings, device, data and folder of one run; its state."
     r = run.resolve()

@@ -8,10 +8,10 @@ __all__ = ['WARNING', 'WARNED', 'Request', 'with_cards', 'sbatch_options', 'job_
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c00002
 import os, re, shlex, shutil, signal, subprocess, sys, threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..files import read_json, write_json
+from .batch import on_signals
 from .runs import Run
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c00005
@@ -140,6 +140,7 @@ def why_ended(
     except RuntimeError: return ""
     return found[1] if found else ""
 
+# %% ../../nbs/scale/72_slurm.ipynb #8e406611
 def check_slurm():
     "Raise if jobs cannot be handed over from this machine."
     _submitit()
@@ -210,17 +211,17 @@ class Watched(Ended):
                 code = self._code(i)
                 del self.jobs[i]
                 yield i, code
-    @contextmanager
-    def _ctrl_c(self):
-        "In the main thread, Ctrl-C ends the watching."
-        here = threading.current_thread() is threading.main_thread()
-        before = {s: signal.signal(s, lambda *_: self.stopping.set())
-            for s in ((signal.SIGINT, signal.SIGTERM) if here else ())}
-        try: yield
-        finally:
-            for s, f in before.items(): signal.signal(s, f)
+    def left(self)->list[str]: # jobs
+        "Handed over and not seen to end."
+        return [self.jobs[i] for i in sorted(self.jobs)]
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c01017
+def _about(r):
+    "What a plan is told of a request."
+    each = f"{r.nodes} machine(s), {r.gpus or 'no'} card(s), {r.time} minutes"
+    return f"as jobs of Slurm, each of {each}"
+
+# %% ../../nbs/scale/72_slurm.ipynb #3af238cd
 class Slurm(Watched):
     "Commands as jobs of a cluster."
     def __init__(self,
@@ -233,23 +234,15 @@ class Slurm(Watched):
         super().__init__(request, cpus)
         self.every, self.patience = every, patience
         self.stopping = threading.Event()
-    @property
-    def about(self)->str:
-        r = self.request
-        each = f"{r.nodes} machine(s), {r.gpus or 'no'} card(s), {r.time} minutes"
-        return f"as jobs of Slurm, each of {each}"
-    def left(self)->list[str]: # jobs
-        "Handed over and not seen to end."
-        return [self.jobs[i] for i in sorted(self.jobs)]
+        self.about = _about(request)
     def run(self,
         commands, # (make(card) -> arguments, log file in the folder of the run) each
     ):# yields (index, exit code); None: it was cancelled, or is still in the queue
         "Hand all over and wait."
-        with self._ctrl_c():
+        with on_signals(lambda *_: self.stopping.set(), signal.SIGINT, signal.SIGTERM):
             there = queued()
             for i, (make, log) in enumerate(commands):
                 self.folders[i] = Path(log).parent
-                words = make("")
-                self.jobs[i] = self._known(i, there) or self._submit(i, words)
+                self.jobs[i] = self._known(i, there) or self._submit(i, make(""))
             yield from self._watch()
         yield from ((i, None) for i in sorted(self.jobs))

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# %% ../../nbs/speed/80_bench.ipynb #26adf9d1
 from ..squeeze.artifact import load_artifact, save_artifact
 from ..train.averaging import EMA, HMA, SWA
 from ..game.bpb import ByteTables
@@ -39,12 +41,10 @@ from .timing import Row, Timing, alternate, peak_memory, ratio
 
 # %% ../../nbs/speed/80_bench.ipynb #b143dad9
 @dataclass(frozen=True)
-class Case:
-    "A system at a scale on a device, and how long to look at it."
+class _Subject:
+    "A system at a scale on a device."
     recipe:Recipe      # at its scale
     device:str="cpu"
-    quick:bool=False   # fewer repeats, smaller inputs
-    compile:bool=False # compile models, ours and the peer's
     @property
     def system(self)->str: return self.recipe.name
     @property
@@ -53,6 +53,13 @@ class Case:
     def seq_len(self)->int: return self.recipe.train.train_seq_len
     @property
     def cuda(self)->bool: return torch.device(self.device).type=="cuda"
+
+# %% ../../nbs/speed/80_bench.ipynb #329a5f05
+@dataclass(frozen=True)
+class Case(_Subject):
+    "A system at a scale on a device, and how long to look at it."
+    quick:bool=False   # fewer repeats, smaller inputs
+    compile:bool=False # compile models, ours and the peer's
     @property
     def repeats(self)->int: return 3 if self.quick else 7
     @property
@@ -70,7 +77,6 @@ class Case:
     def time(self, repeats=None, **fns):
         "Functions in turn, so many rounds as the case says."
         return alternate(fns, repeats or self.repeats, 1, self.device)
-
 
 # %% ../../nbs/speed/80_bench.ipynb #c8000001
 def make_case(
@@ -96,6 +102,7 @@ def batch(case:Case)->tuple[Tensor,Tensor]: # (rows, seq_len) inputs and targets
     t = ids(case, case.rows*case.seq_len+1).to(case.device)
     return t[:-1].view(case.rows, -1), t[1:].view(case.rows, -1)
 
+# %% ../../nbs/speed/80_bench.ipynb #3b6c3397
 @torch.no_grad()
 def stir(model:nn.Module, seed:int=0)->nn.Module: # changed in place
     """Add noise to every parameter, enough that no technique is idle and every one shows in the
@@ -117,6 +124,7 @@ def new_model(case:Case)->GPT:
     set_eval_quant(model, s.eval_rules)
     return model
 
+# %% ../../nbs/speed/80_bench.ipynb #4651c0a3
 def toy_tables(vocab_size:int)->ByteTables:
     "One to eight bytes per id, a space before every other."
     i = torch.arange(vocab_size)
@@ -149,6 +157,7 @@ def small_run(
     set_rates(run.optims, 0., .95)
     return run
 
+# %% ../../nbs/speed/80_bench.ipynb #6f795209
 def one_pass(case:Case)->Case: # whose batch goes through the model at once
     "A case with a step of one pass."
     return replace(case,
@@ -209,6 +218,7 @@ def _step_rows(case, s, memory):
         case.row("step", whole, step, f"{passes:g} passes and one update, summed",
             work=batch_tokens, unit="tokens", flops=flops)]
 
+# %% ../../nbs/speed/80_bench.ipynb #49794cd8
 def _pass_rows(case, s, memory, n):
     "Rows of one pass of `n` tokens, beside the yardstick."
     product_flops = matmul(case)[1]
@@ -227,7 +237,6 @@ def _pass_rows(case, s, memory, n):
         row("forward and backward", s["both"], what, work=n, unit="tokens", flops=3*f,
             utilisation=used("both", 3*f), memory=memory)]
 
-
 # %% ../../nbs/speed/80_bench.ipynb #424631c0
 def block_matrices(
     model:nn.Module, # a `GPT`
@@ -236,6 +245,7 @@ def block_matrices(
     return {n:p for n,p in model.named_parameters() if p.ndim==2 and n.startswith("blocks.")
         and n.endswith(".weight")}
 
+# %% ../../nbs/speed/80_bench.ipynb #cc0b0883
 def bench_muon(case:Case)->list[Row]:
     "Muon's step on all matrices of the blocks, beside the plain form: one matrix after the other."
     params = [nn.Parameter(p.detach().clone()) for p in block_matrices(new_model(case)).values()]
@@ -259,7 +269,6 @@ def beside(case, bench, name, samples, other, others, what="", **kw)->list[Row]:
     first = case.row(bench, name, samples, what, **kw).than(ratio(samples, others), other)
     return [first, case.row(bench, other, others, what, **kw)]
 
-
 # %% ../../nbs/speed/80_bench.ipynb #06ab08f5
 def bench_loader(case:Case)->list[Row]:
     "The batch of one step."
@@ -271,6 +280,7 @@ def bench_loader(case:Case)->list[Row]:
     what = "one step, from a mapped shard"
     return [case.row("loader", "loader", s["loader"], what, work=n, unit="tokens")]
 
+# %% ../../nbs/speed/80_bench.ipynb #61d1b55b
 def bench_averaging(case:Case)->list[Row]:
     "Averages after a step, beside a loop over tensors."
     model = new_model(case)
@@ -289,7 +299,6 @@ def bench_averaging(case:Case)->list[Row]:
     rows = [case.row("averaging", n, s[n], **kw).than(ratio(s[n], s["loop"]), plain) for n in made]
     return [*rows, case.row("averaging", plain, s["loop"], **kw)]
 
-
 # %% ../../nbs/speed/80_bench.ipynb #0fd32370
 def bench_fakequant(case:Case)->list[Row]:
     "Forward and backward pass with rounded weights, beside the plain one."
@@ -305,6 +314,7 @@ def bench_fakequant(case:Case)->list[Row]:
         "pass without", s["plain"], f"{case.rows} x {case.seq_len} tokens", work=x.numel(),
         unit="tokens")
 
+# %% ../../nbs/speed/80_bench.ipynb #a7069eb3
 def bench_gptq(case:Case)->list[Row]:
     "Calibration, and rounding of the whole state with and without its Hessians."
     r,model = case.recipe, new_model(case).eval()
@@ -320,7 +330,6 @@ def bench_gptq(case:Case)->list[Row]:
             f"{len(hessians)} matrices calibrated, all tensors rounded",
             work=sum(state[k].numel() for k in hessians), unit="weights")]
 
-
 # %% ../../nbs/speed/80_bench.ipynb #fca97343
 def bench_entropy(case:Case)->list[Row]:
     "The coder on codes of Gaussian rows, 6 bits."
@@ -334,6 +343,7 @@ def bench_entropy(case:Case)->list[Row]:
     what = f"{8*len(data)/n:.4f} bits per symbol, entropy {entropy(codes):.4f}"
     return [case.row("entropy", k, v, what, work=n, unit="symbols") for k,v in s.items()]
 
+# %% ../../nbs/speed/80_bench.ipynb #14961368
 def bench_scoring(case:Case)->list[Row]:
     "Disjoint blocks and overlapping windows on the same targets."
     c,model = case.recipe.score, new_model(case).eval()
@@ -350,7 +360,6 @@ def bench_scoring(case:Case)->list[Row]:
     sliding = case.row("scoring", "sliding", s["sliding"], f"windows of {L}, stride {stride}", **kw)
     return [sliding.than(ratio(s["sliding"], s["blocks"]), "blocks"),
         case.row("scoring", "blocks", s["blocks"], f"blocks of {L}", flops=flops, **kw)]
-
 
 # %% ../../nbs/speed/80_bench.ipynb #2346c2fe
 def bench_ttt(case:Case)->list[Row]:
@@ -406,9 +415,14 @@ def machine(
         load=load, shared=load is not None and load > cores+.5)
 
 # %% ../../nbs/speed/80_bench.ipynb #c8000003
+def _check_only(only, benches):
+    "Raise for a name that is no bench."
+    for n in only:
+        if n not in benches: raise ValueError(f"only={n!r}: choose among {', '.join(benches)}")
+
+# %% ../../nbs/speed/80_bench.ipynb #7f4862e7
 def run_benches(
-    # recipes; the training step is measured for each, everything else for the first
-    systems=FIVE[:1],
+    systems=FIVE[:1], # recipes; the step is measured for each, everything else for the first
     scale:str="pocket",# or "full", ...
     device:str="cpu",  # "cpu" or "cuda"
     only=(),           # keys of `benches`; (): all
@@ -416,12 +430,10 @@ def run_benches(
     overrides:dict|None=None, # setting -> value
     compile:bool=False,# compile models
     progress:bool=False, # show a bar
-    # name -> function of a case, which gives rows, or a dict of sections; others can be added
-    benches:dict=BENCHES,
+    benches:dict=BENCHES, # name -> function of a case, which gives rows or a dict of sections
 )->dict: # machine, scale, rows and other sections: what JSON can say
     "Measure everything in one call."
-    for n in only:
-        if n not in benches: raise ValueError(f"only={n!r}: choose among {', '.join(benches)}")
+    _check_only(only, benches)
     if device=="cpu": keep_memory() # as a run does
     cases = [make_case(s, scale, device, quick, compile, overrides) for s in systems]
     todo = [(n,c) for n in only or benches for c in (cases if n=="step" else cases[:1])]

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# %% ../../nbs/speed/83_card.ipynb #0231793e
 from ..files import read_json, write_json
 from ..game.data import write_shard
 from ..model.attention import attend
@@ -125,6 +127,7 @@ def heads(card:Card, rows:int, dtype=torch.bfloat16):
         return x.to(card.device, dtype).requires_grad_()
     return make(m.num_heads), make(m.num_kv_heads), make(m.num_kv_heads)
 
+# %% ../../nbs/speed/83_card.ipynb #d252fd9f
 def both_ways(q, k, v):
     "Forward and backward."
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True,

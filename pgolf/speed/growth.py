@@ -33,6 +33,7 @@ def bench_growth(case:Case)->list[dict]: # axis, value, seconds, quartiles, flop
     return [_grown(case, axis, base | {key:base[key]*f}, base[key]*f)
         for axis,key in AXES.items() for f in factors]
 
+# %% ../../nbs/speed/81_growth.ipynb #ac2a3dd6
 def _grown(case, axis, at, value):
     "One point of an axis: a pass of a model of that size."
     cfg = ModelConfig(num_layers=at["num_layers"], model_dim=at["model_dim"], num_heads=4,
@@ -50,7 +51,6 @@ def _point(axis, value, fn, case, flops):
     t = measure(fn, case.repeats, 1, case.device)
     return dict(axis=axis, value=value, seconds=t.median, low=t.low, high=t.high, cpu=t.cpu,
         flops=flops, memory=peak_memory(fn, case.device))
-
 
 # %% ../../nbs/speed/81_growth.ipynb #030e8a6a
 def rank_step(
@@ -96,6 +96,16 @@ def bench_ranks(case:Case)->list[dict]: # points as of `bench_growth`, of rank 0
 # %% ../../nbs/speed/81_growth.ipynb #26cd96bb
 QUANTITIES = dict(cpu="processor time", seconds="seconds", memory="memory")
 
+def _draw_growth(ax, axis, points, quantity)->float: # growth over that of the FLOPs
+    "One axis, both lines from 1."
+    v,first,last = [p["value"] for p in points], points[0], points[-1]
+    ax.plot(v, [p[quantity]/first[quantity] for p in points], "o-", label="measured")
+    ax.plot(v, [p["flops"]/first["flops"] for p in points], "--", color=".6", label="FLOPs")
+    ax.set(xscale="log", yscale="log", xlabel=axis, xticks=v, xticklabels=v)
+    ax.minorticks_off()
+    return last[quantity]/last["flops"]/(first[quantity]/first["flops"])
+
+# %% ../../nbs/speed/81_growth.ipynb #ee462370
 def growth_figure(
     points:list[dict], # from `bench_growth`
     quantity:str="cpu",# key of `QUANTITIES`
@@ -108,19 +118,12 @@ def growth_figure(
         layout="constrained", squeeze=False)
     over = []
     for ax,(axis,mine) in zip(panes[0], lines.items()):
-        v,first,last = [p["value"] for p in mine], mine[0], mine[-1]
-        ax.plot(v, [p[quantity]/first[quantity] for p in mine], "o-", label="measured")
-        ax.plot(v, [p["flops"]/first["flops"] for p in mine], "--", color=".6", label="FLOPs")
-        ax.set(xscale="log", yscale="log", xlabel=axis, xticks=v, xticklabels=v)
-        ax.minorticks_off()
-        grown = last[quantity]/last["flops"]/(first[quantity]/first["flops"])
-        over.append(f"{axis} {grown:.2f}")
+        over.append(f"{axis} {_draw_growth(ax, axis, mine, quantity):.2f}")
     panes[0][0].set(ylabel=f"{QUANTITIES[quantity]} / first")
     panes[0][0].legend(fontsize=7)
     fig.suptitle(f"{QUANTITIES[quantity]} over FLOPs, last point against first: {', '.join(over)}",
         fontsize=9)
     return fig
-
 
 # %% ../../nbs/speed/81_growth.ipynb #da4b64f1
 @contextlib.contextmanager
@@ -169,6 +172,7 @@ def profile_phases(
         out[name] = sorted((o for o in ops if o["seconds"]), key=lambda o: -o["seconds"])[:top]
     return out
 
+# %% ../../nbs/speed/81_growth.ipynb #267f1129
 def bench_profile(case:Case)->dict: # as `profile_phases`
     "Operators of the forward pass, of both passes, of the update and of the listeners."
     x,y = batch(case)
@@ -213,6 +217,7 @@ def profile_figure(
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
     return fig
 
+# %% ../../nbs/speed/81_growth.ipynb #d03e38f6
 def profile_table(phases:dict, top:int=8)->str: # a Markdown table
     "The operators with the largest share of a phase."
     total = {k:sum(o["seconds"] for o in ops) for k,ops in phases.items()}

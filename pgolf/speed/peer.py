@@ -50,6 +50,7 @@ class Peer:
                 " train_gpt.py, or the further files it needs, one --peer each")
         return found
 
+# %% ../../nbs/speed/82_peer.ipynb #89570b46
 def _attention(q, k, v, causal=True, **_): # (B, T, H, D), as flash_attn_func
     "Torch's attention in the layout of flash attention."
     shared = q.shape[2]!=k.shape[2] # heads share keys and values
@@ -71,6 +72,7 @@ def _importing(folder):
         sys.path.remove(str(folder))
         for n in missing: del sys.modules[n]
 
+# %% ../../nbs/speed/82_peer.ipynb #c0fce33b
 def _in_words(path, e):
     "What keeps a script from being imported, and the remedy."
     python = platform.python_version()
@@ -177,6 +179,12 @@ def peer_model(
     own = dict(model.named_parameters())
     with torch.no_grad():
         for n,p in theirs.named_parameters(): p.copy_(own[published_name(n)])
+    return theirs, _losses_apart(peer, model, theirs, x, y, tolerance)
+
+
+# %% ../../nbs/speed/82_peer.ipynb #51d30cd5
+def _losses_apart(peer, model, theirs, x, y, tolerance)->float: # ours less theirs, training
+    "The difference of the two losses; one that is too large is an error."
     for mode in (False, True):
         with torch.no_grad(), autocast(x.device.type):
             a = float(model.train(mode).loss(x, y))
@@ -187,8 +195,7 @@ def peer_model(
                 f" published model has loss {b:.6f}, ours {a:.6f}, a difference of {a-b:+.2g}: they"
                 " are not the same system; name the right --system, or the settings that differ"
                 " with -o")
-    return theirs, a-b
-
+    return a-b
 
 # %% ../../nbs/speed/82_peer.ipynb #fab897dc
 def _pair(case, name, ours, theirs, what="", **kw):
@@ -199,6 +206,7 @@ def _pair(case, name, ours, theirs, what="", **kw):
     b = case.row("peer", f"{name}: theirs", s["theirs"], what, **kw)
     return [a.than(ratio(s["ours"], s["theirs"]), "theirs"), b]
 
+# %% ../../nbs/speed/82_peer.ipynb #5d0b5463
 def peer_passes(case:Case, peer:Peer, model:GPT, theirs:nn.Module, note:str)->list[Row]:
     "Forward, and forward and backward."
     x,y = batch(case)
@@ -221,7 +229,6 @@ def peer_passes(case:Case, peer:Peer, model:GPT, theirs:nn.Module, note:str)->li
             row.memory = peak_memory(lambda: both(m, fn), case.device)
     return out+pair
 
-
 # %% ../../nbs/speed/82_peer.ipynb #a9f7c3d4
 def _compile_newton_schulz(peer):
     "As the scripts' own main does before it trains."
@@ -229,6 +236,7 @@ def _compile_newton_schulz(peer):
         for m in peer.modules:
             if hasattr(m, name): setattr(m, name, torch.compile(getattr(m, name)))
 
+# %% ../../nbs/speed/82_peer.ipynb #5547117c
 def peer_muons(
     case:Case, # row normalisation or not
     peer:Peer, # the published script
@@ -252,7 +260,6 @@ def peer_muons(
             " step: a variant that ours was not told of")
     for g in (*ours.param_groups, *theirs.param_groups): g["lr"] = 0.
     return ours, theirs, start, off
-
 
 # %% ../../nbs/speed/82_peer.ipynb #a9f7c30s
 def _same_gradients(a, b, seed):
@@ -310,18 +317,22 @@ def peer_sliding(case:Case, peer:Peer, model:GPT, theirs:nn.Module)->list[Row]:
     ran = _windows_of(theirs, their)
     mine = 1+(len(text)-1-L)//stride
     rows = _pair(case, "sliding", our, their, work=len(text)-1, unit="targets")
-    # a long text has no tail to speak of
-    for k in ("ratio","ratio_low","ratio_high","ratio_cpu"):
+    for k in ("ratio","ratio_low","ratio_high","ratio_cpu"): # a long text has no tail to speak of
         setattr(rows[0], k, getattr(rows[0], k)*ran/mine)
-    a,b = found["ours"].val_loss, found["theirs"]
-    b = b["val_loss"] if isinstance(b, dict) else b[0]
-    if not abs(a-b) < .05:
-        raise ValueError(
-            f"{peer.path}: sliding scores differ, theirs {b:.4f}, ours {a:.4f} nats per token")
+    off = _scores_apart(peer, found["ours"].val_loss, found["theirs"])
     for row in rows:
         row.what = (f"stride {stride}, {mine} windows here, {ran} there, ratio per window; mean"
-            f" losses {a-b:+.1e} apart")
+            f" losses {off:+.1e} apart")
     return rows
+
+# %% ../../nbs/speed/82_peer.ipynb #f8cc6720
+def _scores_apart(peer, ours, theirs)->float: # nats per token
+    "Our mean loss less theirs; one that is too far off is an error."
+    b = theirs["val_loss"] if isinstance(theirs, dict) else theirs[0]
+    if not abs(ours-b) < .05:
+        raise ValueError(
+            f"{peer.path}: sliding scores differ, theirs {b:.4f}, ours {ours:.4f} nats per token")
+    return ours-b
 
 # %% ../../nbs/speed/82_peer.ipynb #2431b6d6
 @dataclass
@@ -343,6 +354,7 @@ def _matrices(case, model):
     grid = {n:first_match(n, case.recipe.quant.rules) or Grid() for n in state}
     return _Matrices(state, grid, hessians)
 
+# %% ../../nbs/speed/82_peer.ipynb #13c4e511
 def _their_values(q): # (codes, steps, ...)
     codes,scale = q[0].float(), q[1].float()
     return codes*(scale[:,None] if scale.ndim==1 else scale)
@@ -355,7 +367,6 @@ def peer_quantizers(case:Case, peer:Peer, model:GPT)->list[Row]:
     gptq = peer.find("gptq_quantize_weight","_gptq_quantize_matrix")
     return [*(_peer_nearest(case, nearest, m) if nearest else []),
         *(_peer_gptq(case, gptq, m) if gptq else [])]
-
 
 # %% ../../nbs/speed/82_peer.ipynb #c8200003
 def _work(m): return dict(work=sum(t.numel() for t in m.state.values()), unit="weights")
@@ -372,6 +383,7 @@ def _peer_nearest(case, fn, m):
     return _pair(case, "round to nearest", ours, theirs, f"squared error {off:.3f} of theirs",
         **_work(m))
 
+# %% ../../nbs/speed/82_peer.ipynb #eefc6720
 def _peer_gptq(case, fn, m):
     "Columns one after the other; ours is GPTQ as described: correct, see the chapter gptq."
     described = make_case(case.system.removesuffix("-as-run"), case.scale).recipe

@@ -35,6 +35,7 @@ class Timing:
         return cls(*(float(q) for q in np.quantile(wall, (.5, .25, .75))),
             float(np.median(cpu)), len(wall))
 
+# %% ../../nbs/speed/79_timing.ipynb #94045fd7
 CLOCKS = time.perf_counter, time.process_time # of the wall, of the processor; seconds
 
 def alternate(
@@ -74,6 +75,7 @@ def ratio(
     "Compare two functions round by round."
     return Timing.of(a/np.maximum(b, 1e-9))
 
+# %% ../../nbs/speed/79_timing.ipynb #d877ef8f
 def compare(
     a, # function without arguments
     b, # another, ideally with the same result
@@ -104,6 +106,7 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, sum(n for _,n in self.alive.values()))
         return out
 
+# %% ../../nbs/speed/79_timing.ipynb #84e4714c
 def peak_memory(
     fn,               # function without arguments
     device:str="cpu", # "cpu": bytes made during the call; CUDA: bytes allocated, weights included
@@ -205,14 +208,7 @@ def bench_figure(
     if not found:
         raise ValueError("rows hold no ratio: measure step, muon, gptq, scoring, or a peer")
     fig,ax = plt.subplots(figsize=(6.5,.8+.19*len(found)), layout="constrained")
-    y = range(len(found))
-    ax.hlines(y, [r["ratio_low"] for r in found], [r["ratio_high"] for r in found], color=".6")
-    ax.plot([r["ratio"] for r in found], y, "o", ms=4, label="wall, quartiles")
-    ax.plot([r["ratio_cpu"] for r in found], y, "x", ms=4, label="processor time")
-    ax.axvline(1, color=".7", lw=.8)
-    ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="time over the other's, log scale", yticks=y,
-        yticklabels=[f"{r['system']}: {r['name']} / {r['against']}" for r in found])
+    _draw_ratios(ax, found)
     less = sum(r["ratio_cpu"] < 1 for r in found)
     title = f"{less} of {len(found)} take less processor time than what they are held against"
     ax.set_title(title, fontsize=9, loc="right")
@@ -220,3 +216,15 @@ def bench_figure(
     ax.legend(fontsize=7)
     if path: fig.savefig(path, dpi=120)
     return fig
+
+# %% ../../nbs/speed/79_timing.ipynb #3fcd0a56
+def _draw_ratios(ax, rows):
+    "Ratios by the wall and by processor time, the first row at the top."
+    y = range(len(rows))
+    ax.hlines(y, [r["ratio_low"] for r in rows], [r["ratio_high"] for r in rows], color=".6")
+    ax.plot([r["ratio"] for r in rows], y, "o", ms=4, label="wall, quartiles")
+    ax.plot([r["ratio_cpu"] for r in rows], y, "x", ms=4, label="processor time")
+    ax.axvline(1, color=".7", lw=.8)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="time over the other's, log scale", yticks=y,
+        yticklabels=[f"{r['system']}: {r['name']} / {r['against']}" for r in rows])

@@ -52,6 +52,7 @@ def rename(
         lines[line] = lines[line][:a]+said+lines[line][b:]
     return _same(b"\n".join(lines).decode(), tree)
 
+# %% ../../nbs/submit/60_flatten.ipynb #27ccb706
 def _same(text, tree, other=""):
     "The text if it means the tree, else the other one, by default the tree without comments."
     try: same = ast.dump(ast.parse(text))==ast.dump(tree)
@@ -74,6 +75,7 @@ def _one_line(f, lines):
     notes = [" ".join((doc or "").split()), _notes_of(lines[a:start])]
     return a, end, text+(f" # {' '.join(filter(None, notes))}" if any(notes) else "")
 
+# %% ../../nbs/submit/60_flatten.ipynb #bd760495
 def _header(f):
     "The line of a `def`."
     bare = dict(body=[ast.Pass()], decorator_list=[], lineno=0)
@@ -85,7 +87,6 @@ def _notes_of(lines):
     found = [re.match(r"\s*(?:def .*?\()?(\*{0,2}\w+|\)).*?\s?# ?(.*)", l) for l in head]
     def who(name): return "returns" if name==")" or len(head)<3 else name
     return "; ".join(f"{who(n[1])}: {n[2]}" for n in found if n)
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #5e1fc0de
 def _notes_behind(lines, widest=math.inf):
@@ -102,6 +103,7 @@ def _notes_behind(lines, widest=math.inf):
         notes = []
     return out+notes
 
+# %% ../../nbs/submit/60_flatten.ipynb #8a52b079
 def _inner_lines(text):
     "Numbers of the lines that go on where a bracket is open, from 0."
     inner,depth,before = set(), 0, None
@@ -122,7 +124,6 @@ def _unfold(text, widest):
             out[-1] += more if tight else f" {more}"
         else: out.append(l)
     return _same("\n".join(_notes_behind(out, widest)), ast.parse(text), text)
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #aaa2bb07
 @lru_cache(maxsize=4096)
@@ -163,6 +164,7 @@ def _join_blocks(text, most):
         lines[first-1:last] = [f"{joined} # {note}" if note else joined]
     return _same("\n".join(lines), ast.parse(text), text)
 
+# %% ../../nbs/submit/60_flatten.ipynb #bf70a9c2
 def _blocks(text):
     "Lists of statements behind a colon, those of classes left out."
     for n in ast.walk(ast.parse(text)):
@@ -175,7 +177,6 @@ def _is_plain(block):
     "Whether each statement is one line without a block of its own, and none shares its line."
     if any(hasattr(s, "body") or s.lineno!=s.end_lineno for s in block): return False
     return len({s.lineno for s in block})==len(block)
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #88dfeb88
 def _join_fields(text, widest=160):
@@ -218,6 +219,7 @@ def _join_runs(text, widest=160):
         lines[group[0]:group[-1]+1] = [f"{joined} # {notes}" if notes else joined]
     return _same("\n".join(lines), ast.parse(text), text)
 
+# %% ../../nbs/submit/60_flatten.ipynb #0551ccbe
 def _plain_rows(block, lines):
     "Lines, from 0, that hold plain statements of a block and nothing else."
     plain,other = set(), set()
@@ -254,17 +256,22 @@ def flatten(
     out = ["from __future__ import annotations # they are for readers",
         *_merged({s for found in outside.values() for s in found})]
     if stubs: out += [LEFT_OUT, f"{' = '.join(sorted(stubs))} = left_out"]
-    for m in modules.values():
-        mine = sorted(i for home,i in units if home==m.name)
-        if not mine: continue
-        out.append(f"# ---- {m.name}")
-        new = _locally(modules, m, mine, flat)
-        for i in mine:
-            u = m.units[i]
-            text = b"\n".join(m.lines[u.first-1:u.last]).decode()
-            gone = tuple((a-u.first+1, b-u.first+1) for a,b in units[m.name,i])
-            out.append(rename(compact(text, gone, block), new))
+    for m in modules.values(): out += _section(modules, m, units, flat, block)
     return "\n".join(out)+"\n"
+
+
+# %% ../../nbs/submit/60_flatten.ipynb #f41a1e85
+def _section(modules, m, units, flat, block):
+    "Statements of a module under its name; none if nothing of it is needed."
+    mine = sorted(i for home,i in units if home==m.name)
+    if not mine: return []
+    out,new = [f"# ---- {m.name}"], _locally(modules, m, mine, flat)
+    for i in mine:
+        u = m.units[i]
+        text = b"\n".join(m.lines[u.first-1:u.last]).decode()
+        gone = tuple((a-u.first+1, b-u.first+1) for a,b in units[m.name,i])
+        out.append(rename(compact(text, gone, block), new))
+    return out
 
 
 # %% ../../nbs/submit/60_flatten.ipynb #b8e92145
@@ -305,6 +312,7 @@ class _Minify(ast.NodeTransformer):
         return self.generic_visit(ast.Assign([n.target], n.value, lineno=0))
     def visit_ImportFrom(self, n): return None if n.module=="__future__" else n
 
+# %% ../../nbs/submit/60_flatten.ipynb #87f8b1ad
 def _bare_field(n):
     "A field stays one: `int` takes the place of what it was annotated with."
     return ast.AnnAssign(n.target, ast.Name("int"), n.value, 1)
@@ -314,7 +322,6 @@ def _no_docstring(body):
     first = body[0]
     documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     return (body[1:] if documented else body) or [ast.Pass()]
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #c6000003
 @lru_cache(maxsize=64)

@@ -229,8 +229,8 @@ def _is_own(modules, module, c):
 
 
 # %% ../../nbs/submit/59_reach.ipynb #9f54981d
-class _Reached:
-    "What an entry needs of a package, collected unit by unit."
+class _Found:
+    "What the names in some lines lead to."
     def __init__(self, modules, absent, unchecked):
         self.modules = modules
         self.absent = absent
@@ -252,6 +252,10 @@ class _Reached:
                 self.outside.setdefault(name, {}).update(found)
             elif to[1] in self.absent: self.stubs.add(to[1])
             else: self.todo.extend((to[0], i) for i in self.modules[to[0]].defs[to[1]])
+
+# %% ../../nbs/submit/59_reach.ipynb #2cd2d42b
+class _Reached(_Found):
+    "What an entry needs of a package, collected unit by unit."
     def take(self, at):
         "Look at a unit, its optional methods left out."
         if at in self.units: return

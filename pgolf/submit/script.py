@@ -61,7 +61,10 @@ class Log:
     "Print what training reports."
     def on_record(self, run, values):
         if run.is_main: say("step", step=run.step, elapsed=round(run.elapsed, 4), **values)
+'''
 
+# %% ../../nbs/submit/61_script.ipynb #8062e2db
+HEAD += '''
 def open_data(folder, tokenizer):
     "Shards and tokenizer, wherever they lie below a folder."
     shards = [sorted(p for p in Path(folder).rglob(f"*_{{split}}_*.bin")
@@ -136,6 +139,10 @@ def main():
     p.add_argument("--eval-tokens", type=int, default=0, help="targets to score; 0: all")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     a = p.parse_args()
+'''
+
+# %% ../../nbs/submit/61_script.ipynb #18fd0b4e
+MAIN += '''\
     ranks,data = setup_ranks(pick_device(a.device)),open_data(a.data, a.tokenizer)
     if ranks.is_main:
         say("run", recipe={name!r}, scale={scale!r}, seed=a.seed, nproc=ranks.world,

@@ -329,6 +329,7 @@ def pack_submission(
     _write_folder(out, _files(finished, code, facts))
     return out
 
+# %% ../../nbs/submit/62_submission.ipynb #f57bd4db
 def _files(runs, code, facts):
     "Name -> bytes of everything in the folder."
     env = runs[0].report.environment
@@ -340,7 +341,6 @@ def _files(runs, code, facts):
     texts |= {f"train_seed{r.report.seed}.log":r.log(facts["bytes_code"]) for r in runs}
     artifacts = {artifact_name(r.report.seed):(r.path/"model.pgolf").read_bytes() for r in runs}
     return {n:t.encode() for n,t in texts.items()} | artifacts
-
 
 # %% ../../nbs/submit/62_submission.ipynb #c6200004
 def _write_folder(out, files):

@@ -34,6 +34,10 @@ CASES:dict[str,tuple[str,str,dict]] = { # name -> (system, its weights, what is 
     "#610, step x 5": ("pr610", "artifact", dict(ttt_lr=.01)),
     "#610, step x 25": ("pr610", "artifact", dict(ttt_lr=.05)),
     "#576": ("pr576", "artifact", dict(ttt_temperatures=GRID)),
+}
+
+# %% ../../nbs/systems/56_adaptation.ipynb #de033700
+CASES |= {
     "#598": ("pr598", "artifact", {}),
     "#598, learning through a grid": ("pr598", "artifact",
         dict(ttt_rules=get_recipe("pr598-as-run").stages.ttt_rules, ttt_train_mode=True)),
@@ -48,6 +52,8 @@ CASES:dict[str,tuple[str,str,dict]] = { # name -> (system, its weights, what is 
         dict(ttt_only=get_recipe("pr601-as-run").ttt.ttt_only, ttt_freeze_embeddings=False,
             ttt_local=True)),
 }
+
+# %% ../../nbs/systems/56_adaptation.ipynb #a6cfdf90
 LORA = {
     "q and v, rank 8": LoRAConfig(ttt_lora_lr=.001),
     "q and v, rank 8, step x 5": LoRAConfig(ttt_lora_lr=.005),
@@ -118,11 +124,16 @@ def measure_case(
     row = dict(case=name, scale=scale, seed=seed, targets=adapted.n_targets, chunk=size,
         bytes=[int(b.sum()) for b in adapted.bytes.split(size)],
         plain=[float(c.nll.double().sum()) for c in plain.graded], adapted=per_chunk(adapted, size))
-    if not r.ttt.ttt_temperatures: return row
-    again = {str(t):per_chunk(illegal_rescore(learner, *text, replace(r.score, eval_temperature=t)),
-        size) for t in GRID[2:9:2]}
-    tried = _tried("plain", plain, row) | _tried("adapted", learner, row)
-    return row | tried | dict(rescored=again)
+    return row | _at_temperatures(r, plain, learner, text, row)
+
+# %% ../../nbs/systems/56_adaptation.ipynb #1797bc79
+def _at_temperatures(r, plain, learner, text, row):
+    "What other temperatures give: tried on the way, and on a second pass."
+    if not r.ttt.ttt_temperatures: return {}
+    def second(t): return illegal_rescore(learner, *text, replace(r.score, eval_temperature=t))
+    again = {str(t):per_chunk(second(t), row["chunk"]) for t in GRID[2:9:2]}
+    return (_tried("plain", plain, row) | _tried("adapted", learner, row)
+        | dict(rescored=again))
 
 # %% ../../nbs/systems/56_adaptation.ipynb #a515a445
 def measure_lora(

@@ -108,6 +108,7 @@ def measure(
         rows.append(about | _over_seeds(reports))
     return rows
 
+# %% ../../nbs/systems/55_effects.ipynb #d1ee8c0e
 def _over_seeds(reports):
     "What the runs of one change reached, a list over seeds for each number."
     first = reports[0].rows
@@ -116,10 +117,7 @@ def _over_seeds(reports):
         bytes=[r.bytes_artifact for r in reports],
         coverage=[r.result["coverage"] for r in reports])
 
-
 # %% ../../nbs/systems/55_effects.ipynb #6fbf9a9f
-_LITE = tuple((p, g if g is None or g.hi==127 else replace(g, quantiles=CLIPS))
-    for p,g in get_recipe("pr601").quant.rules)
 PROBES = dict(
     pr610={
         "no SmearGate":dict(smear=False),
@@ -143,6 +141,12 @@ PROBES = dict(
         "SWA":dict(average="swa", swa_every=50),
         "HMA":dict(average="hma"),
     },
+)
+
+# %% ../../nbs/systems/55_effects.ipynb #3b02fd9c
+_LITE = tuple((p, g if g is None or g.hi==127 else replace(g, quantiles=CLIPS))
+    for p,g in get_recipe("pr601").quant.rules)
+PROBES |= dict(
     pr601={
         "values of block 0 in float16":dict(rules=get_recipe("pr601-v0").quant.rules),
         "10,240 buckets":dict(bigram_vocab_size=10_240),
@@ -157,7 +161,6 @@ PROBES = dict(
         "no QAT":dict(late_qat_threshold=0.),
     },
 )
-
 
 # %% ../../nbs/systems/55_effects.ipynb #820c20fe
 def spread(

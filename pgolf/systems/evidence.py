@@ -197,6 +197,7 @@ def looks_like(
     "Is a setting on, or as the pattern says?"
     return bool(re.search(pattern, str(value))) if pattern else bool(value)
 
+# %% ../../nbs/systems/58_evidence.ipynb #12c82b25
 def has(
     technique:dict, # a row, with `has`
     system:str,     # "pr610"
@@ -222,6 +223,7 @@ def book(
     "Every page of the book."
     return _pages(folder or find_results().parent)
 
+# %% ../../nbs/systems/58_evidence.ipynb #0b80275e
 def see(
     ref:str,      # "gptq#gptq"
     up:str="../", # from the page to the folder of notebooks
@@ -248,6 +250,7 @@ def findings_table(
         "worth here, bpb ± 95 %": worth_text(r, folder, known), "where": see(r["see"])}
     return show(map(row, read_rows("claim")))
 
+# %% ../../nbs/systems/58_evidence.ipynb #44564dc2
 def short(value)->str: # Markdown
     "The value of a setting in a few words."
     text = brief(value) or "none"
@@ -282,6 +285,7 @@ def lines_table(
             "worth here, bpb ± 95 %": worth_text(r if "worth" in r or not t else t, folder, known)}
     return show([row(r) for r in read_rows("line") if r["file"] == system])
 
+# %% ../../nbs/systems/58_evidence.ipynb #6230a302
 def quoted(
     row:dict, # a line
 )->str: # Markdown
@@ -406,6 +410,10 @@ for (const box of document.querySelectorAll('.filterable:not(.ready)')) {
     count.textContent = n + ' of ' + rows.length + ' rows' };
   const field = document.createElement('input');
   Object.assign(field, {type: 'search', placeholder: 'search this table', ariaLabel: 'search'});
+"""
+
+# %% ../../nbs/systems/58_evidence.ipynb #8ba0c6a3
+SCRIPT += """\
   for (const i of box.dataset.columns.split(' ').map(Number)) {
     const menu = document.createElement('select');
     menu.setAttribute('aria-label', heads[i]);

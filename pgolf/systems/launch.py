@@ -44,6 +44,7 @@ def _stream(command, lines):
                 heard = True # the processes have heard it too; they write a checkpoint and end
     return p.returncode, heard
 
+# %% ../../nbs/systems/51a_launch.ipynb #cc13ecc5
 def _ended(job, stage, meet, code, heard):
     "What to say when the processes ended before the stage did."
     rest = f"the same command goes on from what is finished in {job.out}"

@@ -53,6 +53,7 @@ def claim(
         f.flush()
         _HELD[path] = f
 
+# %% ../../nbs/systems/51_ownership.ipynb #50802fb8
 def _is_there(f, path):
     "Whether the open file is still the one in the folder."
     try: return os.path.samestat(os.fstat(f.fileno()), os.stat(path/"lock"))
@@ -119,6 +120,7 @@ def remember_data(
         tokenizer=tokenizer_id(dataset.tokenizer_path))
     if read_json(Path(out)/"data.json") != about: write_json(Path(out)/"data.json", about)
 
+# %% ../../nbs/systems/51_ownership.ipynb #ea467616
 def own_data(
     path, # folder of a run, or a file in it
 )->Dataset|None: # None: the folder does not remember any

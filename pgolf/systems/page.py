@@ -168,6 +168,7 @@ def smooth(
     width = max(1, len(x)//25)
     return np.convolve(x, np.ones(width)/width, "valid"), width
 
+# %% ../../nbs/systems/57_page.ipynb #d4eab937
 def curve_figure(page:Page):
     "Training loss over steps and over seconds, with the learning rate; the twin's loss dashed."
     import matplotlib.pyplot as plt
@@ -221,6 +222,7 @@ def bytes_figure(page:Page):
     fig.savefig(job.out/"figures"/"bytes.png", dpi=120)
     return fig
 
+# %% ../../nbs/systems/57_page.ipynb #913ac3d0
 def draw_errors(ax, page):
     "Relative errors of the matrices of each block, a line a kind."
     blocks = [e for e in page.errors if e["name"].startswith("blocks")]
@@ -287,6 +289,7 @@ def compressors_table(page:Page)->Table:
     zips = compressors(page) | {name: result["val_bpb"]}
     return show(zips, headers=["compressor, or this run", "bpb"], best="bpb")
 
+# %% ../../nbs/systems/57_page.ipynb #b222f6ca
 def score_figure(page:Page):
     "Bits per byte after each stage, and what adaptation has gained so far, chunk by chunk."
     import matplotlib.pyplot as plt
@@ -377,6 +380,7 @@ def measured(
         parts += [heading, effect_table(rows), stage_table(rows)]
     return Table("\n\n".join(parts) or "not measured yet: see the effects chapter")
 
+# %% ../../nbs/systems/57_page.ipynb #d5e2f446
 def audit(page:Page)->Table:
     "The conditions of the game, asked of both runs."
     parts = []

@@ -82,6 +82,12 @@ def dot_row(
     return [*parts, dot]
 
 # %% ../../nbs/systems/58a_pictures.ipynb #f159301e
+def _upright(v, at, top, bottom):
+    "A line at `v` bits per byte, and its number below."
+    return [stroke(at(v), top, at(v), bottom, "#222" if v == 0 else "#e4e4e4"),
+            text(at(v), bottom+16, f"{v:+.3f}" if v else "0", "middle", SOFT, 12)]
+
+# %% ../../nbs/systems/58a_pictures.ipynb #1108b269
 def dots_svg(
     found:list[Measured],  # from `measured`
     every:bool=False,      # name every row; False: only the clear ones
@@ -97,9 +103,7 @@ def dots_svg(
     def at(v): return mid + v/reach*(width-40-left)/2
     parts = [text(16, 26, finding_of(rows), size=16, weight="bold"),
         text(16, 46, "bits per byte, as it ran; right of 0: worse; lines: 95 %", "start", SOFT)]
-    for v in (-reach, -reach/2, 0, reach/2, reach):
-        parts += [stroke(at(v), top-6, at(v), bottom, "#222" if v == 0 else "#e4e4e4"),
-                  text(at(v), bottom+16, f"{v:+.3f}" if v else "0", "middle", SOFT, 12)]
+    for v in (-reach, -reach/2, 0, reach/2, reach): parts += _upright(v, at, top-6, bottom)
     for i, m in enumerate(rows):
         y, name = top + step*(i+.5), phrase(m, phrases)
         if every: parts.append(text(left-10, y+4, f"{name} ({m.scale})", "end", size=11.5))
@@ -143,6 +147,13 @@ def arrow(x1, y1, x2, y2)->str:
     return stroke(x1, y1, x2-5*ux, y2-5*uy, INK, 1.3) + f'<path d="{head}" fill="{INK}"/>' 
 
 # %% ../../nbs/systems/58a_pictures.ipynb #f8603f68
+def _across(gives, x, y, gap):
+    "An arrow to the next wing of the row, and above it what goes there."
+    words = enumerate(reversed(textwrap.wrap(gives, 8)))
+    return [arrow(x+4, y, x+gap-4, y),
+        *(text(x+gap/2, y-8-13*j, w, "middle", SOFT, 11) for j, w in words)]
+
+# %% ../../nbs/systems/58a_pictures.ipynb #b79731e4
 def map_svg(
     folder:Path|None=None, # of results; None: the book's own
 )->str:
@@ -156,12 +167,7 @@ def map_svg(
         wide = 3*width + 2*gap if i == len(wings)-1 else width
         parts += wing_box(wing, x, y, wide, height if wide == width else 56)
         if "gives" not in wing: continue
-        if i % 3 < 2:
-            mid = y + height/2
-            words = textwrap.wrap(wing["gives"], 8)
-            parts.append(arrow(x+width+4, mid, x+width+gap-4, mid))
-            for j, w in enumerate(reversed(words)):
-                parts.append(text(x+width+gap/2, mid-8-13*j, w, "middle", SOFT, 11))
+        if i % 3 < 2: parts += _across(wing["gives"], x+width, y+height/2, gap)
         else:
             turn = y + height + down/2
             x2 = place(i+1)[0] + width/2

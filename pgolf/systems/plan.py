@@ -46,6 +46,7 @@ def entropy_bits(
     p = codes.unique(return_counts=True)[1]/codes.numel()
     return -(p*p.log2()).sum().item()
 
+# %% ../../nbs/systems/53_plan.ipynb #736592c3
 def estimate_bytes(
     recipe:Recipe, # model and grids
 )->list[tuple[str,str,int,int]]: # family, how it is stored, weights, bytes
@@ -62,7 +63,6 @@ def _stored(grid, t):
     "How a tensor is stored, and the bytes that takes: codes by their entropy, steps in float16."
     if not isinstance(grid, Grid): return str(grid).removeprefix("torch."), t.numel()*grid.itemsize
     return f"{grid.lo}..{grid.hi}", t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
-
 
 # %% ../../nbs/systems/53_plan.ipynb #00ef1d8f
 def payload_bytes(
@@ -168,6 +168,7 @@ def settings_text(
     star = f"* differs from {other.name}, whose value stands behind it"
     return "\n".join([head, star if lines else f"the same as {other.name}", *lines])
 
+# %% ../../nbs/systems/53_plan.ipynb #ceef4cc7
 def _setting_lines(s, parent, width):
     "One setting; what is long goes on lines of its own."
     indent, short = " "*29, len(s.value) <= 12

@@ -32,8 +32,8 @@ class Row:
 
 # %% ../../nbs/systems/47_report.ipynb #09605b83
 @dataclass
-class Report:
-    "What a run did and reached; saved after each stage."
+class _Told:
+    "What a run has to tell."
     recipe:str                          # its name
     title:str                           # and in a few words
     scale:str
@@ -60,6 +60,11 @@ class Report:
     @property
     def result(self)->dict: # the last legal row; {} before there is one
         return next((x for x in reversed(self.rows) if x["legal"]), {})
+
+# %% ../../nbs/systems/47_report.ipynb #a3ee078f
+@dataclass
+class Report(_Told):
+    "What a run did and reached; saved after each stage."
     @property
     def mark(self)->str: # "" if the audit of the result has passed, else what is wrong
         "What a scoreboard has to say about the run."

@@ -88,6 +88,7 @@ def _novels(path):
     raise ValueError(f"{path} was made on {made_on} and does not say where that is: "
                      "name its data with --corpus")
 
+# %% ../../nbs/systems/54_verdict.ipynb #3e3da3e2
 def _places(path)->tuple[Path,Path]:
     "Folder and artifact that belong to a path."
     path = Path(path)
@@ -102,7 +103,6 @@ def _corpus_of(path):
     "Name of the data that a model was made on, None if nobody kept it."
     folder,artifact = _places(path)
     return _meta(artifact).get("tokenizer") or read_json(folder/"report.json").get("corpus")
-
 
 # %% ../../nbs/systems/54_verdict.ipynb #c3d1b0e1
 def tokenizer_of(
@@ -145,6 +145,7 @@ def audit_numbers(
         summed = replace(summed, detail=summed.detail+near)
     return [summed, _covers(report, row, dataset)]
 
+# %% ../../nbs/systems/54_verdict.ipynb #2b4c4c3e
 def _adds_up(row, nll, dataset):
     "T4b: the row is the sum of the scores that were kept."
     n = row["targets"]
@@ -153,7 +154,6 @@ def _adds_up(row, nll, dataset):
     summed = reported_sum(-nll, int(n_bytes), row["val_bpb"], tol=1e-5)
     if len(nll) == n: return summed
     return replace(summed, status="failed", detail=f"{len(nll):,} scores kept, {n:,} reported")
-
 
 # %% ../../nbs/systems/54_verdict.ipynb #c5400002
 def _first_window_off(cfg, sliding, dataset, model):
@@ -191,6 +191,7 @@ def audit_data(
     else: counted = bytes_are_text(val[:targets+1], dataset.byte_tables(), sp)
     return [calibration_apart(seen, val), apart, counted]
 
+# %% ../../nbs/systems/54_verdict.ipynb #7ff36787
 def sidecar_is_whole(
     dataset:Dataset,# with a byte sidecar
     targets:int,    # scored, from the start of the split
@@ -201,7 +202,6 @@ def sidecar_is_whole(
     return Finding("D7", "bytes charged are the text's", "passed",
         f"{int(charged.sum()):,} bytes by the sidecar of the shards, which charges none to control"
         " tokens; the original text is not here")
-
 
 # %% ../../nbs/systems/54_verdict.ipynb #ce16c97c
 def stretch(
@@ -215,6 +215,7 @@ def stretch(
     at = max(0, min(middle, len(val)-1)-n//2)
     return val[at:at+n+1]
 
+# %% ../../nbs/systems/54_verdict.ipynb #6d8801af
 def evaluation_of(
     recipe:Recipe,  # windows and adaptation
     dataset:Dataset,# gives the byte tables
@@ -235,7 +236,6 @@ def evaluation_of(
     again = r.stages.rescore_temperature if stage == "rescored" else 0.
     return model_evaluation(model, tables, cfg, length, ttt, sp.bos_id(), again)
 
-
 # %% ../../nbs/systems/54_verdict.ipynb #c5400003
 NO_REPORT = [Finding(n, what, ABSENT, "an artifact alone has no report") for n,what in (
     ("T4b", "the report is the sum of first scores"), ("D3", "the full split is scored"))]
@@ -253,6 +253,19 @@ def _row_of(report, stage, recipe):
 # %% ../../nbs/systems/54_verdict.ipynb #a5120dbf
 STAGES = ("artifact","sliding","adapted","rescored")
 
+def _ask_model(recipe, dataset, model, stage, places, seed):
+    "What the model itself shows, and on how much text."
+    tokens,size = stretch(dataset, 4*recipe.score.eval_seq_len), recipe.score.eval_seq_len
+    with exactly(model):
+        found = audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
+            tokens, places, seed)
+    return found, (f"causality, order and sums on {len(tokens)-1:,} targets in chunks of {size},"
+        f" {places} of them changed")
+
+def _in_order(found):
+    return [asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))]
+
+# %% ../../nbs/systems/54_verdict.ipynb #63365d69
 def audit_run(
     path,             # folder of a finished run, or an artifact
     dataset:Dataset,  # that it ran on
@@ -268,23 +281,20 @@ def audit_run(
     unknown = "" if report else check_tokenizer(path, dataset)
     stage,row = _row_of(report, stage, recipe)
     model = read_artifact(artifact, device, recipe.stages.eval_rules)
-    tokens = stretch(dataset, 4*recipe.score.eval_seq_len)
-    found = [*NO_REPORT]
-    if report: found = audit_numbers(Path(path), report, row, recipe, dataset, model)
+    found = (audit_numbers(Path(path), report, row, recipe, dataset, model) if report
+        else [*NO_REPORT])
     found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
-    with exactly(model):
-        found += audit(evaluation_of(recipe, dataset, model, stage, len(tokens)-1),
-            tokens, places, seed)
-    about = (f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,}"
-        f" targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed")
-    out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage,
-        val_bpb=row and row["val_bpb"], about="; ".join(filter(None, (about, unknown))),
-        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TD".index(f.name[0]), f.name))])
-    if report:
-        write_json(Path(path)/"audit.json", out)
-        replace(report, audit=out).save(Path(path)/"report.json")
+    asked,how = _ask_model(recipe, dataset, model, stage, places, seed)
+    about = "; ".join(filter(None, (f"{stage} score of {artifact.name}", how, unknown)))
+    out = dict(passed=passes(found+asked), system=recipe.name, scale=recipe.scale, stage=stage,
+        val_bpb=row and row["val_bpb"], about=about, findings=_in_order(found+asked))
+    if report: _keep(out, report, Path(path))
     return out
 
+# %% ../../nbs/systems/54_verdict.ipynb #7f384a65
+def _keep(verdict, report, folder):
+    write_json(folder/"audit.json", verdict)
+    replace(report, audit=verdict).save(folder/"report.json")
 
 # %% ../../nbs/systems/54_verdict.ipynb #f7c7fec7
 def verdict_rows(
