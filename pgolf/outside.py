@@ -36,10 +36,11 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 def is_kind(
     value,    # from JSON
     kind,     # int, float, str, bool, list or dict
-)->bool: # a whole number is a number, true is none
+)->bool: # a whole number is a number; true is none, nor is what no machine counts with
     "Whether a JSON value is of a kind."
-    if kind in (int,float) and isinstance(value, bool): return False
-    return isinstance(value, (int,float) if kind is float else kind)
+    if kind not in (int,float): return isinstance(value, kind)
+    if isinstance(value, int): return not isinstance(value, bool) and abs(value)<2**63
+    return kind is float and isinstance(value, float)
 
 def check_kinds(
     value,      # from JSON

@@ -240,11 +240,11 @@ def finished(trial, work, command):
     return f"other bits than undisturbed in {', '.join(differ+more)}" if differ or more else ""
 
 
-def campaign(base, seconds, seed, names=None, path=counts.RESULTS):
+def campaign(base, seconds, seed, names=None, path=counts.RESULTS, trials=None):
     "Kill for so many seconds; how many kills."
     rand, until, total = random.Random(seed), time.monotonic()+seconds, 0
     all_scenes = scenes(base)
-    names, trials = names or list(all_scenes), {}
+    names, trials = names or list(all_scenes), {} if trials is None else trials
     shares = [all_scenes[n].share for n in names]
     while time.monotonic() < until:
         name = rand.choices(names, shares)[0]

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def keep(trial, data, said):
 def child(folder, seed, names, until, results, known):
     "Judge files until the time is over; write counts now and then, failures as they come."
     os.chdir(folder)
+    warnings.simplefilter("ignore")
     guard.install()
     rand, done = random.Random(seed), Counter()
     trials = {n: Trial(folder, n) for n in names}
@@ -183,13 +185,13 @@ def count(told, failures, path):
         print(f"FAILED {name}: {said}; {words}; seeds/{file}", flush=True)
 
 
-def campaign(folder, seconds, seed, names=None, path=counts.RESULTS):
+def campaign(folder, seconds, seed, names=None, path=counts.RESULTS, known=None):
     "Try files for so many seconds."
     names, until, tried = names or list(TARGETS), time.monotonic()+seconds, 0
-    known:set[str] = set()
+    known = set() if known is None else known
     while time.monotonic() < until:
         told, failures = batch(folder, seed, names, until, known)
-        known |= {f[-1] for f in failures}
+        known.update(f[-1] for f in failures)
         count(told, failures, path)
         tried += sum(n for *_, n in told.get("rows", []))
         seed += 1

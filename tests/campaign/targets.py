@@ -189,7 +189,7 @@ TARGETS = {
     "log of a submission": Target("folder/train.log", dict(raw=m.raw, lines=m.as_lines),
         examined, anything, share=.3),
     "plan of runs": Target("plan.yaml", dict(raw=m.raw, lines=m.as_lines), read_plan, anything,
-        more=lambda _: [b"[pr610, pr576]", b"runs: &a [pr610, *a]\nseeds: [1]"]),
+        more=lambda _: [b"[pr610, pr576]", b"runs: &a [pr610, {recipe: pr576}]\nseeds: [1]"]),
     "documents": Target("docs.jsonl", dict(raw=m.raw, lines=m.as_lines),
         lambda p: read_documents([p]), anything),
     "documents, gzip": Target("docs.jsonl.gz", dict(raw=m.raw, lines=m.under("gzip", m.as_lines)),
