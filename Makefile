@@ -4,18 +4,21 @@ SYSTEM ?=
 CALL   ?= all
 SIZE   ?= full
 OUT    ?= .card/out
+HASHES ?=
+HOURS  ?= 1
 # A Python that is named gets an environment of its own: .venv-python3.12.
 VENV   := .venv$(if $(filter command environment,$(firstword $(origin PYTHON))),-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all test-busy card card-wheels docs readme boxes lab clean bin
+.PHONY: help reproduce test test-all test-busy campaign card card-wheels docs readme boxes lab lock clean bin
 
 help: ## show this list
 	@echo "pgolf: the annotated Parameter Golf"; echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; echo "  make PYTHON=python3.12 ...  uses another Python (3.11 or newer), in an environment of its own"
+	@echo "  make HASHES=1 ...           installs nothing whose SHA-256 is not in requirements.lock (torch for CUDA)"
 
 # pip runs when .venv is missing or when what it installs has changed; otherwise the environment is reused.
 $(READY): settings.ini constraints.txt setup.py
@@ -24,7 +27,9 @@ $(READY): settings.ini constraints.txt setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv."; exit 1; }
 	@echo "Installing what constraints.txt pins into $(VENV) (minutes the first time, once) ..."
-	@$(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq \
+	  $(if $(HASHES),--require-hashes -r requirements.lock,-c constraints.txt -e '.[dev]')
+	@$(if $(HASHES),$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps -e .,:)
 	@touch $@
 
 reproduce: $(READY) ## run every system at pocket scale and print the scoreboard (SYSTEM=pr610 runs one)
@@ -38,6 +43,9 @@ test-all: $(READY) ## everything, the slow ones too (ARGS='-k muon' chooses, her
 
 test-busy: $(READY) ## `make test` beside four busy loops, which it starts and ends
 	@$(BIN)/python .ci/test.py --beside 4 $(ARGS)
+
+campaign: $(READY) ## kill and mutate for HOURS=1; counts add up in nbs/results/campaign.json
+	@nice -n 19 $(BIN)/python tests/campaign --hours $(HOURS) $(ARGS)
 
 card: ## ask a GPU everything in two calls, CALL=A and CALL=B (SIZE=tiny asks a CPU); answers in OUT
 	@$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) .ci/card.py $(CALL) --size $(SIZE) --out $(OUT) $(ARGS)
@@ -53,6 +61,10 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 
 boxes: $(READY) ## renew the box at the top of every chapter, from the results
 	@$(BIN)/python .ci/boxes.py write
+
+lock: ## write requirements.lock from settings.ini and constraints.txt (needs uv)
+	@uv pip compile pyproject.toml --extra dev -c constraints.txt --generate-hashes --universal \
+	  --python-version 3.11 --custom-compile-command 'make lock' -q -o requirements.lock
 
 lab: $(READY) ## open the chapters in JupyterLab, first the page that says where to go
 	@$(BIN)/jupyter lab nbs/index.ipynb

@@ -152,7 +152,7 @@ SPOILED = {
     "foreign ids": (spoil_ids,
         ("_train_000000.bin", "token id 1024", "vocab_size=1024", "of one dataset")),
     "broken manifest": (lambda d: (d.path/"manifest.json").write_text("{"),
-        ("manifest.json is not JSON", "build the data again")),
+        ("manifest.json is not a manifest", "build the data again")),
 }
 
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['AuditSystem', 'AuditStage', 'Places', 'New', 'Old', 'ReportStage', 'Margin', 'TextBytes', 'Scored', 'Other', 'Save',
            'Stride', 'SeqLen', 'Tokens', 'Documents', 'Temperature', 'Compile', 'Systems', 'Only', 'Quick', 'Peer',
-           'Compiled', 'Measurements', 'Figure', 'audit', 'ManyValues', 'record', 'score', 'bench']
+           'Compiled', 'Measurements', 'Figure', 'Yes', 'audit', 'ManyValues', 'record', 'score', 'ask_peer', 'bench']
 
 # %% ../../nbs/command/87_measuring.ipynb #cf870003
-import hashlib
+import hashlib, sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -195,12 +195,29 @@ Only = Annotated[list[str], typer.Option(help="measure this alone; repeat for mo
 Quick = Annotated[bool, typer.Option("--quick", help="fewer repeats, smaller inputs, growth, ranks "
     "and profile only if named: under a minute")]
 Peer = Annotated[list[Path], typer.Option(help="a published train_gpt.py of the first system, "
-    "timed beside ours; it is executed; repeat for files beside it")]
+    "timed beside ours; it is executed, once you have agreed; repeat for files beside it")]
 Compiled = Annotated[bool,
     typer.Option("--compile", help="compile models, ours and the peer's")]
 Measurements = Annotated[Path|None, typer.Option(help="file for the measurements")]
 Figure = Annotated[Path|None,
     typer.Option(help="file for a figure of the ratios, .png or .svg")]
+
+# %% ../../nbs/command/87_measuring.ipynb #87ye0001
+Yes = Annotated[bool, typer.Option("--yes", help="execute the files of --peer without asking")]
+
+def ask_peer(
+    files,     # of --peer
+    yes:bool,  # they were read before
+):
+    "A published script is a program: say so, and go on only if that is wanted."
+    if not files or yes: return
+    names = ", ".join(map(str, files))
+    if not sys.stdin.isatty():
+        raise ValueError(f"--peer executes {names} with your rights, and there is nobody to ask:"
+            " read what it does, then add --yes")
+    say(f"--peer executes {names} with your rights: read what it does first")
+    if not typer.confirm("execute it?", err=True):
+        raise typer.Exit(say("nothing was executed", 1))
 
 # %% ../../nbs/command/87_measuring.ipynb #cf870009
 @command()
@@ -209,7 +226,7 @@ def bench(
     scale:ScaleOption="pocket",
     only:Only=[],
     quick:Quick=False,
-    peer:Peer=[],
+    peer:Peer=[], yes:Yes=False,
     override:Overrides=[],
     device:Device="auto",
     compile:Compiled=False,
@@ -219,6 +236,7 @@ def bench(
     "Measure every part of a run: times, rates, shares of a step, memory."
     for file,option in ((json,"--json"),(figure,"--figure")):
         if file: keep_free(file, overwrite, option)
+    ask_peer(peer, yes)
     device,settings = pick_device(device), parse_overrides(override)
     extra = peer_bench(peer, system[0], scale, device, quick, compile, settings)
     benches = BENCHES | extra | (SECTIONS if only or not quick else {})

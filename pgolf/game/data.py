@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..files import atomic_write, write_json
 from .bpb import ByteTables, SidecarBytes, byte_tables
-from .shards import (ShardError, TokenStream, check_sums, read_shard, write_shard,
-                               write_sums)
+from ..outside import reading
+from .shards import (ShardError, TokenStream, check_manifest, check_sums, read_shard,
+                               write_shard, write_sums)
 from .tokenizer import (TRANSFORMS, TextTransform, encode_document, load_tokenizer,
                                   text_transform, train_tokenizer)
 from ..show import bar
@@ -75,7 +76,9 @@ class Dataset:
     def byte_tables(self)->ByteTables: # of vocab_size rows
         "What validation tokens are charged: the sidecar if there is one, else by the tokenizer."
         sp = self.tokenizer()
-        tables = byte_tables(sp, self.vocab_size)
+        path = self.tokenizer_path
+        with reading(path, "a tokenizer to count bytes with", "take the one of the shards"):
+            tables = byte_tables(sp, self.vocab_size)
         return _with_sidecar(tables, sp, self) if self.val_bytes else tables
     def train_tokens(self,
         n:int, # tokens wanted; fewer come back if there are fewer
@@ -193,14 +196,9 @@ def _entries(manifest, path, name): # the dataset's entry and its tokenizer's
 
 # %% ../../nbs/game/06_data.ipynb #901dd931
 def _read_manifest(path):
-    try: manifest = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ValueError(
-            f"{path} is not JSON: {e}; delete it and fetch or build the data again") from e
-    whole = isinstance(manifest, dict) and manifest.get("datasets") and "tokenizers" in manifest
-    if not whole:
-        raise ValueError(
-            f"{path} lists no datasets and tokenizers; delete it and fetch or build the data again")
+    with reading(path, "a manifest", "delete it and fetch or build the data again"):
+        manifest = json.loads(path.read_text("utf-8"))
+        check_manifest(manifest)
     return manifest
 
 # %% ../../nbs/game/06_data.ipynb #25092341

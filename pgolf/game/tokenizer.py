@@ -92,8 +92,11 @@ def load_tokenizer(
     "Load a tokenizer and check its size."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no tokenizer at {path}")
-    try:sp = SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as e: raise ValueError(f"{path} is not a SentencePiece model") from e
+    try:
+        sp = SentencePieceProcessor(model_proto=path.read_bytes())
+        sp.id_to_piece(list(range(sp.vocab_size()))) # each of them is text
+    except (RuntimeError,UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not a SentencePiece model") from e
     if vocab_size is not None and sp.vocab_size() != vocab_size:
         raise ValueError(
             f"{path} has {sp.vocab_size()} pieces, expected vocab_size={vocab_size}: take the"

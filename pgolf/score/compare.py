@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import atomic_write
+from ..outside import check_kinds, read_arrays, reading
 from ..game.bpb import ByteTables
 from .windows import ScoreConfig, Scores, _shares, check_stream, paired_difference, score
 
@@ -94,23 +95,23 @@ def save_scores(
         np.savez_compressed(f, about=np.array(about), **{k: v.numpy() for k, v in arrays.items()})
 
 # %% ../../nbs/score/45_compare.ipynb #47705cb0
+_ARRAYS = ("nll", "bytes", "target", "position", "kind", "about")
+
 def load_scores(
     path, # written by `save_scores`
 )->SavedScores:
     "Read scores."
-    try:
-        with np.load(path) as z:
-            a = {k: z[k] for k in ("nll", "bytes", "target", "position", "kind", "about")}
+    with reading(path, "a file of scores", "`pgolf score RUN --save FILE` writes one"):
+        a = read_arrays(path, _ARRAYS)
         more = json.loads(str(a.pop("about")))
+        check_kinds(more, dict(text=str, available=int, legal=bool, about=dict), "what it says")
+        if {x.shape for x in a.values()} != {(len(a["nll"]),)}: raise ValueError("rows of unequal"
+            " length")
         t = {k: torch.from_numpy(v) for k, v in a.items()}
+        if len(t["kind"]) and t["kind"].max() >= len(KINDS): raise ValueError("an unknown kind")
         scores = Scores(t["nll"].double(), t["bytes"].long(), more["available"], more["legal"])
         return SavedScores(scores, t["target"].long(), t["position"].long(), t["kind"],
             more["text"], more["about"])
-    except FileNotFoundError: raise
-    except Exception as e:
-        raise ValueError(
-            f"{path} is not a file of scores ({e});"
-            " `pgolf score RUN --save FILE` writes one") from None
 
 # %% ../../nbs/score/45_compare.ipynb #f56f8d2e
 def score_into(

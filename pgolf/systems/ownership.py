@@ -13,6 +13,7 @@ from pathlib import Path
 from ..game import caseops # noqa: F401: datasets may name its transform
 from ..game.data import Dataset, austen, check_bytes, open_dataset
 from ..files import read_json, write_json
+from ..outside import check_kinds, reading
 from ..game.tokenizer import tokenizer_id
 from .recipe import brief, diff, load_recipe
 from .report import Report
@@ -131,6 +132,8 @@ def own_data(
     "Open the data that a run was made on."
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if not (about := read_json(folder/"data.json")): return None
+    with reading(folder/"data.json", "a note of a run's data", "name the data with --corpus"):
+        check_kinds(about, dict.fromkeys(("name","path","near","fingerprint"), str), "it")
     places = [p for p in (Path(about["path"]), folder/about["near"]) if p.is_dir()]
     if not places and about["name"] == "austen_sp1024": data = austen()
     elif not places:

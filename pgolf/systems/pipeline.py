@@ -41,6 +41,11 @@ from ..score.phased import ADAPTATIONS
 from ..score.order import HintWatch, check_tilt, window_hints
 from ..score.tilt import strong_hints
 
+# %% ../../nbs/systems/52_pipeline.ipynb #c5200n01
+from ..files import sweep
+from ..outside import read_arrays
+from ..train.checkpoint import CURVE
+
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
 class Job:
@@ -84,6 +89,7 @@ def start(
     check_start(recipe, dataset, out, eval_tokens, world := nproc*machines.count)
     out.mkdir(parents=True, exist_ok=True)
     claim(out)
+    sweep(out)
     try: kept = _kept(out, recipe, dataset, eval_tokens, overwrite)
     except BaseException:
         release(out)
@@ -190,10 +196,18 @@ def _save_curve(job, done):
     "What training reports, after what it reported before it was interrupted."
     curve = dict(asdict(done), losses=[round(l, 5) for l in done.losses],
         seconds=[round(t, 3) for t in done.seconds], checkpoint=None)
-    before = read_json(job.out/"training.json")
-    begin = done.steps-len(done.losses)
-    for k in ("losses","seconds","lr_scales"): curve[k] = before.get(k, [])[:begin]+curve[k]
+    before,begin = _curve_before(job), done.steps-len(done.losses)
+    for k in CURVE: curve[k] = before.get(k, [])[:begin]+curve[k]
     write_json(job.out/"training.json", curve)
+
+def _curve_before(job):
+    "The curve that a checkpoint keeps: of a run that was killed there is no other."
+    kept = read_json(job.out/"training.json") # of an interrupted run, also by older versions
+    if not job.state.exists(): return kept
+    digits = dict(losses=5, seconds=3, lr_scales=17)
+    found = {k.removeprefix("curve/"):t.tolist() for k,t in read_checkpoint(job.state)[0].items()
+        if k.startswith("curve/")}
+    return kept | {k:[round(x, digits[k]) for x in v] for k,v in found.items()}
 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
@@ -462,10 +476,10 @@ def kept_scores(
     tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     n_bytes = job.dataset.byte_tables().count(tokens[:-1], tokens[1:])
     out = {}
-    with np.load(job.out/"scores.npz") as z:
-        for r in job.report.rows:
-            nll = torch.from_numpy(z[r["stage"]]).double()
-            out[r["stage"]] = Scores(nll, n_bytes[:len(nll)], len(n_bytes), r["legal"])
+    kept = read_arrays(job.out/"scores.npz", [r["stage"] for r in job.report.rows])
+    for r in job.report.rows:
+        nll = torch.from_numpy(kept[r["stage"]]).double()
+        out[r["stage"]] = Scores(nll, n_bytes[:len(nll)], len(n_bytes), r["legal"])
     return out
 
 # %% ../../nbs/systems/52_pipeline.ipynb #220d4e2f

@@ -28,6 +28,9 @@ from ..score.tilt import TiltConfig
 from .phrases import GRID, setting
 
 
+# %% ../../nbs/systems/48_recipe.ipynb #c4800n01
+from ..outside import reading
+
 # %% ../../nbs/systems/48_recipe.ipynb #e332ea56
 @dataclass(frozen=True)
 class StageConfig:
@@ -165,7 +168,11 @@ def load_recipe(
     path, # written by `Recipe.save`
 )->Recipe: # equal to the one that was saved
     "Read a recipe from JSON."
-    saved = json.loads(Path(path).read_text())
+    with reading(path, "a recipe of this version of pgolf", "a run writes one as OUT/recipe.json"):
+        return _from_json(json.loads(Path(path).read_text()))
+
+def _from_json(saved):
+    "A recipe from what its file holds."
     saved["optim"]["groups"] = tuple(Group(**g) for g in saved["optim"]["groups"])
     for rules in ("qat_rules","first_rules","eval_rules","ttt_rules"):
         saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])

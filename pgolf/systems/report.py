@@ -7,12 +7,13 @@ __all__ = ['Row', 'Report', 'code_bytes', 'environment', 'scoreboard', 'by_syste
 
 # %% ../../nbs/systems/47_report.ipynb #c4700003
 import importlib.metadata, json, lzma, math, platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np
 import torch
 import pgolf
 from ..files import write_json
+from ..outside import check_kinds, reading
 from ..score.audit import LATER
 
 # %% ../../nbs/systems/47_report.ipynb #e332ea56
@@ -81,10 +82,24 @@ class Report(_Told):
     @classmethod
     def load(cls, path):
         "Read a report; a file that is none is named."
-        try: return cls(**json.loads(Path(path).read_text()))
-        except (OSError,ValueError,TypeError) as e:
-            raise ValueError(f"{path} is not a report of pgolf ({e}); a run writes one as"
-                " OUT/report.json") from None
+        with reading(path, "a report of pgolf", "a run writes one as OUT/report.json"):
+            if not Path(path).is_file(): raise ValueError("no such file")
+            return cls(**_checked(json.loads(Path(path).read_text())))
+
+# %% ../../nbs/systems/47_report.ipynb #47ck0001
+def _checked(value):
+    "What the file of a report holds, if each part that is used later is of its kind."
+    needed = {f.name:f.type for f in fields(Report)
+        if f.default is MISSING and f.default_factory is MISSING}
+    free = {f.name:f.type for f in fields(Report) if f.name not in needed}
+    check_kinds(value, needed, "the report", free)
+    for r in value.get("rows", []): check_kinds(r, {f.name:f.type for f in fields(Row)}, "a row")
+    check_kinds(value.get("training", {}), {}, "its training", dict(elapsed=float))
+    if not (audit := value.get("audit")): return value
+    check_kinds(audit, dict(passed=bool, stage=str, findings=list), "its audit")
+    if "val_bpb" not in audit: raise ValueError("its audit names no score")
+    for f in audit["findings"]: check_kinds(f, dict(name=str, status=str), "a finding")
+    return value
 
 # %% ../../nbs/systems/47_report.ipynb #d76c1c33
 def code_bytes()->tuple[int,int]: # bytes of all modules: as they are, and packed with LZMA

@@ -24,6 +24,7 @@ from ..game.tokenizer import text_transform
 from .ownership import (fingerprint, own_data, read_json, same_data, same_tokenizer,
                                      write_json)
 from ..model.gpt import ModelConfig
+from ..outside import read_arrays, reading
 from .report import Report
 from .ruled import Subject, ruled
 from ..score.order import (AskedQueue, in_order, order_of, queue_evaluation,
@@ -67,7 +68,8 @@ def _recipe_of(path, system):
     if not {"recipe","scale","model"} <= meta.keys():
         raise ValueError(
             f"{path} does not say which recipe and scale it is of: give the folder of its run")
-    model = asdict(ModelConfig(**meta["model"]))
+    with reading(path, "an artifact of a model of ours", "give the artifact of a run"):
+        model = asdict(ModelConfig(**meta["model"]))
     beside = path.parent/"recipe.json"
     if beside.is_file() and system in ("", meta["recipe"]):
         recipe = load_recipe(beside)
@@ -140,8 +142,8 @@ def audit_numbers(
     model,          # read back
 )->list[Finding]: # T4b, D3
     "Add the report up again."
-    with np.load(out/"scores.npz") as kept:
-        nll = {k:torch.from_numpy(kept[k]).double() for k in (row["stage"], "sliding")}
+    kept = read_arrays(out/"scores.npz", (row["stage"], "sliding"))
+    nll = {k:torch.from_numpy(t).double() for k,t in kept.items()}
     summed = _adds_up(row, nll[row["stage"]], dataset)
     off = _first_window_off(recipe.score, nll["sliding"], dataset, model)
     if off > .02:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from tqdm import tqdm
+from ..files import atomic_write
 from ..show import bar
 from .loop import Run, settle
 from .checkpoint import save_checkpoint
@@ -28,13 +29,14 @@ class MetricsLog:
         self.file = Path(self.path or run.out/"metrics.jsonl")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text().splitlines() if run.step and self.file.exists() else []
-        self._write("w", "".join(l + "\n" for l in lines if _step_of(l) <= run.step))
+        with atomic_write(self.file) as f: # one kill must not take what an earlier one has left
+            f.write("".join(l + "\n" for l in lines if _step_of(l) <= run.step).encode())
     def on_record(self, run, values):
         record = {"step": run.step, "elapsed": round(run.elapsed, 4), **values}
-        if self.file: self._write("a", json.dumps(record) + "\n")
-    def _write(self, mode, text):
+        if self.file: self._add(json.dumps(record) + "\n")
+    def _add(self, text):
         try:
-            with self.file.open(mode) as f: f.write(text)
+            with self.file.open("a") as f: f.write(text)
         except OSError as e:
             raise OSError(e.errno, f"{e.strerror} while writing {self.file}:"
                 " free some space or choose another folder") from e
