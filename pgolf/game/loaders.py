@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShuffledOrder', 'ShuffledLoader', 'coprime_stride', 'stride_walk', 'StrideOrder', 'stride_batch', 'seed_of_names',
            'segment_starts', 'cumulative_lengths', 'segment_of', 'segment_mask', 'Packed', 'PackedLoader',
-           'next_packed']
+           'next_packed', 'PackedSpans']
 
 # %% ../../nbs/game/08_loaders.ipynb #fb6cec51
 import hashlib
@@ -282,12 +282,48 @@ def next_packed(
     loader:PackedLoader, # advanced by one step
 )->Packed:
     "The row of this rank for the next step."
+    row = _row_of(loader, loader.rank)
+    loader.step += 1
+    return row
+
+def _row_of(loader, rank):
+    "The row of a rank for the step at hand."
     k = loader.step % int(loader.ends[-1])
     i = int(np.searchsorted(loader.ends, k, side="right"))
     within = k - (int(loader.ends[i-1]) if i else 0)
-    a = loader.first[i] + (within*loader.world + loader.rank)*loader.span
+    a = loader.first[i] + (within*loader.world + rank)*loader.span
     row = torch.from_numpy(loader.shards[i][a:a+loader.span].astype(np.int64))
-    loader.step += 1
     starts = segment_starts(row[:-1].numpy(), loader.bos, loader.longest)
     cu = cumulative_lengths(starts, len(row)-1, loader.bucket)
     return Packed(row[None, :-1], row[None, 1:], cu, loader.longest)
+
+# %% ../../nbs/game/08_loaders.ipynb #pk080002
+class PackedSpans(PackedLoader):
+    "The packed rows of a step, shared out: rank r of W takes rows r, r+W, ..."
+    def __init__(self,
+        shards:Iterable[Path], # training shards
+        batch_tokens:int,      # inputs per step, over all ranks
+        longest:int,           # of a segment, tokens
+        num_spans:int,         # rows per step, over all ranks; the ranks divide it
+        rank:int=0,            # this process
+        world:int=1,           # processes
+        position:int=0,        # steps taken before
+        vocab_size:int|None=None, # ids must be below it
+    ):
+        if num_spans < 1 or num_spans % world or batch_tokens % num_spans:
+            raise ValueError(f"num_spans={num_spans} must divide batch_tokens={batch_tokens} and be"
+                f" a multiple of world={world}")
+        super().__init__(shards, batch_tokens//num_spans, longest, rank=rank, world=num_spans,
+            bucket=256, step=position, vocab_size=vocab_size)
+        self.mine = range(rank, num_spans, world)
+
+    @property
+    def position(self)->int: return self.step
+    @position.setter
+    def position(self, steps:int): self.step = steps
+
+    def next_step(self)->list[Packed]:
+        "The rows of this rank, each with its borders."
+        rows = [_row_of(self, span) for span in self.mine]
+        self.step += 1
+        return rows

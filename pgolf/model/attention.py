@@ -182,7 +182,7 @@ class CausalSelfAttention(Projections):
         for name in parts: self.add_module(name, parts[name])
 
     def forward(self, x:Tensor, rotary=None, value:Tensor|None=None, first:Tensor|None=None,
-        last:int|None=None)->tuple[Tensor,Tensor]:
+        last:int|None=None, attend=attend)->tuple[Tensor,Tensor]:
         q, k, v = self.heads(x, rotary, value, last)
         mixed = _mix(self, v, first)
         y = attend(q, k, mixed)

@@ -152,7 +152,7 @@ if __name__=="__main__": main()
 
 # %% ../../nbs/submit/61_script.ipynb #64bd4d04
 _STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_threshold","qat_rules",
-    "order_from",
+    "order_from","taper_from",
     "use_gptq","first_rules","eval_rules",
     # what the script below knows; the illegal second score is never in it
     "use_ttt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
@@ -162,9 +162,10 @@ def _average(s):
     made = dict(ema=f"EMA({s.ema_decay})", hma=f"HMA({s.ema_decay})",
         swa=f"SWA({s.swa_every}, {s.swa_start_scale})", none="None")[s.average]
     kept = s.average!="none"
-    switch = f"OrderSwitch({s.order_from}), "
+    switch,taper = f"OrderSwitch({s.order_from}), ",f"DecayTaper({s.taper_from}), "
     late = f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), "
-    listeners = [switch]*bool(s.order_from)+[late]*bool(s.late_qat_threshold)+["average, "]*kept
+    listeners = [switch]*bool(s.order_from)+[taper]*bool(s.taper_from)
+    listeners += [late]*bool(s.late_qat_threshold)+["average, "]*kept
     return dict(average=made, listeners="".join(listeners),
         weights="average.weights()" if kept else "model.state_dict()")
 
@@ -257,6 +258,17 @@ UNUSED = {name:unused for names,unused in {
     "SmearGate": lambda r: not r.model.smear,
     "SelfValue": lambda r: not r.model.xsa_last_n,
     "HeadGate": lambda r: not r.model.gated_attention,
+    "OutputGate GATES": lambda r: not r.model.output_gate,
+    "TokenSmear": lambda r: not r.model.smear_window,
+    "Joint": lambda r: r.model.parallel!="joint",
+    "Split": lambda r: r.model.parallel!="split",
+    "Lanes": lambda r: r.model.parallel not in ("lanes","crossed"),
+    "Crossed": lambda r: r.model.parallel!="crossed",
+    "CapPair": lambda r: not r.model.asymmetric_cap,
+    "softcapped_loss": lambda r: not r.model.fused_loss,
+    "_is_tail": lambda r: not r.model.parallel,
+    "attend_segments PackedSpans": lambda r: r.train.loader!="packed",
+    "polar_express": lambda r: not r.optim.polar,
     "_take_skip": lambda r: not r.model.skip_init,
     "BatchLoader": lambda r: r.train.loader!="spans",
     "ShuffledLoader": lambda r: r.train.loader!="shuffled",

@@ -18,6 +18,8 @@ MODEL = dict(
     activation="activation of the MLP",
     qk_gain_init="gain of a query head at the start",
     logit_softcap="bound of the logits",
+    asymmetric_cap="a bound of its own for each sign of a logit",
+    fused_loss="loss of training that keeps less (on a GPU)",
     norm_eps="epsilon of the norms (0: that of float32)",
     tied_embed_init_std="spread of the token table at the start",
     init_bf16="initial values rounded to bfloat16",
@@ -31,6 +33,7 @@ MODEL = dict(
 # %% ../../nbs/systems/46_phrases.ipynb #6a177ea8
 MODEL |= dict(
     smear="SmearGate: each token sees the one before",
+    smear_window="channels of a SmearGate that stops at BOS",
     bigram_vocab_size="buckets of the BigramHash",
     bigram_dim="width of the BigramHash table",
     bigram_zero_init="BigramHash at zero on both sides at the start",
@@ -43,6 +46,11 @@ MODEL |= dict(
     skip_gate="U-Net skips as a gated mix",
     value_residual="values of block 0 mixed into later blocks",
     gated_attention="a gate on each head",
+    output_gate="form of a gate on each head that reads less",
+    gate_window="channels that this gate reads",
+    gate_slope="slope of this gate",
+    parallel="form of the parallel blocks",
+    parallel_start="first parallel block",
 )
 
 # %% ../../nbs/systems/46_phrases.ipynb #f8132f21
@@ -59,6 +67,8 @@ OPTIM = dict(
     ns_steps="steps of Newton-Schulz",
     row_norm="Muon gives every row length 1",
     even_rows="Muon evens the rows before it orthogonalises",
+    polar="Polar Express in place of Newton-Schulz",
+    half_momentum="momentum of Muon in bfloat16",
     ns_dtype="number format of Newton-Schulz",
     groups="which optimizer moves which tensors",
 )
@@ -84,6 +94,7 @@ TRAIN = dict(
     pass_tokens="tokens of a forward pass at most",
     warmup_steps="steps undone before the clock starts",
     grad_clip_norm="largest norm of the gradient",
+    clip_each_rank="each rank clips its own gradient",
     seed="seed of the initial weights",
     compile="compilation of the training step",
     log_every="steps between records",
@@ -97,6 +108,7 @@ AVERAGE_QAT = dict(
     swa_every="steps between snapshots of the average",
     swa_start_scale="rate below which snapshots begin",
     order_from="share of the run at which blocks begin to repeat",
+    taper_from="share of the run from which Muon's decay halves",
     late_qat_threshold="rate below which training sees rounded weights",
     qat_rules="grid that training sees, by tensor",
 )

@@ -21,6 +21,7 @@ from .ownership import (check_data, claim, fingerprint, release, remember_data,
                                      set_aside)
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
+from ..train.frontier import DecayTaper
 from ..train.listeners import Checkpointer, MetricsLog, OrderSwitch, Progress
 from ..squeeze.quant import LateQAT, set_eval_quant
 from .launch import launch
@@ -198,6 +199,7 @@ def make_listeners(
     every,minutes = job.recipe.train.checkpoint_every, job.recipe.train.checkpoint_minutes
     out:list = []
     if s.order_from: out.append(OrderSwitch(s.order_from))
+    if s.taper_from: out.append(DecayTaper(s.taper_from))
     if s.late_qat_threshold: out.append(LateQAT(s.late_qat_threshold, s.qat_rules))
     if average: out.append(average)
     out.append(MetricsLog())

@@ -37,6 +37,8 @@ class StageConfig:
     swa_start_scale:float=.2        # snapshots start when the learning-rate multiplier falls below
     # share of the run from which blocks run in `layer_order`, each once before; 0: from the start
     order_from:float=0.
+    # share from which Muon's weight decay falls, on a line, to half of it at the end; 0: never
+    taper_from:float=0.
     # training sees rounded weights when the multiplier falls below; 0: never
     late_qat_threshold:float=0.
     # what it sees: (pattern, grid), first match wins
@@ -63,7 +65,8 @@ class StageConfig:
         if self.average=="swa" and not self.swa_every:
             raise ValueError("average='swa' needs swa_every > 0")
         if not 0<=self.ema_decay<1: raise ValueError(f"ema_decay={self.ema_decay} not in [0, 1)")
-        if not 0<=self.order_from<1: raise ValueError(f"order_from={self.order_from} not in [0, 1)")
+        for name in ("order_from","taper_from"):
+            if not 0<=(v := getattr(self, name))<1: raise ValueError(f"{name}={v} not in [0, 1)")
         if not 0<=self.zstd_level<=22:
             raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
         for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):

@@ -13,6 +13,7 @@ from .published import (PR576, PR576_AS_RUN, PR598, PR598_AS_RUN, PR601, PR601_A
                                      PR601_BH10240, PR601_V0, PR610, PR610_AS_RUN, PR1123,
                                      PR1123_AS_RUN)
 from .recipe import Recipe, expand
+from .summit import PR1855
 from ..train.schedule import ScheduleConfig
 
 # %% ../../nbs/systems/50_recipes.ipynb #c5000002
@@ -23,6 +24,7 @@ RECIPES = {r.name:r for r in (
     PR1123, PR1123_AS_RUN,
     PR601, PR601_AS_RUN,
     PR1394, # description and run agree
+    PR1855, # likewise
 )}
 VARIANTS = {r.name:r for r in (PR601_V0, PR601_BH10240)}
 
@@ -123,6 +125,7 @@ def _shrink_model(s, m):
         rope_dims=s.model_dim//s.num_heads//4 if m.rope_dims else 0,
         layer_order=shrink_order(m.layer_order, m.num_layers, s.num_layers),
         xsa_last_n=round(m.xsa_last_n*s.num_layers/m.num_layers),
+        parallel_start=round(m.parallel_start*s.num_layers/m.num_layers),
         bigram_vocab_size=m.bigram_vocab_size and s.bigram_vocab_size*m.bigram_vocab_size//2048,
         bigram_dim=s.small_dim,
         ve_dim=m.ve_dim and s.small_dim,
@@ -190,7 +193,8 @@ def _expanded(recipe):
 
 # %% ../../nbs/systems/50_recipes.ipynb #a7b10002
 PARENTS = {name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
-           for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601")
+           for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601") | {
+           "pr1855": "pr1394"}
 
 def parent_of(
     recipe:Recipe, # at its scale

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from ..game.loaders import ShuffledLoader
+from ..game.loaders import PackedSpans, ShuffledLoader
 from ..game.shards import BatchLoader
 from .ahead import Ahead
 from .checkpoint import _stateful, load_checkpoint, save_checkpoint
@@ -32,6 +32,8 @@ LOADERS:dict[str,Any] = {
     "shuffled": lambda shards, c, ranks, position, vocab: ShuffledLoader(shards,
         c.train_batch_tokens, c.train_seq_len, ranks.rank, ranks.world, position, vocab,
         c.num_spans),
+    "packed": lambda shards, c, ranks, position, vocab: PackedSpans(shards, c.train_batch_tokens,
+        c.train_seq_len, c.num_spans, ranks.rank, ranks.world, position, vocab),
 }
 
 # %% ../../nbs/train/25_loop.ipynb #e332ea56
@@ -46,6 +48,7 @@ class TrainConfig:
     # steps run first and undone, so that compilation is over when the clock starts
     warmup_steps:int=20
     grad_clip_norm:float=.3        # largest global norm of the gradient; 0: no clipping
+    clip_each_rank:bool=False      # each rank's own gradient, before they are averaged
     seed:int=1337                  # initial weights; the order of the data is fixed
     # torch.compile: "auto" is on for CUDA and off for CPU; never where it cannot work
     compile:bool|str="auto"
@@ -196,41 +199,43 @@ def settle(
 
 # %% ../../nbs/train/25_loop.ipynb #12dc0fe6
 def _to(t, device):
+    if not isinstance(t, Tensor): return t
     if torch.device(device).type != "cuda" or t.is_cuda: return t.to(device)
     return t.pin_memory().to(device, non_blocking=True)
 
 def pieces(
-    micros:list,     # (ids, targets) of a rank's step, (rows, tokens) each
+    micros:list,     # (ids, targets) of a rank's step, (rows, tokens) each, or packed rows
     cfg:TrainConfig, # `pass_tokens`
     device:str,      # e.g. "cpu", "cuda:1"
 )->list: # (ids, targets) in the same order, fewer rows each
     "Cut micro-batches to what goes through the model at once."
     most = cfg.pass_tokens or (8192 if torch.device(device).type == "cpu" else math.inf)
     out = []
-    for x,y in micros:
+    for x,y,*borders in micros:
         rows = len(x) if most == math.inf else max(1, most//x.shape[1])
-        out += zip(x.split(rows), y.split(rows))
+        out += [(x, y, *borders)] if borders else zip(x.split(rows), y.split(rows))
     return out
 
 # %% ../../nbs/train/25_loop.ipynb #b56ead15
 def forward_backward(
     run:Run,      # gives the batch; gradients are added to its model
-    loss_fn,      # (ids, targets) -> () mean nats per token
+    loss_fn,      # (ids, targets, and the borders of a packed row) -> () mean nats per token
 )->Tensor: # () mean loss of the global batch, the same on every rank
     "Accumulate the gradient of one global batch."
     parts = pieces(run.loader.next_step(), run.cfg, run.device)
-    mine = sum(y.numel() for _,y in parts)
+    mine = sum(y.numel() for _,y,*_ in parts)
     want = run.cfg.train_batch_tokens
     if mine*run.world != want:
         raise ValueError(
             f"train_batch_tokens={want}, but {run.world} rank(s) load {mine*run.world} per step:"
             " build the loader with this rank, world and batch")
     total = torch.zeros((), device=run.device)
-    for x,y in parts:
-        loss = loss_fn(_to(x, run.device), _to(y, run.device))*(y.numel()/mine)
+    for part in parts:
+        loss = loss_fn(*(_to(t, run.device) for t in part))*(part[1].numel()/mine)
         loss.backward()
         total += loss.detach()
     if run.world == 1: return total
+    if run.cfg.clip_each_rank: _clip(run)
     return average_gradients(list(run.model.parameters()), total, run.world)
 
 # %% ../../nbs/train/25_loop.ipynb #539a26e8
@@ -264,8 +269,7 @@ def train_step(
     run.loss = forward_backward(run, loss_fn)
     set_rates(run.optims, run.lr_scale, run.schedule.momentum(run.step),
         run.schedule.scales(run.step, run.agreed))
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip_norm or math.inf)
-    run.pending.append(torch.stack([run.loss, norm.to(run.loss)]))
+    run.pending.append(torch.stack([run.loss, _clip(run).to(run.loss)]))
     due = _is_due(run)
     if due or torch.device(run.device).type == "cpu": settle(run)
     update(run.optims)
@@ -275,6 +279,10 @@ def train_step(
     run.lr_scales.append(run.lr_scale)
     if due: _record_step(run)
     run.call("after_step")
+
+def _clip(run):
+    "Bound the global norm of the gradient; the norm it had."
+    return nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.grad_clip_norm or math.inf)
 
 # %% ../../nbs/train/25_loop.ipynb #3bd7befb
 def _is_due(run):
