@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATER', 'OUTPUT_PARTS', 'INPUT_PARTS', 'BASE_GROUPS', 'KINDS', 'Sizes', 'Inputs', 'ModelConfig', 'stored',
-           'InputNorm', 'made', 'Block', 'GPT', 'Group', 'param_groups', 'count_parameters', 'flops_by_part',
+           'InputNorm', 'made', 'Block', 'fuses', 'GPT', 'Group', 'param_groups', 'count_parameters', 'flops_by_part',
            'flops_per_token']
 
 # %% ../../nbs/model/19_gpt.ipynb #93d1cab8
@@ -239,13 +239,16 @@ class _Ends(nn.Module):
         return softcap(z, self.cfg.logit_softcap) if self.caps is None else self.caps(z)
 
 # %% ../../nbs/model/19_gpt.ipynb #lm190002
+def fuses(model:"_Ends", ids:Tensor)->bool:
+    "Whether training takes the fused loss: where a recipe says so; on a card, with one limit, too."
+    one_limit = model.cfg.logit_softcap > 0 and model.caps is None
+    return model.cfg.fused_loss or ids.is_cuda and one_limit
+
 class _Trained(_Ends):
     "A model with its loss."
     def loss(self, ids:Tensor, targets:Tensor, *borders)->Tensor:
         "Mean cross entropy, nats per token, float32; `borders` as `hidden` takes them."
-        one_limit = ids.is_cuda and self.cfg.logit_softcap > 0 and self.caps is None
-        fused = self.cfg.fused_loss or one_limit # on a card every system gains by it
-        if fused and self.training: return self._fused(ids, targets, *borders)
+        if self.training and fuses(self, ids): return self._fused(ids, targets, *borders)
         return F.cross_entropy(self(ids, *borders).float().flatten(0, 1), targets.flatten())
 
     def _fused(self, ids, targets, *borders):
