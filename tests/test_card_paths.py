@@ -5,10 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_golden_model import ODD, build, check_gradients
+import test_golden_model
+from test_golden_model import ODD, batch, build, check_gradients
 from torch import nn
 
-from pgolf.model import attention
+from pgolf.model import attention, gpt
 from pgolf.model.attention import attend, many_lengths, share_product
 from pgolf.model.gpt import GPT, ModelConfig
 from pgolf.model.layers import CastLinear
@@ -146,16 +147,23 @@ def test_queries_keys_and_values_share_a_product_in_training_on_a_card_where_no_
 
 
 @pytest.mark.parametrize("name", [n for n in ODD if n != "pr1123"])
-def test_one_product_has_the_published_gradients(golden, name, monkeypatch):
-    "What training multiplies on a card, against what the systems' own code gave."
-    asked = []
-    monkeypatch.setattr(attention, "share_product", lambda x, layers: asked.append(1) or True)
+def test_training_on_a_card_has_the_published_gradients(golden, name, monkeypatch):
+    "One product for queries, keys and values, and the fused loss, against the systems' own code."
+    asked, fused, one = [], gpt.softcapped_loss, attention.one_product
+    monkeypatch.setattr(gpt, "softcapped_loss", lambda *a: asked.append("loss") or fused(*a))
+    monkeypatch.setattr(attention, "one_product", lambda *a: asked.append("product") or one(*a))
     z = golden(name)
-    check_gradients(build(z, name).train(), z)
-    assert asked
+    card = tuple(t.as_subclass(OnCard) for t in batch(z))
+    monkeypatch.setattr(test_golden_model, "batch", lambda z: card)
+    model = build(z, name).train()
+    check_gradients(model, z)
+    assert asked == ["product"]*len(model.order) + ["loss"]
+    asked.clear()
+    model.eval().loss(*card)
+    assert not asked, "evaluation keeps the plain forms"
 
 
-@pytest.mark.parametrize("method", [muon.newton_schulz])
+@pytest.mark.parametrize("method", [muon.newton_schulz, muon.polar_express])
 def test_sums_within_products_are_those_of_the_plain_polynomials(method, monkeypatch):
     g, fused, calls = torch.Generator().manual_seed(0), muon.summed_products, []
     monkeypatch.setattr(muon, "summed_products", lambda *a: calls.append(1) or fused(*a))
@@ -182,7 +190,7 @@ class Mark:
 @pytest.mark.parametrize("seconds, waits", [(1e9, True), (0., False)])
 def test_a_run_with_a_limit_waits_for_the_step_before_the_last(monkeypatch, seconds, waits):
     monkeypatch.setattr(Mark, "made", [])
-    model = GPT(ModelConfig(vocab_size=16, num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1,
+    model = GPT(ModelConfig(vocab_size=16, num_layers=1, model_dim=16, num_heads=1, num_kv_heads=1,
         rope_dims=0))
     class Zeros:
         position = 0
