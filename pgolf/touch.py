@@ -8,6 +8,7 @@ __all__ = ['INK', 'PALE', 'ACCENT', 'positions', 'binding', 'axis', 'layers', 'g
 # %% ../nbs/01a_touch.ipynb #touch003
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,10 +104,16 @@ class Touch:
         "The figure as it is before anybody has touched it."
         try: from vl_convert import vegalite_to_svg
         except ImportError: return ""
-        return vegalite_to_svg(self.spec, vl_version="5.20")
+        return _numbered(vegalite_to_svg(self.spec, vl_version="5.20"))
     def _repr_mimebundle_(self, include=None, exclude=None)->dict:
         shown = {"application/vnd.vegalite.v5+json": self.spec, "text/plain": self.alt}
         return shown | ({"image/svg+xml": self.still} if self.still else {})
+
+# %% ../nbs/01a_touch.ipynb #touch15b
+def _numbered(picture:str)->str:
+    "The same picture whatever was drawn before it: names of clips count from 0."
+    names = list(dict.fromkeys(re.findall(r"\bclip[0-9]+", picture)))
+    return re.sub(r"\bclip[0-9]+", lambda m: f"clip{names.index(m[0])}", picture)
 
 # %% ../nbs/01a_touch.ipynb #touch016
 def touch(
