@@ -125,15 +125,26 @@ def box(row, path, folder=None, known=None):
 
 # ---- commands
 
+def without_opening(cells):
+    "Take out the paragraph that opened a chapter before there were boxes."
+    kept = []
+    for cell in cells:
+        text = source(cell)
+        if cell['cell_type'] == 'markdown' and '**Question**' in text:
+            text = re.sub(r'(?s)\*\*Question\*\*.*?(\n\n|\Z)', '', text).strip()
+            if not text: continue
+            cell = dict(cell, source=text.splitlines(True))
+        kept.append(cell)
+    return kept
+
+
 def put(path, text):
     "Put the box below the title, or renew it."
     nb = json.loads(path.read_text(encoding='utf-8'))
-    cell = next((c for c in nb['cells'] if c.get('id') == BOX), None)
-    if cell is None:
-        cell = dict(cell_type='markdown', id=BOX, metadata={})
-        nb['cells'].insert(1, cell)
-    if source(dict(source=cell.get('source', ''))) == text: return False
-    cell['source'] = text.splitlines(True)
+    cells = without_opening([c for c in nb['cells'] if c.get('id') != BOX])
+    cells.insert(1, dict(cell_type='markdown', id=BOX, metadata={}, source=text.splitlines(True)))
+    if cells == nb['cells']: return False
+    nb['cells'] = cells
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return True
 
