@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from pgolf.train.frontier import EvenMuon, polar_express, softcapped_loss
-from pgolf.train.muon import newton_schulz
+from pgolf.model.softcap import softcapped_loss
+from pgolf.train.frontier import EvenMuon
+from pgolf.train.muon import newton_schulz, polar_express
 
 SYSTEMS = {"muon1394": {}, "muon1855": dict(polar=True, half_state=True)}
 

@@ -5,6 +5,7 @@ run to an audited score."""
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pgolf.game.loaders import cumulative_lengths, segment_starts
 from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT, ModelConfig, count_parameters
 from pgolf.squeeze.artifact import peek
+from pgolf.submit import script
 from pgolf.systems import pipeline
 from pgolf.systems.great import PR1394
 from pgolf.systems.recipes import at_scale, parent_of
@@ -22,7 +24,7 @@ from pgolf.systems.verdict import audit_run
 from pgolf.train import loop
 from pgolf.train.averaging import EMA
 from pgolf.train.device import Ranks
-from pgolf.train.frontier import from_banks, to_banks
+from pgolf.train.frontier import DecayTaper, from_banks, to_banks
 from pgolf.train.listeners import OrderSwitch
 from pgolf.train.loop import TrainConfig, make_loader, train
 from pgolf.train.muon import Muon, make_optimizers
@@ -244,9 +246,217 @@ def test_a_momentum_in_bfloat16_survives_a_resume():
     def made(): return torch.nn.Parameter(torch.ones(8, 8))
     p, q = made(), made()
     one, two = (Muon([w], lr=.1, even=True, polar=True, half=True) for w in (p, q))
-    for k in range(4):
+    for _ in range(4):
         p.grad = torch.randn(8, 8, generator=gen)
         q.grad = p.grad.clone()
         one.step(); two.step()
         two.load_state_dict(two.state_dict())
     assert torch.equal(p, q)
+
+
+# ---- the recipe
+
+def test_the_recipe_is_the_table_of_its_sheet(shared):
+    "Sections 2 and 5 of the sheet, line by line."
+    sheet = " ".join((shared/"spec"/"pr1855.md").read_text().split())
+    r, m, s = PR1855, PR1855.model, PR1855.schedule
+    for line in (
+        f"batch {r.train.train_batch_tokens:,} = one packed row of"
+            f" {r.train.train_batch_tokens//r.train.num_spans:,} per rank, segments <="
+            f" {r.train.train_seq_len:,} |",
+        f"{m.num_layers} x {m.model_dim}, heads {m.num_heads}/{m.num_kv_heads}, MLP"
+            f" {m.mlp_hidden:,} ({m.mlp_mult}), LeakyReLU(0.5)^2, tied (std"
+            f" {m.tied_embed_init_std}), softcap {m.logit_softcap:g}, RoPE {m.rope_dims} dims",
+        f"q gain {m.qk_gain_init}, XSA on all {m.xsa_last_n}, skip gates on |",
+        f"3..5, num_loops 2, enable at {r.stages.order_from} |",
+        f"parallel_start_layer {m.parallel_start}, final lane mean |",
+        f"gate_window {m.gate_window}; sparse_attn_gate on*, init std 0, scale {m.gate_slope}*;",
+        f"lr {r.optim.matrix_lr}, momentum {s.muon_momentum} ({s.muon_momentum_warmup_start} over"
+            f" {s.muon_momentum_warmup_steps:,} steps), {r.optim.ns_steps} Polar Express steps, row"
+            f" normalise, wd {r.optim.muon_weight_decay} |",
+        f"embedding lr {r.optim.tied_embed_lr} wd {r.optim.table_weight_decay}; scalars lr"
+            f" {r.optim.scalar_lr} wd {r.optim.adam_weight_decay}; betas ({r.optim.beta1},"
+            f" {r.optim.beta2}*), eps 1e-8; clip {r.train.grad_clip_norm} |",
+        f"warmdown {s.warmdown_ratio}*, min_lr {s.min_lr}*, cap 600 s, reserve 0.5*, warm-up"
+            f" {r.train.warmup_steps},",
+        f"| EMA | {r.stages.ema_decay} |",
+    ): assert line in sheet, line
+    assert s.max_wallclock_seconds == 600-.5 and m.vocab_size == 8192 and m.smear_window == 12
+    assert m.order == (*range(6), 3, 4, 5, 3, 4, 5, *range(6, 11)) and m.rope_train_seq_len == 0
+    assert (m.output_gate, m.parallel, r.optim.polar, r.optim.half_momentum, r.optim.even_rows,
+        r.train.loader, r.train.clip_each_rank) == ("sparse", "lanes", True, True, True, "packed",
+        True)
+    logged = {c.stage: c.logged for c in r.claims}
+    for stage, of_seeds in dict(averaged=(1.06395844, 1.06544819, 1.06596989), artifact=(1.07254371,
+        1.07406724, 1.07477929), adapted=(1.05989454, 1.06124613, 1.06208695)).items():
+        assert all(f"{x:.8f}" in sheet for x in of_seeds)
+        assert logged[stage] == round(sum(of_seeds)/3, 5)
+    assert r.claims[-1].bytes_logged == round((15_897_259+15_900_947+15_907_550)/3)
+    assert sum(count_parameters(m).values()) == 35_945_671 and parent_of(r).name == "pr1394"
+
+
+def test_the_floor_binds_where_the_sheet_says():
+    s = PR1855.schedule
+    def at(share): return s.lr_scale(100, share*s.max_wallclock_seconds)
+    assert at(.149) == 1 and at(.5) == pytest.approx(.5/.85) and at(.92) == at(1) == .1
+    assert at(.914) > .1 and [s.momentum(k) for k in (0, 1500, 4000)] == [.92, .97, .97]
+
+
+@pytest.mark.parametrize("scale", ["tiny", "mini", "pocket", "full"])
+def test_every_scale_has_lanes_at_its_end_in_both_orders(scale):
+    m = at_scale(PR1855, scale).model
+    start = m.parallel_start
+    assert 0 < start < m.num_layers and len(m.order) > m.num_layers
+    for order in (m.order, tuple(range(m.num_layers))):
+        first = order.index(start)
+        assert first >= len(order)//2 and min(order[first:]) == start
+
+
+def test_lanes_in_the_encoder_are_an_error():
+    small = dict(num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, parallel="lanes")
+    for start, order in ((1, ()), (2, (0, 1, 2, 1, 2, 3))):
+        with pytest.raises(ValueError, match=f"parallel_start={start} must be a block of the dec"):
+            ModelConfig(**small, parallel_start=start, layer_order=order)
+    for field, value in (("output_gate", "wide"), ("parallel", "both"), ("gate_window", 0),
+        ("smear_window", 33), ("asymmetric_cap", True)):
+        with pytest.raises(ValueError, match=f"{field}="):
+            ModelConfig(**small | dict(parallel_start=3, logit_softcap=0.) | {field: value})
+
+
+# ---- its settings in a run
+
+@pytest.fixture
+def shards(tmp_path):
+    "Documents of ten tokens on average."
+    gen = np.random.default_rng(0)
+    for i in range(2):
+        ids = gen.integers(2, 64, 4000, np.uint16)
+        ids[gen.random(4000) < .1] = 1
+        write_shard(tmp_path/f"s_train_{i:06d}.bin", ids)
+    return sorted(tmp_path.glob("*.bin"))
+
+
+def tiny(**changes):
+    return at_scale(PR1855, "tiny").but(vocab_size=64, train_batch_tokens=256, train_seq_len=32,
+        warmup_steps=0, checkpoint_every=0, compile=False, **changes)
+
+
+def test_a_packed_step_is_the_mean_over_its_documents(shards):
+    "Borders reach the loss: each document by itself gives the same sum of losses."
+    r = tiny(smear_window=0)
+    model = GPT(r.model)
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1*torch.randn(p.shape, generator=gen))
+    loader = make_loader(shards, r.train, Ranks(), vocab_size=64)
+    run = loop._prepare(model, loader, r.optim, r.schedule, r.train, [], Ranks(), None)
+    total = loop.forward_backward(run, model.loss)
+    loader.position, alone = 0, 0.
+    for x, y, cu, longest in loader.next_step():
+        assert longest == 32 and x.shape == (1, 128)
+        for a, b in zip(cu.unique().tolist(), cu.unique().tolist()[1:]):
+            alone += model.loss(x[:, a:b], y[:, a:b]).item()*(b-a)
+    assert alone/256 == pytest.approx(float(total), rel=1e-5)
+
+
+def test_a_packed_run_goes_on_from_a_checkpoint(shards, tmp_path):
+    r = tiny(iterations=6)
+    def go(steps, resume=None):
+        model = GPT(r.model, 1)
+        class Stop:
+            def after_step(self, run): run.interrupted = run.step == steps
+        out = tmp_path/f"{steps}"
+        done = train(model, make_loader(shards, r.train), r.optim, r.schedule, r.train, [Stop()],
+            out=out, resume=resume)
+        return model, done
+    whole, _ = go(0)
+    _, part = go(3)
+    rest, _ = go(0, part.checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters()))
+
+
+def test_the_repeats_are_rehearsed_in_packed_rows(shards):
+    r, ran = tiny(), []
+    model = GPT(r.model)
+    run = loop._prepare(model, make_loader(shards, r.train), r.optim, r.schedule, r.train,
+        [OrderSwitch(r.stages.order_from)], Ranks(), None)
+    run.call("on_start")
+    def loss(*part):
+        ran.append((model.order, len(part)))
+        return model.loss(*part)
+    loop.warm_up(run, loss, compiled=True)
+    assert {o for o, _ in ran} == {(0, 1, 2), r.model.layer_order} and {n for _, n in ran} == {4}
+    assert run.loader.position == 0
+
+
+@pytest.mark.slow
+def test_one_graph_with_lanes_and_gates():
+    "What is compiled on a card breaks nowhere, with borders left to a kernel of one call."
+    from pgolf.model import gpt
+    model = GPT(tiny().model)
+    def one_call(q, k, v, cu, longest):
+        k, v = (t.repeat_interleave(2, 2) for t in (k, v))
+        of = torch.searchsorted(cu, torch.arange(q.shape[1], dtype=cu.dtype), right=True)
+        seen = (of[:, None] == of).tril()
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2)
+    ids = torch.randint(1, 64, (1, 65), generator=torch.Generator().manual_seed(0))
+    starts = segment_starts(ids[0, :-1].numpy(), 1, 32)
+    part = ids[:, :-1], ids[:, 1:], cumulative_lengths(starts, 64), 32
+    want = model.loss(*part)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(gpt, "attend_segments", one_call)
+        torch._dynamo.reset()
+        loss = torch.compile(model.loss, backend="eager", fullgraph=True)
+        for order in (tuple(range(3)), model.cfg.order):
+            model.order = order
+            torch.testing.assert_close(loss(*part), model.loss(*part))
+    torch.testing.assert_close(want, model.loss(*part))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_each_rank_clips_its_own_gradient_before_the_average(shards, monkeypatch, own):
+    r = tiny(clip_each_rank=own, grad_clip_norm=1e-3)
+    model, seen = GPT(r.model), []
+    loader = make_loader(shards, r.train, Ranks(1, 2), vocab_size=64)
+    run = loop._prepare(model, loader, r.optim, r.schedule, r.train, [], Ranks(1, 2), None)
+    def average(params, loss, world):
+        grads = [p.grad for p in params if p.grad is not None]
+        seen.append(torch.nn.utils.get_total_norm(grads).item())
+        return loss
+    monkeypatch.setattr(loop, "average_gradients", average)
+    loop.forward_backward(run, model.loss)
+    assert (seen[0] == pytest.approx(1e-3, rel=1e-2)) == own and (seen[0] > .1) != own
+
+
+def test_a_decay_that_tapers_is_a_setting_of_runs_and_scripts():
+    r = tiny(taper_from=.7)
+    heard = pipeline.make_listeners(SimpleNamespace(recipe=r, progress=False), None)
+    tapers = [l for l in heard if isinstance(l, DecayTaper)]
+    assert [(t.start, t.end) for t in tapers] == [(.7, .5)]
+    assert "OrderSwitch(0.35), DecayTaper(0.7), average, Log()" in script.entry_script(r)
+    assert "DecayTaper" not in script.entry_script(tiny())
+    with pytest.raises(ValueError, match="taper_from=1"): tiny(taper_from=1.)
+
+
+def test_only_the_table_is_bfloat16():
+    model = GPT(at_scale(PR1855, "tiny").model)
+    assert {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16} == {
+        "tok_emb.weight"}
+
+
+def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path):
+    r = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0)
+    job = pipeline.start(r, novels, tmp_path/"run", "cpu", 512, progress=False)
+    report = pipeline.run(job)
+    assert report.result["targets"] == 512
+    meta, _ = peek(job.artifact)
+    assert meta["model"]["parallel"] == "lanes" and meta["model"]["output_gate"] == "sparse"
+    assert "fused_loss" in meta["model"] and "asymmetric_cap" not in meta["model"]
+    assert audit_run(job.out, novels)["passed"]
+
+
+def test_the_plan_is_made_at_full_size(main):
+    code, said, err = main("plan", "pr1855")
+    assert code == 0 and "35,945,671" in said, err
+    assert PR1855.model.order != PR1394.model.order

@@ -18,7 +18,8 @@ from ..squeeze.budget import SqueezeConfig, bits_table, open_checkpoint, squeeze
 from ..squeeze.calibration import calibration_windows
 from ..squeeze.formats import LIMIT, describe, fitting, import_weights, read_published
 from ..systems.ownership import keep_free
-from ..systems.pipeline import MADE, read_artifact
+from ..systems.ownership import MADE
+from ..systems.pipeline import read_artifact
 from ..train.device import pick_device
 from ..systems.recipe import load_recipe
 from ..systems.recipes import RECIPES, SCALES, at_scale, get_recipe

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLE', 'CAPS', 'NEXT', 'ESCAPE', 'MARKS', 'encode_case', 'CaseError', 'decode_case', 'case_bytes',
-           'encode_case_document', 'train_case_tokenizer', 'build_case_dataset', 'write_sidecar']
+           'encode_case_document', 'train_case_tokenizer', 'CaseTransform', 'build_case_dataset', 'write_sidecar']
 
 # %% ../../nbs/game/07_caseops.ipynb #1897081f
 import re, tempfile
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from .data import Dataset, _check_documents, build_dataset, open_dataset
+from .data import Dataset, _check_documents, build_dataset
 from .shards import read_shard, write_shard
-from .tokenizer import encode_document, train_tokenizer
+from .tokenizer import (TRANSFORMS, TextTransform, encode_document,
+                                  train_tokenizer)
 
 # %% ../../nbs/game/07_caseops.ipynb #c277b672
 TITLE, CAPS, NEXT, ESCAPE = MARKS = "\ue001", "\ue002", "\ue003", "\ue004"
@@ -107,6 +108,17 @@ def train_case_tokenizer(
     options = dict(user_defined_symbols=list(MARKS)) | trainer_overrides
     return train_tokenizer(map(encode_case, texts), path, vocab_size, **options)
 
+# %% ../../nbs/game/07_caseops.ipynb #ex07c001
+class CaseTransform(TextTransform):
+    "Capitals as marks; a sidecar counts the bytes of the text as it was."
+    counts = True
+    def encode(self, text): return encode_case(text)
+    def decode(self, text): return decode_case(text)
+    def token_bytes(self, sp, text): return encode_case_document(sp, text)[1]
+
+TRANSFORMS["caseops"] = CaseTransform()
+
+
 # %% ../../nbs/game/07_caseops.ipynb #3c0aac38
 def build_case_dataset(
     train_docs:Iterable[str], # training documents, as they were written
@@ -120,14 +132,11 @@ def build_case_dataset(
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists: remove it or choose another path")
     _check_documents(docs)
-    coded = {split: list(map(encode_case, texts)) for split, texts in docs.items()}
     with tempfile.TemporaryDirectory() as tmp:
         model = Path(tmp)/f"{path.resolve().name}.model"
         train_case_tokenizer((s for d in docs["train"] for s in d.splitlines()), model, vocab_size)
-        data = build_dataset(coded["train"], coded["val"], path, tokenizer=model,
-            shard_size=shard_size)
-    write_sidecar(data, docs["val"])
-    return open_dataset(path)
+        return build_dataset(docs["train"], docs["val"], path, tokenizer=model,
+            shard_size=shard_size, transform="caseops")
 
 # %% ../../nbs/game/07_caseops.ipynb #7d426081
 def write_sidecar(

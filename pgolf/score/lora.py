@@ -78,6 +78,11 @@ def _mine(plans, most, ranks):
 
 
 # %% ../../nbs/score/43_lora.ipynb #bd2f5515
+def _optimizer(params, cfg):
+    "AdamW without memory of gradients."
+    return torch.optim.AdamW(params, lr=cfg.ttt_lora_lr, betas=(0., cfg.ttt_lora_beta2),
+        eps=1e-10, weight_decay=cfg.ttt_lora_weight_decay)
+
 class _Factors:
     "A (docs, r, in), the same for every document, and B (docs, out, r), zero at first."
     def __init__(self, model, cfg, docs):
@@ -106,8 +111,7 @@ class Adapters(_Factors):
         super().__init__(model, cfg, docs)
         self.cfg, self.updates, self.rows = cfg, 0, slice(None)
         self.params = [*self.A.values(), *self.B.values()]
-        self.opt = torch.optim.AdamW(self.params, lr=cfg.ttt_lora_lr,
-            betas=(0., cfg.ttt_lora_beta2), eps=1e-10, weight_decay=cfg.ttt_lora_weight_decay)
+        self.opt = _optimizer(self.params, cfg)
     @contextmanager
     def on(self, rows): # documents that the rows of a batch belong to
         "Add the adapters' output to their layers."
@@ -116,6 +120,9 @@ class Adapters(_Factors):
         try: yield
         finally:
             for h in hooks: h.remove()
+    def logits(self, model, h):
+        "Logits from final states; adapters of other kinds add to them."
+        return model.logits(h)
     def _add(self, name, layer, inputs, out):
         A, B = (f[name][self.rows].to(out.dtype) for f in (self.A, self.B))
         return out + self.cfg.ttt_lora_scale*(inputs[0] @ A.mT) @ B.mT
@@ -143,10 +150,12 @@ class GradedRows:
     at:Tensor      # (n,) int64, targets, counted in the text
     row:Tensor     # (n,) int64, row of each
     nll:Tensor     # (n,) float32, nats, with gradient
+    logits:Tensor  # (n, V) that they came from
 
+# %% ../../nbs/score/43_lora.ipynb #ex43c001
 def grade_rows(
     model:Any,            # has `hidden(ids)` and `logits(hidden)`, as `GPT`
-    adapters:Adapters,    # of this model
+    adapters:Any,         # of this model: `Adapters`, or what does as they do
     tokens:Tensor,        # (N+1,) int64, on the model's device
     windows:list,         # one (start, stop, first scored) per row
     rows:list[int],       # document of each row
@@ -156,14 +165,16 @@ def grade_rows(
     # (R, 1) each
     start, stop, first = torch.tensor(windows, device=tokens.device).T[:, :, None]
     span, new = (torch.arange(int(n.max()), device=tokens.device) for n in (stop-start, stop-first))
-    # (R, T, C); rows that end early repeat their last input
-    with adapters.on(rows): h = model.hidden(tokens[torch.minimum(start+span, stop-1)])
-    # (R, S)
-    at, real = first+new, first+new < stop
-    # (n, C)
-    h = h[real.nonzero()[:, 0], (at-start)[real]]
+    at = first+new # (R, S)
+    real = at < stop
+    with adapters.on(rows):
+        # rows that end early repeat their last input: (R, T, C), of which (R, S, C) are graded
+        h = model.hidden(tokens[torch.minimum(start+span, stop-1)])
+        h = h[torch.arange(len(h), device=h.device)[:, None], torch.minimum(at, stop-1)-start]
+        logits = adapters.logits(model, h)[real]
     return GradedRows(adapters, adapters.updates, at[real], real.nonzero()[:, 0],
-        token_nll(model.logits(h), tokens[at[real]+1], temperature))
+        token_nll(logits, tokens[at[real]+1], temperature), logits)
+
 
 # %% ../../nbs/score/43_lora.ipynb #c6b37f13
 def learn_rows(
@@ -203,22 +214,23 @@ def score_documents(
     with evaluating(model), many_lengths(x.device), torch.set_grad_enabled(cfg.ttt_lora_rank > 0), \
         _bar(n_bytes, progress) as tick:
         for some in _mine(plans, cfg.ttt_lora_docs, ranks):
-            for graded in _rounds(model, x, some, cfg, score_cfg.eval_temperature):
+            adapters = Adapters(model, cfg, len(some))
+            for graded in _rounds(model, adapters, x, some, score_cfg.eval_temperature):
                 nll[graded.at] = graded.nll.detach()
             tick(nll, some[-1][-1][1])
     if ranks.world > 1: dist.all_reduce(nll)
     return Scores(nll.cpu().double(), n_bytes)
 
 # %% ../../nbs/score/43_lora.ipynb #753d52af
-def _rounds(model, tokens, plans, cfg, temperature)->Iterator[GradedRows]:
+def _rounds(model, adapters, tokens, plans, temperature)->Iterator[GradedRows]:
     "Grade chunk after chunk of some documents; learn from each once its grades have been taken."
-    adapters = Adapters(model, cfg, len(plans))
     for c in range(max(map(len, plans))):
         rows = [d for d, plan in enumerate(plans) if c < len(plan)]
         graded = grade_rows(model, adapters, tokens, [plans[d][c] for d in rows], rows, temperature)
         yield graded
         more = torch.tensor([c+1 < len(plans[d]) for d in rows], device=tokens.device)
-        if cfg.ttt_lora_rank and more.any(): learn_rows(graded, more)
+        if adapters.cfg.ttt_lora_rank and more.any(): learn_rows(graded, more)
+
 
 # %% ../../nbs/score/43_lora.ipynb #5ea3e002
 class ByChunk:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..game.bpb import ByteTables
 from .audit import Finding, _finding
-from .lora import LoRAConfig, _rounds, document_plan
+from .lora import Adapters, LoRAConfig, _rounds, document_plan
 from .windows import ScoreConfig, Scores, check_stream, document_starts, evaluating
 
 # %% ../../nbs/score/44b_queue.ipynb #6c5a80be
@@ -72,7 +72,8 @@ def score_queued(
     nll = torch.full((len(n_bytes),), math.nan, device=device)
     with evaluating(model), torch.set_grad_enabled(cfg.ttt_lora_rank > 0):
         for batch in queue:
-            for graded in _rounds(model, tokens.to(device), [plans[i] for i in batch], cfg,
+            some, adapters = [plans[i] for i in batch], Adapters(model, cfg, len(batch))
+            for graded in _rounds(model, adapters, tokens.to(device), some,
                 score_cfg.eval_temperature): nll[graded.at] = graded.nll.detach()
     return Scores(nll.cpu().double(), n_bytes)
 

@@ -7,7 +7,7 @@ __all__ = ['SHUFFLED', 'GROUPED', 'byte_shuffle', 'byte_unshuffle', 'similarity_
            'pack_streams', 'unpack_streams', 'by_columns', 'from_columns']
 
 # %% ../../nbs/squeeze/33a_streams.ipynb #33d10cb1
-import struct
+import math, struct
 
 import brotli
 import numpy as np
@@ -136,11 +136,11 @@ def by_columns(
     reorder:bool=False,# chain the rows of each matrix by similarity
 )->bytes:
     "Matrices of one kind as a stream that `from_columns` reads without being told anything."
-    shape = (1, 1, codes.size) if codes.ndim < 2 else (1,)*(3-codes.ndim) + codes.shape
-    matrices = codes.reshape(-1, *shape[-2:])
-    if reorder and not 1 <= shape[-2] <= 2**16: reorder = False # there is nothing to chain
-    blob, lists = group_blob(list(matrices), reorder)
-    head = _SHAPE.pack(len(matrices), *shape[-2:])
+    shape = (1, 1, codes.size)
+    if codes.ndim > 1: shape = math.prod(codes.shape[:-2]), *codes.shape[-2:]
+    if not 1 <= shape[1] <= 2**16: reorder = False # there is nothing to chain
+    blob, lists = group_blob(list(codes.reshape(shape)), reorder)
+    head = _SHAPE.pack(*shape)
     return pack_streams([head, _pressed(blob), _pressed(lists)])
 
 

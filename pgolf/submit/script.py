@@ -111,12 +111,13 @@ def grade(ranks, stage, fn, tokens, tables):
     if ranks.is_main: say("score", stage=stage, val_loss=s.val_loss, val_bpb=s.val_bpb,
         targets=s.n_targets, text_bytes=s.n_bytes, coverage=s.coverage, legal=s.legal,
         seconds=time.perf_counter()-began)
+    return s
 
 def evaluate(path, data, limit, ranks):
     "Bytes to scores."
     model = read_artifact(path, ranks.device, {eval_rules})
     text = data.val_tokens(limit+1 if limit else None),data.byte_tables()
-    grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
+    scores = grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
         SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile,
         ranks=ranks), *text)
 {adapt}
@@ -155,7 +156,7 @@ _STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_thresho
     "order_from","taper_from",
     "use_gptq","first_rules","eval_rules",
     # what the script below knows; the illegal second score is never in it
-    "use_ttt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
+    "use_ttt","adaptation","use_tilt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
 
 def _average(s):
     "Listener, and the weights that are kept."
@@ -171,9 +172,9 @@ def _average(s):
 
 
 # %% ../../nbs/submit/61_script.ipynb #c6100001
-def _squeeze(s):
+def _squeeze(r):
     "Lines that turn weights into codes."
-    lines,source = [], "state"
+    s,lines,source = r.stages, [], "state"
     if s.use_gptq:
         lines += [f"model = _ready(MODEL, state, device, {literal(s.eval_rules)})",
             "hessians = calibrate(model, data, GPTQ, TRAIN.train_seq_len, ranks)"]
@@ -184,18 +185,41 @@ def _squeeze(s):
             f"first = dequantize_state(quantize_state(state, replace(QUANT, rules={rules})))")
         source = "first"
     calibrated = ", GPTQ, hessians" if s.use_gptq else ""
-    lines.append(f"codes = quantize_state({source}, QUANT{calibrated})")
+    codes = f"({source}, QUANT{calibrated})"
+    adds = r.quant.lqer_top or r.quant.awq_top
+    lines.append("codes = " + (f"flatten_corrections(squeeze_state{codes})" if adds else
+        f"quantize_state{codes}"))
     return dict(squeeze="\n    ".join(lines),
         codec=f"{s.zstd_level or None}, {s.zstd_long}, {s.codec!r}",
         eval_rules=literal(s.eval_rules))
 
+
+# %% ../../nbs/submit/61_script.ipynb #ex61c001
 def _adapt(s):
-    "Lines that score once more, learning from what has been scored."
-    if not s.use_ttt: return dict(adapt="")
+    "Lines that score once more, learning from what has been scored, or with hints from the text."
+    if s.use_ttt and s.adaptation=="chunks": lines = _by_chunks(s)
+    elif s.use_ttt:
+        watch = ", watch=hints" if s.use_tilt else ""
+        lines = ['scores = grade(ranks, "adapted", lambda t,b: score_phased(model, t, b, SCORE, '
+            f'LORA, PHASED, ranks=ranks{watch}), *text)']
+    else: lines = []
+    if s.use_tilt: lines = _tilted(lines)
+    return dict(adapt="".join(f"    {l}\n" for l in lines))
+
+def _by_chunks(s):
+    "Learning from chunks, in the order of the text."
     lines = ["learner = Learner(model, TTT, ranks, SCORE.eval_compile)"]
     if s.ttt_rules: lines.append(f"set_fake_quant(learner.model, {literal(s.ttt_rules)})")
-    lines.append('grade(ranks, "adapted", lambda t,b: score_with(learner, t, b, SCORE), *text)')
-    return dict(adapt="".join(f"    {l}\n" for l in lines))
+    return [*lines,
+        'grade(ranks, "adapted", lambda t,b: score_with(learner, t, b, SCORE), *text)']
+
+def _tilted(lines):
+    "The same and once more, with hints."
+    first = "hints = HintWatch(strong_hints(text[0], TILT), ranks, SCORE.eval_temperature)"
+    if not lines: lines = ["hints.p = window_hints(model, *text, SCORE, hints.hint, ranks)"]
+    return [first, *lines,
+        'grade(ranks, "tilted", lambda t,b: hints.raised(scores, t, TILT), *text)']
+
 
 # %% ../../nbs/submit/61_script.ipynb #76a98ac4
 def entry_script(
@@ -208,12 +232,23 @@ def entry_script(
     if strange:
         raise ValueError(f"stages.{strange[0]}={getattr(s, strange[0])!r} of {recipe.name}: the"
             " script cannot do that yet; leave the setting at its default")
+    if s.use_ttt and s.adaptation not in ("chunks","queue"):
+        raise ValueError(f"stages.adaptation={s.adaptation!r} of {recipe.name}: the script cannot"
+            " do that yet; choose 'chunks' or 'queue'")
     sections = [f"{n.upper()} = {literal(c)}" for n,c in recipe.sections().items()
-        if n not in ("stages","lora") and getattr(s, f"use_{n}", True)]
+        if n not in _left_out(s)]
     text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
         seed=recipe.train.seed, sections="\n".join(sections),
-        **_average(s), **_squeeze(s), **_adapt(s))
+        **_average(s), **_squeeze(recipe), **_adapt(s))
     return f"{_find_imports(text, package)}\n{text}"
+
+def _left_out(s):
+    "Sections that the script does not read."
+    queue = s.use_ttt and s.adaptation=="queue"
+    read = dict(stages=False, gptq=s.use_gptq, ttt=s.use_ttt and not queue, lora=queue,
+        phased=queue, tilt=s.use_tilt)
+    return [n for n,wanted in read.items() if not wanted]
+
 
 # %% ../../nbs/submit/61_script.ipynb #f9abe6c7
 def _find_imports(text, package):
@@ -281,8 +316,16 @@ UNUSED = {name:unused for names,unused in {
     "sample_tokens": lambda r: r.gptq.windows!="self",
     "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),
-    "encode decode": lambda r: r.stages.codec in ("zstd","brotli"),
-    "to_brotli from_brotli": lambda r: r.stages.codec!="brotli",
+    "encode decode": lambda r: r.stages.codec in ("zstd","brotli","columns","similar"),
+    "to_brotli": lambda r: r.stages.codec not in ("brotli","grouped"),
+    "from_brotli": lambda r: r.stages.codec in ("zstd","rans","best"),
+    "by_columns from_columns": lambda r: r.stages.codec in ("zstd","rans","best","brotli"),
+    "join_corrections": lambda r: not (r.quant.lqer_top or r.quant.awq_top),
+    "_protected Protected _with_columns": lambda r: not r.quant.awq_top,
+    "_corrected Corrected _with_term": lambda r: not r.quant.lqer_top,
+    "pack_columns": lambda r: r.quant.lqer_fit=="plain",
+    "_without_dead": lambda r: not r.gptq.zero_dead,
+    "learn_all": lambda r: not r.phased.ttt_phases,
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,
 }.items() for name in names.split()}
 

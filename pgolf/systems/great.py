@@ -65,6 +65,7 @@ PR1394 = PR610.child("pr1394", "8,192 tokens, blocks 4 and 5 three times, SDClip
     samples=64*48, # batches of a rank
     tables=True,
     table_inputs=False,
+    zero_dead=True,
     codec="brotli",
     # evaluation: windows, and nothing learnt from them
     use_ttt=False,

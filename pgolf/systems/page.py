@@ -30,7 +30,7 @@ from .recipe import claim_table, diff_table
 from .recipes import RECIPES, SCALES, at_scale, get_recipe, parent_of
 from ..score.windows import paired_difference
 from ..show import Table, show
-from .verdict import audit_run, verdict_line, verdict_rows
+from .verdict import audit_run, spelled, verdict_line, verdict_rows
 
 # %% ../../nbs/systems/57_page.ipynb #c1f5405b
 PARAMETERS = ("recipe", "scale", "corpus", "data", "device", "seed", "nproc", "out",
@@ -276,7 +276,7 @@ def score_table(page:Page)->Table:
 def compressors(page:Page)->dict: # name -> bits per byte
     "What general compressors make of the same text, alone and after the training text."
     data = page.job.dataset
-    def decode(tokens): return data.tokenizer().decode(tokens.tolist()).encode()
+    def decode(tokens): return spelled(data, tokens).encode()
     text = decode(data.val_tokens(page.scores["sliding"].n_targets+1)[1:])
     return compressor_bpb(text, decode(data.train_tokens(2_000_000)))
 

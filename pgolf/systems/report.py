@@ -19,7 +19,7 @@ from ..score.audit import LATER
 @dataclass(frozen=True)
 class Row:
     "Score of one stage."
-    # "raw", "averaged", "quantized", "artifact", "sliding", "adapted" or "rescored"
+    # "raw", "averaged", "quantized", "artifact", "sliding", "adapted", "tilted" or "rescored"
     stage:str
     what:str            # one line for readers
     val_loss:float      # nats per token
@@ -104,16 +104,16 @@ def scoreboard(
     reports:list[Report],
 )->list[dict]: # one row per run, best score first
     "All runs side by side."
-    stages = ("raw","averaged","artifact","sliding","adapted","rescored")
+    stages = ("raw","averaged","artifact","sliding","adapted","tilted","rescored")
     def row(r):
         last = r.result
-        scores = {k:r.bpb(k) for k in stages if k!="rescored" or r.bpb(k)}
+        scores = {k:r.bpb(k) for k in stages if k not in ("tilted","rescored") or r.bpb(k)}
         return dict(system=r.recipe, scale=r.scale, seed=r.seed, corpus=r.corpus, **scores,
             coverage=last.get("coverage"), bytes_artifact=r.bytes_artifact,
             bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"),
             complete=r.complete, audit=r.mark)
     def best(line):
-        return min((line[k] for k in ("adapted","sliding") if line[k]), default=math.inf)
+        return min((line[k] for k in ("tilted","adapted","sliding") if line.get(k)), default=math.inf)
     return sorted(map(row, reports), key=best)
 
 # %% ../../nbs/systems/47_report.ipynb #f7807e8c

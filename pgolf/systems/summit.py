@@ -6,6 +6,7 @@
 __all__ = ['CLAIMS_1855', 'PR1855']
 
 # %% ../../nbs/systems/49b_summit.ipynb #su000003
+from ..squeeze.quant import Grid
 from .great import PR1394
 from .recipe import Claim
 
@@ -47,5 +48,23 @@ PR1855 = PR1394.child("pr1855", "Packed documents, two lanes, gates of twelve ch
     min_lr=.1,
     order_from=.35,
     ema_decay=.9965,
-    # squeeze and score: see chapters sdclip, lowrank, streams and lora
+    # squeezing: finer steps for attention than for the MLP, a table in seven bits, gates in eight,
+    # three corrections, streams by columns
+    rules=(
+        (r"\.mlp\.", Grid(-31, 31, sigmas=11.5)),
+        (r"\.attn\.", Grid(-31, 31, sigmas=13.)),
+        ("^tok_emb", Grid(-63, 63, sigmas=14.)),
+    ),
+    small_rules=((r"out_gate\.gate$", Grid(-127, 127)),),
+    lqer_top=3,
+    samples=16*48, # batches of a rank
+    codec="grouped",
+    # evaluation: documents from long to short, adapters in six places, three pauses
+    use_ttt=True,
+    adaptation="queue",
+    ttt_lora_rank=80,
+    ttt_lora_scale=144/80,
+    ttt_lora_beta2=.99,
+    ttt_lora_chunk_tokens=48,
+    ttt_lora_docs=64,
 )
