@@ -89,13 +89,13 @@ def original_bytes(
     tokens:Tensor, # (n,) validation tokens, BOS first
     counts:Tensor, # (n,) bytes charged to each
     sp,            # SentencePiece processor
-    cased:bool=True, # the text was coded by `encode_case`
+    decode=decode_case, # coded text -> text
 )->Finding: # D7
     "Whether each document is charged the bytes of its original text."
     leaks, total, at = [], 0, 0
     for i, d in enumerate(documents(tokens, sp.bos_id())):
         text = sp.decode(d.tolist())
-        want = len((decode_case(text) if cased else text).encode())
+        want = len(decode(text).encode())
         got = int(counts[at:at+len(d)].sum())
         at, total = at+len(d), total+want
         if got != want:

@@ -22,7 +22,9 @@ from ..train.schedule import ScheduleConfig
 from ..score.windows import ScoreConfig
 from ..train.loop import TrainConfig
 from ..score.ttt import TTTConfig
-from ..score.lora import ADAPTATIONS, LoRAConfig
+from ..score.lora import LoRAConfig
+from ..score.phased import ADAPTATIONS, PLACES, PhasedConfig
+from ..score.tilt import TiltConfig
 from .phrases import GRID, setting
 
 
@@ -50,11 +52,14 @@ class StageConfig:
     # (pattern, grid) applied again whenever the model is evaluated; (): none
     eval_rules:tuple=()
     use_ttt:bool=True               # adapt to the text after scoring it
-    adaptation:str="chunks"         # how: by "chunks" (section ttt) or "documents" (section lora)
+    # how: by "chunks" (section ttt), "documents" (section lora), or by length in a "queue" (sections
+    # lora and phased)
+    adaptation:str="chunks"
     # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
     ttt_rules:tuple=()
     # score all once more after adapting, at this temperature: illegal, an exhibit; 0: never
     rescore_temperature:float=0.
+    use_tilt:bool=False             # score once more with hints from the text (section tilt)
     # of the integer codes: "zstd", "rans", the "best" of both, layer by layer, "brotli", or
     # "grouped": by columns, similar rows together, each kind of layer as it is smallest
     codec:str="best"
@@ -125,6 +130,8 @@ class Recipe:
     score:ScoreConfig=field(default_factory=ScoreConfig)
     ttt:TTTConfig=field(default_factory=TTTConfig)
     lora:LoRAConfig=field(default_factory=LoRAConfig)
+    phased:PhasedConfig=field(default_factory=PhasedConfig)
+    tilt:TiltConfig=field(default_factory=TiltConfig)
     full_steps:int=1        # steps of the published run: the unit of its time constants
     claims:tuple[Claim,...]=()
     scale:str="full"        # size the sections are set to
@@ -226,6 +233,12 @@ def _group(item):
     re.compile(group.pattern)
     return group
 
+def _place(item):
+    "A place of an adapter."
+    if item not in (known := (*PLACES, "head")):
+        raise ValueError(f"{item!r} is none of {', '.join(known)}")
+    return item
+
 def _number(least, kind=float, pair=False):
     "What makes a number, or a pattern and a number, from an item."
     def check(x):
@@ -247,7 +260,9 @@ FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how 
     "groups": (_group, GROUPS),
     "ttt_lr_mult": (_number(0, pair=True), r"[('mlp\.proj', 3.0)]"),
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
-    **{n: (_rule, RULES) for n in ("rules", "qat_rules", "first_rules", "eval_rules", "ttt_rules")},
+    "ttt_places": (_place, "('q', 'k', 'v')"),
+    **{n: (_rule, RULES) for n in ("rules", "small_rules", "qat_rules", "first_rules",
+        "eval_rules", "ttt_rules")},
 }
 PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always","ttt_lora_targets")
 SEEDS = 2**63 # seeds are below: what a generator takes

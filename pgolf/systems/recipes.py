@@ -185,6 +185,7 @@ def _shrink_run(s, r):
         # blocks without overlap stay so
         eval_stride=length if c.eval_stride == c.eval_seq_len else s.stride,
         ttt_chunk_tokens=round(r.ttt.ttt_chunk_tokens*stretch),
+        **_shrink_queue(s, r, stretch),
         ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
     )
 
@@ -193,6 +194,21 @@ def _expanded(recipe):
     names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules",
         "stages.eval_rules","stages.ttt_rules")
     return recipe.but(**{n:expand(recipe.settings()[n], recipe.model.num_layers) for n in names})
+
+# %% ../../nbs/systems/50_recipes.ipynb #ex50c001
+def _shrink_queue(s, r, stretch):
+    "Documents by length: few there are, so few side by side and one or two for each pause."
+    if r.stages.adaptation != "queue": return {}
+    pauses = r.phased.ttt_phases
+    return dict(
+        ttt_lora_docs=min(2, r.lora.ttt_lora_docs),
+        ttt_lora_rank=max(2, round(r.lora.ttt_lora_rank*s.model_dim/r.model.model_dim)),
+        ttt_lora_chunk_tokens=min(r.lora.ttt_lora_chunk_tokens, s.seq_len),
+        ttt_phase_docs=max(1, 2*pauses),
+        ttt_phase_chunk_tokens=round(r.phased.ttt_phase_chunk_tokens*stretch),
+        ttt_phase_seq_len=round(r.phased.ttt_phase_seq_len*stretch),
+    )
+
 
 # %% ../../nbs/systems/50_recipes.ipynb #a7b10002
 PARENTS = {n:m.parent for n,m in MILESTONES.items()} | {

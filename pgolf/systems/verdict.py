@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_TOKENS', 'NO_REPORT', 'STAGES', 'open_subject', 'data_for', 'tokenizer_of', 'check_tokenizer', 'audit_numbers',
-           'audit_data', 'sidecar_is_whole', 'stretch', 'evaluation_of', 'audit_run', 'verdict_rows', 'verdict_line']
+           'audit_data', 'sidecar_is_whole', 'spelled', 'stretch', 'evaluation_of', 'is_queue', 'audit_run',
+           'verdict_rows', 'verdict_line']
 
 # %% ../../nbs/systems/54_verdict.ipynb #40ec5033
 from dataclasses import asdict, replace
@@ -14,20 +15,24 @@ import numpy as np, torch
 
 from ..squeeze.artifact import ArtifactError, load_artifact, peek
 from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text,
-                               calibration_apart, documents_apart, model_evaluation,
+                               calibration_apart, documents, documents_apart, model_evaluation,
                                passes, reported_sum)
 from ..game.bpb import byte_tables
 from ..game.data import Dataset, check_bytes
+from ..game.tokenizer import text_transform
 from .ownership import (fingerprint, own_data, read_json, same_data, same_tokenizer,
                                      write_json)
 from ..model.gpt import ModelConfig
 from .report import Report
 from .ruled import Subject, ruled
+from ..score.order import (AskedQueue, in_order, order_of, queue_evaluation,
+                               tilted_evaluation)
 from .ownership import open_corpus
 from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
 from .recipe import Recipe, load_recipe
 from .recipes import at_scale, get_recipe
+from ..score.rulings import original_bytes
 from ..score.windows import score
 from ..train.device import exactly
 
@@ -198,10 +203,37 @@ def sidecar_is_whole(
 )->Finding: # D7
     "Whether a sidecar fits its shards; the original text is not here to be counted."
     tokens = dataset.val_tokens(targets+1)
+    if dataset.transform: return replace(_as_spelled(dataset, tokens), name="D7")
     charged = dataset.byte_tables().count(tokens[:-1], tokens[1:])
     return Finding("D7", "bytes charged are the text's", "passed",
         f"{int(charged.sum()):,} bytes by the sidecar of the shards, which charges none to control"
         " tokens; the original text is not here")
+
+def _as_spelled(dataset, tokens):
+    "Whether whole documents are charged the bytes of their text as it was."
+    sp, whole = dataset.tokenizer(), len(dataset.val_tokens()) == len(tokens)
+    starts = (tokens == sp.bos_id()).nonzero().flatten().tolist()
+    if not whole and len(starts) > 1: tokens = tokens[:starts[-1]] # the last one may be cut off
+    return original_bytes(tokens, dataset.byte_tables().counts[:len(tokens)], sp,
+        text_transform(dataset.transform).decode)
+
+
+# %% ../../nbs/systems/54_verdict.ipynb #ex54c002
+def spelled(
+    dataset:Dataset, # gives tokenizer and transform
+    tokens,          # (n,) ids; the last document may be cut off
+)->str:
+    "The text of some tokens, as it was before any transform."
+    sp, change = dataset.tokenizer(), text_transform(dataset.transform)
+    if not dataset.transform: return sp.decode(tokens.tolist())
+    return "".join(_spelled(sp, change, d.tolist()) for d in documents(tokens, sp.bos_id()))
+
+def _spelled(sp, change, ids):
+    "A document; of one that ends in the middle of a mark what stands before it."
+    for stop in range(len(ids), max(0, len(ids)-8), -1):
+        try: return change.decode(sp.decode(ids[:stop]))
+        except ValueError: pass
+    return ""
 
 
 # %% ../../nbs/systems/54_verdict.ipynb #ce16c97c
@@ -220,14 +252,19 @@ def evaluation_of(
     recipe:Recipe,  # windows and adaptation
     dataset:Dataset,# gives the byte tables
     model,          # read back from the artifact
-    stage:str,      # "artifact", "sliding", "adapted" or "rescored"
+    stage:str,      # of `STAGES`
     length:int,     # targets it will be asked about
+    tokens=None,    # these, for a queue: in the order of its work
 ):# an `Evaluation`
     "The evaluation of a stage, on a stretch: chunks of one window, learnt from at most twice."
     r,sp = recipe, dataset.tokenizer()
     tables = byte_tables(sp, dataset.vocab_size) # tokens are changed, of which no sidecar knows
     if stage == "artifact": cfg = replace(r.score, eval_stride=r.score.eval_seq_len)
     else: cfg = replace(r.score, eval_compile=False)
+    if stage == "tilted":
+        before = "adapted" if r.stages.use_ttt else "sliding"
+        return tilted_evaluation(evaluation_of(r, dataset, model, before, length, tokens), r.tilt)
+    if is_queue(r, stage): return _queue_of(r, model, tables, cfg, tokens, sp.bos_id())
     if stage not in ("adapted","rescored"):
         return model_evaluation(model, tables, cfg, length, bos_id=sp.bos_id())
     ttt = replace(r.ttt, ttt_chunk_tokens=cfg.eval_seq_len, ttt_epochs=min(2, r.ttt.ttt_epochs),
@@ -235,6 +272,24 @@ def evaluation_of(
     if r.stages.ttt_rules: set_fake_quant(model, r.stages.ttt_rules)
     again = r.stages.rescore_temperature if stage == "rescored" else 0.
     return model_evaluation(model, tables, cfg, length, ttt, sp.bos_id(), again)
+
+
+# %% ../../nbs/systems/54_verdict.ipynb #ex54c001
+def is_queue(
+    recipe:Recipe, # says how a model adapts
+    stage:str,     # of the score
+)->bool:
+    "Whether documents were scored in the order of their length."
+    s = recipe.stages
+    return s.use_ttt and s.adaptation == "queue" and stage in ("adapted","tilted")
+
+def _queue_of(r, model, tables, cfg, tokens, bos_id):
+    "The evaluation of a queue: one document after the other, a pause after the first."
+    lora = replace(r.lora, ttt_lora_docs=1)
+    chunk = r.phased.ttt_phase_chunk_tokens
+    phased = replace(r.phased, ttt_phases=min(1, r.phased.ttt_phases), ttt_phase_docs=1,
+        ttt_phase_chunk_tokens=min(chunk, cfg.eval_seq_len))
+    return queue_evaluation(AskedQueue(model, tables, cfg, lora, phased, tokens, bos_id))
 
 
 # %% ../../nbs/systems/54_verdict.ipynb #c5400003
@@ -252,7 +307,7 @@ def _row_of(report, stage, recipe):
     return stage, row
 
 # %% ../../nbs/systems/54_verdict.ipynb #a5120dbf
-STAGES = ("artifact","sliding","adapted","rescored")
+STAGES = ("artifact","sliding","adapted","tilted","rescored")
 
 def audit_run(
     path,             # folder of a finished run, or an artifact
@@ -270,23 +325,30 @@ def audit_run(
     stage,row = _row_of(report, stage, recipe)
     model = read_artifact(artifact, device, recipe.stages.eval_rules)
     tokens = stretch(dataset, 4*recipe.score.eval_seq_len)
+    if is_queue(recipe, stage): tokens = in_order(tokens, dataset.tokenizer().bos_id())
     found = [*NO_REPORT]
     if report: found = audit_numbers(Path(path), report, row, recipe, dataset, model)
     found += audit_data(recipe, dataset, row["targets"] if row else len(dataset.val_tokens())-1)
     with exactly(model):
-        ev = evaluation_of(recipe, dataset, model, stage, len(tokens)-1)
+        ev = evaluation_of(recipe, dataset, model, stage, len(tokens)-1, tokens)
         found += audit(ev, tokens, places, seed)
         found += ruled(Subject(Path(path), artifact, recipe, dataset, report, row, ev, tokens))
+    if is_queue(recipe, stage):
+        whole = dataset.val_tokens(row["targets"]+1 if row else None)
+        found.append(order_of(whole, recipe.lora, dataset.tokenizer().bos_id()))
     about = (f"{stage} score of {artifact.name}; causality, order and sums on {len(tokens)-1:,}"
         f" targets in chunks of {recipe.score.eval_seq_len}, {places} of them changed")
     out = dict(passed=passes(found), system=recipe.name, scale=recipe.scale, stage=stage,
         val_bpb=row and row["val_bpb"], about="; ".join(filter(None, (about, unknown))),
-        findings=[asdict(f) for f in sorted(found, key=lambda f: ("TDS".index(f.name[0]), f.name))])
+        findings=[asdict(f) for f in sorted(found, key=_place)])
     if report:
         write_json(Path(path)/"audit.json", out)
         replace(report, audit=out).save(Path(path)/"report.json")
     return out
 
+def _place(finding):
+    "Order of a table: what is asked of the score, of the data, of the seeds, and of the order."
+    return "TDS1".index(finding.name[0]), finding.name
 
 # %% ../../nbs/systems/54_verdict.ipynb #f7c7fec7
 def verdict_rows(
