@@ -190,6 +190,14 @@ def test_a_scale_keeps_what_a_milestone_is_about():
         assert whole.rope_dims == whole.head_dim == 4*part.rope_dims
 
 
+@pytest.mark.parametrize("name", ["launch", "pr2135"])
+def test_the_command_plans_a_milestone(main, name):
+    code, said, err = main("plan", name, "--scale", "mini", "--settings")
+    assert code == 0 and name in said and "* differs from" in said, err
+    code, said, err = main("plan", "pr66")
+    assert code and "near matches: pr65" in err + said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["launch", "pr65", "pr549", "pr1218", "pr1530"])
 def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path, name):

@@ -78,9 +78,10 @@ def made_from_training(s:Subject)->Finding: # T3c
         f" ones as was noted, {len(plain)} tensors are theirs", "relative squared error off by", "")
 
 def _beyond_half(kept, source):
-    "Relative squared difference, less what rounding to float16 explains."
-    d, w = (kept.float()-source.float()).square().sum(), source.float().square().sum()
-    return max(0., float(d/w.clamp_min(1e-30)) - 2**-20) if float(d) else 0.
+    "Relative squared difference, of what rounding to float16 does not explain."
+    w = source.float()
+    beyond = ((kept.float()-w).abs() - w.abs()*2**-10 - 2**-24).clamp_min(0)
+    return float(beyond.square().sum()/w.square().sum().clamp_min(1e-30))
 
 # %% ../../nbs/systems/53a_ruled.ipynb #ru00000c
 RUNS_TOKENS = 2_000_000 # training tokens, from the start, that are compared run by run
