@@ -65,6 +65,23 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
         main([str(tmp_path/"runs"), str(tmp_path/"kept")])
 
 
+def test_a_later_sitting_makes_what_is_not_kept(tmp_path, capsys):
+    from pgolf.scale.runs import read_plan
+    plan = tmp_path/"plan.yaml"
+    plan.write_text("scale: mini\nseeds: [1, 2]\nruns:\n- launch\n"
+        "- {recipe: pr50, name: pr50-own, overrides: {eval_stride: 16}}\n")
+    pretend(tmp_path/"runs", "launch", 1, 2.2)
+    gather(tmp_path/"runs", tmp_path/"kept")
+    main([str(plan), str(tmp_path/"kept")])
+    rest = tmp_path/"left.yaml"
+    rest.write_text(capsys.readouterr().out)
+    found, whole = read_plan(rest), read_plan(plan)
+    assert [(r.label, r.seed) for r in found] == [("launch", 2), ("pr50-own", 1), ("pr50-own", 2)]
+    assert [r.resolve() for r in found] == [r.resolve() for r in whole[1:]]
+    rest.write_text("runs: 3")
+    with pytest.raises(SystemExit, match="left.yaml"): main([str(rest), str(tmp_path)])
+
+
 def test_seeds_are_paired_and_steps_follow_the_road(tmp_path):
     for seed, a, b in ((1, 2.2, 2.1), (2, 2.3, 2.21), (3, 2.25, 2.14)):
         pretend(tmp_path/"runs", "launch", seed, a)
@@ -105,7 +122,7 @@ def test_what_is_committed_are_runs_of_the_road():
         recipe = get_recipe(name.removesuffix("-own"))
         for seed, one in seeds.items():
             assert one["seed"] == seed and one["recipe"] == recipe.name and one["audit"]
-            assert one["result"] == ("adapted" if recipe.stages.use_ttt else "sliding")
+            assert one["result"] == recipe.claims[-1].stage
             assert one["steps"] == 200 and one["targets"] == 16_384
     tokens = {one["tokens"] for name, seeds in found.items() for one in seeds.values()
         if not name.endswith("-own")}

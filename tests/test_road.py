@@ -65,18 +65,19 @@ ROWS = {
             matrix_lr=.022, ema_decay=.9965, warmdown_ratio=.72, use_ttt=True)),
     "pr1530": ("#1530", "1.0734", ("varlen attention with document masks",
         "document-wise LoRA TTT"), "35.94 M", "4,853", "15,996,664", dict(loader="packed",
-            adaptation="documents", ttt_lora_rank=96, ttt_lora_scale=1., ttt_lora_chunk_tokens=32,
-            parallel="lanes", parallel_start=8, muon_momentum=.97)),
+            adaptation="queue", ttt_phases=0, ttt_lora_rank=96, ttt_lora_scale=1., ttt_warm=False,
+            ttt_lora_chunk_tokens=32, parallel="lanes", parallel_start=8, muon_momentum=.97)),
     "pr1729": ("#1729", "1.0678", ("CaseOps tokenizer", "Muon decay taper (on #1626)"), "35.94 M",
         "4,886", "15,943,106", dict(taper_from=.7, matrix_lr=.026, warmdown_ratio=.75,
-            max_wallclock_seconds=600.-4, samples=16*48, ttt_lora_chunk_tokens=48)),
+            max_wallclock_seconds=600.-4, samples=16*48, ttt_lora_chunk_tokens=48, ttt_phases=3,
+            ttt_phase_docs=2000)),
     "pr1855": ("#1855", "1.0611", ("nine hyperparameters",), "35.95 M", "4,931", "15,907,550",
         dict(matrix_lr=.026, muon_momentum=.97, min_lr=.1, warmdown_ratio=.85, beta2=.99,
             output_gate="sparse", gate_slope=.5, smear_window=12, parallel_start=8, polar=True)),
 }
 # the row of #2135 stands in section 1 of another sheet, its settings in section 2.6
 LAST = dict(matrix_lr=.028, samples=32*48, lqer_group=32, ttt_lora_lr=8e-5, eval_seq_len=2560,
-    asymmetric_cap=True)
+    asymmetric_cap=True, use_tilt=True, ttt_phases=1, ttt_phase_docs=2500)
 OWN_SHEET = ("pr1394", "pr1855")  # whose claims are means, not the largest file
 
 
@@ -91,7 +92,8 @@ def test_the_last_one_is_what_its_sheet_knows(shared):
     for words in ("| **#2135** | **1.05651** (0.00036) |", "matrix lr 0.028, LQER group 32",
         "adapter lr 8e-5", "evaluation window 2,560. #2135: the same with 32 calibration batches"):
         assert words in sheet
-    assert (r.claims[-1].claimed, r.claims[-1].logged) == (1.0565, 1.05651)
+    last = r.claims[-1]
+    assert (last.stage, last.claimed, last.logged) == ("tilted", 1.0565, 1.05651)
     assert at_scale(r, "mini").score.eval_seq_len == 160  # a quarter more than training's 128
 
 
@@ -164,7 +166,8 @@ def test_a_milestone_is_its_parent_with_what_it_adds():
     assert same == {m.recipe.name for m in ROAD if m.only_score} == {"pr50"}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [n if n in ("launch", "pr549", "pr1729") else
+    pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
 def test_it_can_be_planned_and_read_back(name, tmp_path):
     full = at_scale(get_recipe(name), "full")
     plan = plan_run(full)
@@ -185,6 +188,14 @@ def test_a_scale_keeps_what_a_milestone_is_about():
         assert r["pr50"].score.eval_stride < r["pr50"].score.eval_seq_len
         whole, part = r["pr287"].model, r["pr315"].model
         assert whole.rope_dims == whole.head_dim == 4*part.rope_dims
+
+
+@pytest.mark.parametrize("name", ["launch", "pr2135"])
+def test_the_command_plans_a_milestone(main, name):
+    code, said, err = main("plan", name, "--scale", "mini", "--settings")
+    assert code == 0 and name in said and "* differs from" in said, err
+    code, said, err = main("plan", "pr66")
+    assert code and "near matches: pr65" in err + said
 
 
 @pytest.mark.slow

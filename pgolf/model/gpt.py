@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATER', 'OUTPUT_PARTS', 'INPUT_PARTS', 'BASE_GROUPS', 'KINDS', 'Sizes', 'Inputs', 'ModelConfig', 'stored',
-           'InputNorm', 'made', 'Block', 'GPT', 'Group', 'param_groups', 'count_parameters', 'flops_by_part',
+           'InputNorm', 'made', 'Block', 'fuses', 'GPT', 'Group', 'param_groups', 'count_parameters', 'flops_by_part',
            'flops_per_token']
 
 # %% ../../nbs/model/19_gpt.ipynb #93d1cab8
@@ -133,7 +133,8 @@ def _technique_rules(c:ModelConfig):
 def _way_rules(c:ModelConfig):
     "Yield the same for gates and for how blocks are run."
     yield c.output_gate in ("", *GATES), "output_gate", f"must be '' or one of {', '.join(GATES)}"
-    yield 1 <= c.gate_window <= c.model_dim, "gate_window", f"must be in 1..{c.model_dim}"
+    yield (not c.output_gate or 1 <= c.gate_window <= c.model_dim, "gate_window",
+        f"must be in 1..{c.model_dim}")
     yield 0 <= c.smear_window <= c.model_dim, "smear_window", f"must be in 0..{c.model_dim}"
     yield c.parallel in ("", *PARALLEL), "parallel", f"must be '' or one of {', '.join(PARALLEL)}"
     yield (not c.parallel or all(_is_tail(o, c.parallel_start) for o in (c.order,
@@ -264,18 +265,26 @@ class _Passes(_Ends):
         look = attend if cu is None else partial(attend_segments, cu=cu, longest=longest)
         return rms_norm(_through_blocks(self, ids, last, look), self.cfg.norm_eps)
 
+# %% ../../nbs/model/19_gpt.ipynb #4b943231
+def fuses(model:"_Ends", ids:Tensor)->bool:
+    "Whether training takes the fused loss: where a recipe says so; on a card, with one limit, too."
+    one_limit = model.cfg.logit_softcap > 0 and model.caps is None
+    return model.cfg.fused_loss or ids.is_cuda and one_limit
+
 class _Trained(_Passes):
     "A model with its loss."
     def loss(self, ids:Tensor, targets:Tensor, *borders)->Tensor:
         "Mean cross entropy, nats per token, float32; `borders` as `hidden` takes them."
-        if self.cfg.fused_loss and self.training: return self._fused(ids, targets, *borders)
+        if self.training and fuses(self, ids): return self._fused(ids, targets, *borders)
         return F.cross_entropy(self(ids, *borders).float().flatten(0, 1), targets.flatten())
 
     def _fused(self, ids, targets, *borders):
         z = self.unbounded(self.hidden(ids, None, *borders)).flatten(0, 1)
         cap,targets = self.cfg.logit_softcap,targets.flatten()
-        if z.is_cuda: return softcapped_loss(z, targets, cap).mean()
-        return F.cross_entropy(softcap(z, cap).float(), targets)
+        if not z.is_cuda: return F.cross_entropy(softcap(z, cap).float(), targets)
+        # a compiler needs no blocks
+        block = z.shape[1] if torch.compiler.is_compiling() else 1024
+        return softcapped_loss(z, targets, cap, block).mean()
 
 # %% ../../nbs/model/19_gpt.ipynb #37ed033a
 class GPT(_Trained):

@@ -235,12 +235,13 @@ PR1530 = PR1493.child("pr1530", "packed documents, two lanes, an adapter a docum
     muon_momentum=.97, # #1514
     half_momentum=True,
     clip_each_rank=True,
-    # adaptation: document by document
-    adaptation="documents",
+    # adaptation: document by document, from long to short, each from fresh adapters
+    adaptation="queue",
     ttt_lora_rank=96,
-    ttt_lora_targets=r"attn\.(c_[qkv]|proj)$|mlp\.proj$",
     ttt_lora_chunk_tokens=32,
     ttt_lora_docs=64,
+    ttt_warm=False,
+    ttt_phases=0,
 )
 
 # %% ../../nbs/systems/49c_road.ipynb #rd00001f
@@ -249,6 +250,8 @@ PR1729 = PR1530.child("pr1729", "CaseOps, seven bits for the table, decay that t
     taper_from=.7,
     ttt_lora_chunk_tokens=48,
     # #1626
+    ttt_phases=3,
+    ttt_phase_docs=2000,
     matrix_lr=.026,
     warmdown_ratio=.75,
     max_wallclock_seconds=596.,
@@ -260,12 +263,14 @@ PR1729 = PR1530.child("pr1729", "CaseOps, seven bits for the table, decay that t
     ),
 )
 PR2135 = PR1855.child("pr2135", "#1855 with other rates, a longer window and two caps",
-    claims=published("adapted", 1.0565, None, "", 1.05651)).but(
+    claims=published("tilted", 1.0565, None, "", 1.05651)).but(
     asymmetric_cap=True,
     matrix_lr=.028,
     samples=32*48,
     lqer_group=32,
     ttt_lora_lr=8e-5,
+    ttt_phases=1,
+    use_tilt=True,
     eval_seq_len=2560,
 )
 
@@ -287,14 +292,12 @@ ROAD = (
     Milestone(PR1394, "pr1218", "8,192 tokens, repeats, SDClip, even rows, shuffled rows",
         exact=True),
     Milestone(PR1493, "pr1394", "three blocks repeated, parallel blocks, adaptation by SGD"),
-    Milestone(PR1530, "pr1493", "packed documents, two lanes, adapters for each document",
-        ("adapters of the head; the output's reads what it writes from",)),
-    Milestone(PR1729, "pr1530", "CaseOps, int7 table, decay that tapers, more rate",
-        ("three phases of global SGD; CaseOps shards are data to be made",)),
+    Milestone(PR1530, "pr1493", "packed documents, two lanes, adapters for each document"),
+    Milestone(PR1729, "pr1530", "CaseOps, int7 table, decay that tapers, three pauses, more rate",
+        ("shards of CaseOps, which are data to be made",)),
     Milestone(PR1855, "pr1729", "gates, Polar Express, floor of the rate, correction of low rank",
         exact=True),
     Milestone(PR2135, "pr1855", "hints of what followed before, longer window, other rates",
-        ("steps, parameters and bytes are not known; which parts of #1945 and #1953 it has, too",
-         "the tilt, which is a chapter and no stage")),
+        ("not known: steps, parameters, bytes, and which parts of #1945 and #1953 it has",)),
 )
 MILESTONES = {m.recipe.name:m for m in ROAD}

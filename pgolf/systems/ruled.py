@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['RUNS_TOKENS', 'RULINGS', 'Subject', 'over_tokens', 'made_from_training', 'by_number', 'by_runs', 'by_shards',
-           'by_division', 'by_original', 'by_split', 'by_clock', 'by_return', 'by_neighbours', 'ruled']
+           'by_division', 'by_split', 'by_clock', 'by_return', 'by_neighbours', 'ruled']
 
 # %% ../../nbs/systems/53a_ruled.ipynb #ru000003
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from torch import Tensor
 from ..files import read_json
 from ..game.data import Dataset, austen_documents
 from ..game.shards import read_shard
 from ..score.audit import ABSENT, Evaluation, Finding, _finding
-from pgolf.score.rulings import (FULL_SPLITS, denominator_is, original_bytes, runs_apart,
-    seeds_of_one, split_is_full, text_comes_back, tokens_are_there, training_starts_behind,
-    within_time)
+from ..score.rulings import (FULL_SPLITS, denominator_is, runs_apart, seeds_of_one,
+    split_is_full, text_comes_back, tokens_are_there, training_starts_behind, within_time)
 from ..squeeze.artifact import load_artifact
 from ..squeeze.gptq import quant_errors
 from .recipe import Recipe
@@ -80,9 +78,10 @@ def made_from_training(s:Subject)->Finding: # T3c
         f" ones as was noted, {len(plain)} tensors are theirs", "relative squared error off by", "")
 
 def _beyond_half(kept, source):
-    "Relative squared difference, less what rounding to float16 explains."
-    d, w = (kept.float()-source.float()).square().sum(), source.float().square().sum()
-    return max(0., float(d/w.clamp_min(1e-30)) - 2**-20) if float(d) else 0.
+    "Relative squared difference, of what rounding to float16 does not explain."
+    w = source.float()
+    beyond = ((kept.float()-w).abs() - w.abs()*2**-10 - 2**-24).clamp_min(0)
+    return float(beyond.square().sum()/w.square().sum().clamp_min(1e-30))
 
 # %% ../../nbs/systems/53a_ruled.ipynb #ru00000c
 RUNS_TOKENS = 2_000_000 # training tokens, from the start, that are compared run by run
@@ -123,18 +122,6 @@ def by_division(s:Subject)->Finding: # D7l
     n_bytes = int(s.dataset.byte_tables().count(tokens[:-1], tokens[1:]).sum())
     return denominator_is(row["val_loss"], row["targets"], row["val_bpb"], n_bytes, 1e-6)
 
-def by_original(s:Subject)->Finding: # D7o
-    "Whether text that was rewritten is charged the bytes that it had before."
-    what, sp = "bytes charged are those of the original text", s.dataset.tokenizer()
-    if not s.dataset.val_bytes:
-        return _absent("D7o", what, "the text is as it was written; D7 decodes it")
-    tokens = s.dataset.val_tokens(min(s.targets+1, RUNS_TOKENS))
-    starts = (tokens == sp.bos_id()).nonzero().flatten().tolist()
-    if len(starts) < 2: return _absent("D7o", what, "no document is scored as a whole")
-    tokens = tokens[:starts[-1]] # the last one may be cut off
-    counts = s.dataset.byte_tables().count(tokens[:-1], tokens[1:])
-    return original_bytes(tokens, torch.cat([counts.new_zeros(1), counts]), sp)
-
 def by_split(s:Subject)->Finding: # D3l
     "Whether as many targets were scored as the published split has."
     what = "the published split is scored"
@@ -172,7 +159,7 @@ def by_neighbours(s:Subject)->Finding: # S1
 
 # %% ../../nbs/systems/53a_ruled.ipynb #ru000010
 RULINGS:tuple[Callable[[Subject],Finding],...] = (over_tokens, made_from_training, by_number,
-    by_runs, by_shards, by_split, by_clock, by_division, by_original, by_return, by_neighbours)
+    by_runs, by_shards, by_split, by_clock, by_division, by_return, by_neighbours)
 
 def ruled(
     subject:Subject,

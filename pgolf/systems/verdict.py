@@ -329,8 +329,10 @@ def _order(recipe, dataset, targets, stage):
     if not is_queue(recipe, stage): return []
     return [order_of(dataset.val_tokens(targets+1), recipe.lora, dataset.tokenizer().bos_id())]
 
-def _in_order(found):
-    return [asdict(f) for f in sorted(found, key=lambda f: ("TDS1".index(f.name[0]), f.name))]
+def _place(finding):
+    "Order of a table: what is asked of the score, of the data, of the seeds, and of the order."
+    return "TDS1".index(finding.name[0]), finding.name
+
 
 # %% ../../nbs/systems/54_verdict.ipynb #63365d69
 def audit_run(
@@ -356,7 +358,7 @@ def audit_run(
     asked,how = _ask_model(recipe, dataset, model, stage, places, seed, subject)
     about = "; ".join(filter(None, (f"{stage} score of {artifact.name}", how, unknown)))
     out = dict(passed=passes(found+asked), system=recipe.name, scale=recipe.scale, stage=stage,
-        val_bpb=row and row["val_bpb"], about=about, findings=_in_order(found+asked))
+        val_bpb=row and row["val_bpb"], about=about, findings=[asdict(f) for f in sorted(found+asked, key=_place)])
     if report: _keep(out, report, Path(path))
     return out
 

@@ -100,6 +100,7 @@ def polar_express(
     X = X/(X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if tall := G.size(-2) > G.size(-1): X = X.mT
     for a, b, c in POLAR[:steps]:
+        if X.is_cuda: X = summed_products(X, a, b, c); continue
         A = product(X, X.mT)
         X = a*X + product(b*A + c*product(A, A), X)
     return X.mT if tall else X
