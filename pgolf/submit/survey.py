@@ -6,7 +6,7 @@
 __all__ = ['submissions', 'revision', 'facts_of', 'survey']
 
 # %% ../../nbs/submit/68_survey.ipynb #899b60b4
-import re,subprocess
+import re
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np
@@ -26,12 +26,24 @@ def submissions(
         if any(x.is_file() and _MARKS.match(x.name) for x in p.iterdir()): found.append(p)
     return found
 
+
+# %% ../../nbs/submit/68_survey.ipynb #68rv0002
 def revision(path:Path)->str: # commit of the checkout that a folder lies in; empty outside one
-    "Ask Git for a commit."
-    ask = ["git","-C",str(path),"rev-parse","HEAD"]
-    try: done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
-    except (OSError,subprocess.TimeoutExpired): return ""
-    return done.stdout.strip() if done.returncode==0 else ""
+    "Read from a folder which commit is checked out; nothing is started."
+    here = Path(path).resolve()
+    git = next((p/".git" for p in (here, *here.parents) if (p/".git"/"HEAD").is_file()), None)
+    if not git: return ""
+    name = _first_line(git/"HEAD").removeprefix("ref: ")
+    if re.fullmatch(r"refs/[\w./-]+", name) and ".." not in name:
+        packed = git/"packed-refs"
+        known = packed.read_text("utf-8", "replace") if packed.is_file() else ""
+        found = re.search(rf"^([0-9a-f]{{40}}) {re.escape(name)}$", known, re.M)
+        name = _first_line(git/name) or (found[1] if found else "")
+    return name if re.fullmatch("[0-9a-f]{40}", name) else ""
+
+def _first_line(path):
+    if not path.is_file() or path.is_symlink(): return ""
+    with open(path, encoding="utf-8", errors="replace") as f: return f.readline(200).strip()
 
 # %% ../../nbs/submit/68_survey.ipynb #57a00001
 def facts_of(

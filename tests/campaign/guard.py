@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, BYTES = 2., 10**9  # of processor time and of memory, for one file
-HANG = 60                   # seconds without a sign of life, whatever the machine is doing
+HANG = 60                   # seconds of processor time without a sign of life, or 20 times as many
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
     "os.forkpty", "pty.spawn", "socket.connect", "socket.bind", "os.startfile"}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink",

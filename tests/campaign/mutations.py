@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import counts  # noqa: E402
 import guard  # noqa: E402
+import psutil  # noqa: E402
 from targets import TARGETS, Target, furnish  # noqa: E402
 
 SEEDS = HERE/"seeds"  # failures, each as small as it became, kept for tests/test_campaign.py
@@ -100,11 +102,13 @@ def child(folder, seed, names, until, results, known):
     warnings.simplefilter("ignore")
     guard.install()
     rand, done = random.Random(seed), Counter()
-    trials = {n: Trial(folder, n) for n in names}
+    trials:dict[str, Trial] = {}
     shares = [TARGETS[n].share for n in names]
     for i in range(BATCH):
         if time.monotonic() > until: break
-        trial = trials[rand.choices(names, shares)[0]]
+        name = rand.choices(names, shares)[0]
+        if name not in trials: trials[name] = Trial(folder, name)
+        trial = trials[name]
         _, data = trial.mutant(rand)
         (results/"now").write_bytes(trial.name.encode()+b"\0"+data)
         said = trial.judge(data)
@@ -142,11 +146,14 @@ def batch(folder, seed, names, until, known):
         try:
             child(folder, seed, names, until, results, known)
             code = 0
+        except BaseException: traceback.print_exc()
         finally: os._exit(code)
     died = _wait(pid, results)
     told = json.loads((results/"counts").read_text()) if (results/"counts").exists() else {}
     failures = [json.loads(s) for s in (results/"failures").read_text().splitlines()] if (
         results/"failures").exists() else []
+    if died and not (results/"now").exists():
+        raise RuntimeError(f"a child of the campaign {died} before it had read a file")
     if died:
         name, _, data = (results/"now").read_bytes().partition(b"\0")
         file = f"{slug(name.decode())}.{hashlib.sha256(data).hexdigest()[:8]}"
@@ -159,13 +166,14 @@ def batch(folder, seed, names, until, known):
 
 def _wait(pid, results):
     "Wait for a child, and end one that hangs; how it died, or nothing."
-    mark, since = None, time.monotonic()
+    mark, since = None, (0., 0.)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done: break
         now = (results/"now").stat().st_mtime_ns if (results/"now").exists() else 0
-        if now != mark: mark, since = now, time.monotonic()
-        if time.monotonic()-since > guard.HANG:
+        spent = sum(psutil.Process(pid).cpu_times()[:2]), time.monotonic()
+        if now != mark: mark, since = now, spent
+        if spent[0]-since[0] > guard.HANG or spent[1]-since[1] > 20*guard.HANG:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return "hangs where no alarm is heard"
