@@ -358,7 +358,8 @@ def audit_run(
     asked,how = _ask_model(recipe, dataset, model, stage, places, seed, subject)
     about = "; ".join(filter(None, (f"{stage} score of {artifact.name}", how, unknown)))
     out = dict(passed=passes(found+asked), system=recipe.name, scale=recipe.scale, stage=stage,
-        val_bpb=row and row["val_bpb"], about=about, findings=[asdict(f) for f in sorted(found+asked, key=_place)])
+        val_bpb=row and row["val_bpb"], about=about,
+        findings=[asdict(f) for f in sorted(found+asked, key=_place)])
     if report: _keep(out, report, Path(path))
     return out
 
