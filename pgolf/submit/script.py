@@ -9,6 +9,7 @@ __all__ = ['LINE_LIMIT', 'HEAD', 'TRAIN', 'SCORE', 'MAIN', 'STAND_INS', 'UNUSED'
 # %% ../../nbs/submit/61_script.ipynb #88f1fd6a
 import builtins
 from dataclasses import MISSING,fields,is_dataclass
+from functools import lru_cache
 from typing import NamedTuple
 import pgolf
 from .reach import Module,global_names,read_package
@@ -317,6 +318,7 @@ def make_code(
     raise ValueError(f"the script of {recipe.name} has {lines} lines, the challenge's own may have"
         f" {LINE_LIMIT}: leave more definitions out (UNUSED)")
 
+@lru_cache(maxsize=8)
 def _counted(readable):
     "The minified form, and the smaller of it and the self-extracting one."
     minified = minify(readable)
