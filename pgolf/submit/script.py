@@ -255,8 +255,11 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #64f65a36
+def _each(table):
+    return {name:unused for names,unused in table.items() for name in names.split()}
+
 # definition -> whether a script of the recipe never runs it
-UNUSED = {name:unused for names,unused in {
+UNUSED = _each({
     "save_checkpoint load_checkpoint": lambda r: True, # a script starts anew
     "SidecarBytes _with_sidecar": lambda r: True, # it refuses a text that was rewritten
     "ValueEmbedding": lambda r: not r.model.ve_dim,
@@ -271,6 +274,10 @@ UNUSED = {name:unused for names,unused in {
     "_spread_scale": lambda r: not any(g and g.sigmas for _,g in r.quant.rules),
     "even_rows": lambda r: not r.optim.even_rows,
     "_to_bf16": lambda r: not r.model.rope_bf16,
+})
+
+# %% ../../nbs/submit/61_script.ipynb #e1d0c358
+UNUSED |= _each({
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
     "refit_scale": lambda r: not r.gptq.refit,
@@ -280,7 +287,7 @@ UNUSED = {name:unused for names,unused in {
     "encode decode": lambda r: r.stages.codec in ("zstd","brotli"),
     "to_brotli from_brotli": lambda r: r.stages.codec!="brotli",
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,
-}.items() for name in names.split()}
+})
 
 # %% ../../nbs/submit/61_script.ipynb #4fd35494
 def script(
