@@ -82,10 +82,6 @@ def is_table_line(node, lines):
     return bool(re.match(r"\s*(\w+=|\*\*).*,\s*(#.*)?$", lines[node.lineno-1]))
 
 
-# most lines of an exported cell; some wings are on their way there
-CELL_LINES = dict(model=40, systems=40, submit=40, scale=40, speed=40, command=40)
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_exported_cells_are_short(path):
     def size(code):  # fields and settings, one a line, are a table and do not count
@@ -93,8 +89,7 @@ def test_exported_cells_are_short(path):
         table = {n.lineno for n in ast.walk(ast.parse(code)) if is_table_line(n, lines)}
         return len(lines) - len(table)
     exported = [source(c) for c in cells(path) if {"export", "exports"} & set(directives(c))]
-    most = CELL_LINES.get(path.parent.name, 25)
-    assert not {code.split("\n")[1]: size(code) for code in exported if size(code) > most}
+    assert not {code.split("\n")[1]: size(code) for code in exported if size(code) > 25}
 
 
 def wide(code, most=100):

@@ -55,9 +55,21 @@ def rename(
 # %% ../../nbs/submit/60_flatten.ipynb #27ccb706
 def _same(text, tree, other=""):
     "The text if it means the tree, else the other one, by default the tree without comments."
-    try: same = ast.dump(ast.parse(text))==ast.dump(tree)
+    try: same = _alike(ast.parse(text), tree)
     except (SyntaxError,ValueError): same = False
     return text if same else other or ast.unparse(tree)
+
+def _alike(a, b):
+    "Whether two trees, or parts of them, say the same, on whatever lines."
+    if a is b: return True
+    if type(a) is not type(b): return False
+    if isinstance(a, list): return len(a)==len(b) and all(map(_alike, a, b))
+    if not isinstance(a, ast.AST): return repr(a)==repr(b) # -0.0 is not 0.0
+    return all(_alike(getattr(a, f, None), getattr(b, f, None)) for f in a._fields)
+
+def _rewritten(new, text):
+    "A text with other line breaks, if it still means the same."
+    return text if new==text else _same(new, ast.parse(text), text)
 
 # %% ../../nbs/submit/60_flatten.ipynb #503343e6
 def _one_line(f, lines):
@@ -132,7 +144,7 @@ def _unfold(text, widest):
             tight = out[-1][-1] in "([{" or more[0] in ")]}."
             out[-1] += more if tight else f" {more}"
         else: out.append(l)
-    return _same("\n".join(_notes_behind(out, widest)), ast.parse(text), text)
+    return _rewritten("\n".join(_notes_behind(out, widest)), text)
 
 # %% ../../nbs/submit/60_flatten.ipynb #aaa2bb07
 @lru_cache(maxsize=4096)
@@ -172,7 +184,7 @@ def _join_blocks(text, most):
         if not code[0].endswith(":") or len(joined)>=max(240, 60*most): continue
         note = "; ".join(filter(None, notes))
         lines[first-1:last] = [f"{joined} # {note}" if note else joined]
-    return _same("\n".join(lines), ast.parse(text), text)
+    return _rewritten("\n".join(lines), text)
 
 # %% ../../nbs/submit/60_flatten.ipynb #bf70a9c2
 def _blocks(text):
@@ -201,7 +213,7 @@ def _join_fields(text, widest=160):
         joined = "; ".join([code[group[0]], *(code[i].strip() for i in group[1:])])
         notes = "; ".join(f"{fields[i]}: {note[i]}" for i in group if note[i])
         lines[group[0]:group[-1]+1] = [f"{joined} # {notes}" if notes else joined]
-    return _same("\n".join(lines), ast.parse(text), text)
+    return _rewritten("\n".join(lines), text)
 
 def _neighbours(rows, code, widest):
     "Rows that follow one another, in groups that fit a line."
@@ -227,7 +239,7 @@ def _join_runs(text, widest=160):
         joined = "; ".join([code[group[0]], *(code[i].strip() for i in group[1:])])
         notes = "; ".join(note[i] for i in group if note[i])
         lines[group[0]:group[-1]+1] = [f"{joined} # {notes}" if notes else joined]
-    return _same("\n".join(lines), ast.parse(text), text)
+    return _rewritten("\n".join(lines), text)
 
 # %% ../../nbs/submit/60_flatten.ipynb #0551ccbe
 def _plain_rows(block, lines):

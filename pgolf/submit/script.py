@@ -9,6 +9,7 @@ __all__ = ['LINE_LIMIT', 'HEAD', 'TRAIN', 'SCORE', 'MAIN', 'STAND_INS', 'UNUSED'
 # %% ../../nbs/submit/61_script.ipynb #88f1fd6a
 import builtins
 from dataclasses import MISSING,fields,is_dataclass
+from functools import lru_cache
 from typing import NamedTuple
 import pgolf
 from .reach import Module,global_names,read_package
@@ -292,8 +293,11 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #64f65a36
+def _each(table):
+    return {name:unused for names,unused in table.items() for name in names.split()}
+
 # definition -> whether a script of the recipe never runs it
-UNUSED = {name:unused for names,unused in {
+UNUSED = _each({
     "save_checkpoint load_checkpoint": lambda r: True, # a script starts anew
     "SidecarBytes _with_sidecar": lambda r: True, # it refuses a text that was rewritten
     "ValueEmbedding": lambda r: not r.model.ve_dim,
@@ -319,6 +323,10 @@ UNUSED = {name:unused for names,unused in {
     "_spread_scale": lambda r: not any(g and g.sigmas for _,g in r.quant.rules),
     "even_rows": lambda r: not r.optim.even_rows,
     "_to_bf16": lambda r: not r.model.rope_bf16,
+})
+
+# %% ../../nbs/submit/61_script.ipynb #e1d0c358
+UNUSED |= _each({
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
     "refit_scale": lambda r: not r.gptq.refit,
@@ -336,7 +344,7 @@ UNUSED = {name:unused for names,unused in {
     "_without_dead": lambda r: not r.gptq.zero_dead,
     "learn_all": lambda r: not r.phased.ttt_phases,
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,
-}.items() for name in names.split()}
+})
 
 # %% ../../nbs/submit/61_script.ipynb #4fd35494
 def script(
@@ -374,6 +382,7 @@ def make_code(
     raise ValueError(f"the script of {recipe.name} has {lines} lines, the challenge's own may have"
         f" {LINE_LIMIT}: leave more definitions out (UNUSED)")
 
+@lru_cache(maxsize=8)
 def _counted(readable):
     "The minified form, and the smaller of it and the self-extracting one."
     minified = minify(readable)

@@ -271,6 +271,10 @@ CHANGES |= dict(
         "compressor": "rANS for all layers",
         "rules": "steps in the artifact rounded after the codes",
     },
+)
+
+# %% ../../nbs/systems/46_phrases.ipynb #a61685b9
+CHANGES |= dict(
     pr601={
         "rope_bf16": "rotary tables rounded to bfloat16",
         "QAT": "QAT for six bits everywhere",
@@ -294,6 +298,7 @@ PROBE_WORDS = {
     "no LN scale": "no scale on the input of later blocks",
 }
 
+# %% ../../nbs/systems/46_phrases.ipynb #0831d729
 def say(
     name:str,      # of a setting, a change or a probe
     system:str="", # whose change it is; "": a setting's own phrase

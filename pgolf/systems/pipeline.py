@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
+
+# %% ../../nbs/systems/52_pipeline.ipynb #18845ae1
 from ..squeeze.artifact import ArtifactError, save_artifact
 from ..train.averaging import EMA, HMA, SWA
 from ..game.data import Dataset, open_dataset
@@ -88,24 +90,31 @@ def start(
     out,device = Path(out), pick_device(device)
     check_start(recipe, dataset, out, eval_tokens, world := nproc*machines.count)
     out.mkdir(parents=True, exist_ok=True)
-    claim(out)
-    sweep(out)
-    try: kept = _kept(out, recipe, dataset, eval_tokens, overwrite)
-    except BaseException:
-        release(out)
-        raise
+    kept = _claimed(out, recipe, dataset, eval_tokens, overwrite)
     report = kept or _new_report(recipe, dataset, device, world)
     remember_data(out, dataset)
     job = Job(recipe, dataset, out, device, eval_tokens, nproc, lines, progress, report,
         machines=machines)
-    if report.complete: return job
-    if kept:
-        job.report = replace(report, rows=[], device=device, nproc=world,
-            environment=environment(device))
-    write_json(out/"recipe.json", asdict(recipe))
-    job.report.save(out/"report.json")
-    return job
+    return job if report.complete else _begin(job, kept, world)
 
+# %% ../../nbs/systems/52_pipeline.ipynb #71318461
+def _claimed(out, recipe, dataset, eval_tokens, overwrite):
+    "Own a folder; the report of the run that it holds, if it does."
+    claim(out)
+    sweep(out)
+    try: return _kept(out, recipe, dataset, eval_tokens, overwrite)
+    except BaseException:
+        release(out)
+        raise
+
+def _begin(job, kept, world):
+    "Write what a folder needs before the first stage."
+    if kept:
+        job.report = replace(kept, rows=[], device=job.device, nproc=world,
+            environment=environment(job.device))
+    write_json(job.out/"recipe.json", asdict(job.recipe))
+    job.report.save(job.out/"report.json")
+    return job
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200002
 def _new_report(recipe, dataset, device, nproc):
@@ -192,6 +201,7 @@ def train_here(
     both = {f"{k}/{n}":t for k,s in (("raw",raw), ("averaged",averaged)) for n,t in s.items()}
     write_checkpoint(job.weights, both, dict(steps=done.steps))
 
+# %% ../../nbs/systems/52_pipeline.ipynb #106692a3
 def _save_curve(job, done):
     "What training reports, after what it reported before it was interrupted."
     curve = dict(asdict(done), losses=[round(l, 5) for l in done.losses],
@@ -208,7 +218,6 @@ def _curve_before(job):
     found = {k.removeprefix("curve/"):t.tolist() for k,t in read_checkpoint(job.state)[0].items()
         if k.startswith("curve/")}
     return kept | {k:[round(x, digits[k]) for x in v] for k,v in found.items()}
-
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
 def work(
@@ -458,14 +467,19 @@ def score_all(
     s = job.recipe.stages
     if s.use_ttt: out |= score_adapting(job, model)
     elif s.use_tilt: out["tilted"] = score_tilted(job, model, out["sliding"])
+    _finish(job, out)
+    return out
+
+# %% ../../nbs/systems/52_pipeline.ipynb #ab22e981
+def _finish(job, scores):
+    "Keep the losses, mark the report, let go of the folder."
     if job.ranks.is_main:
         with atomic_write(job.out/"scores.npz") as f:
-            np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32) for k,s in out.items()})
+            np.savez_compressed(f, **{k:s.nll.numpy().astype(np.float32)
+                for k,s in scores.items()})
     job.report.complete = True
     job.keep()
     release(job.out)
-    return out
-
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200006
 def kept_scores(

@@ -68,26 +68,30 @@ class StageConfig:
     codec:str="best"
     zstd_level:int=0                # 1..22; 0: the smallest of several, for each kind of layer
     zstd_long:bool=False            # long-distance matching
-    def __post_init__(self):
-        if self.average not in ("ema","swa","hma","none"):
-            raise ValueError(f"average={self.average!r}: choose 'ema', 'swa', 'hma' or 'none'")
-        if self.average=="swa" and not self.swa_every:
-            raise ValueError("average='swa' needs swa_every > 0")
-        if not 0<=self.ema_decay<1: raise ValueError(f"ema_decay={self.ema_decay} not in [0, 1)")
-        for name in ("order_from","taper_from"):
-            if not 0<=(v := getattr(self, name))<1: raise ValueError(f"{name}={v} not in [0, 1)")
-        if not 0<=self.zstd_level<=22:
-            raise ValueError(f"zstd_level={self.zstd_level} not in 0..22")
-        for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):
-            if not 0<=getattr(self, name)<math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.adaptation not in ADAPTATIONS:
-            raise ValueError(
-                f"adaptation={self.adaptation!r}: choose one of {', '.join(ADAPTATIONS)}")
-        if self.rescore_temperature and not hasattr(ADAPTATIONS[self.adaptation], "rescore"):
-            raise ValueError(f"rescore_temperature={self.rescore_temperature} needs weights that"
-                f" learn the whole text, which adaptation={self.adaptation!r} has not: set it to 0")
-        check_codec(self.codec)
+    def __post_init__(self): _check_stages(self)
+
+# %% ../../nbs/systems/48_recipe.ipynb #9e3f3d07
+def _check_stages(s):
+    "Raise for a stage that could not be run."
+    if s.average not in ("ema","swa","hma","none"):
+        raise ValueError(f"average={s.average!r}: choose 'ema', 'swa', 'hma' or 'none'")
+    if s.average=="swa" and not s.swa_every:
+        raise ValueError("average='swa' needs swa_every > 0")
+    if not 0<=s.ema_decay<1: raise ValueError(f"ema_decay={s.ema_decay} not in [0, 1)")
+    for name in ("order_from","taper_from"):
+        if not 0<=(v := getattr(s, name))<1: raise ValueError(f"{name}={v} not in [0, 1)")
+    if not 0<=s.zstd_level<=22:
+        raise ValueError(f"zstd_level={s.zstd_level} not in 0..22")
+    for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):
+        if not 0<=getattr(s, name)<math.inf:
+            raise ValueError(f"{name}={getattr(s, name)} must be 0 or more")
+    if s.adaptation not in ADAPTATIONS:
+        raise ValueError(
+            f"adaptation={s.adaptation!r}: choose one of {', '.join(ADAPTATIONS)}")
+    if s.rescore_temperature and not hasattr(ADAPTATIONS[s.adaptation], "rescore"):
+        raise ValueError(f"rescore_temperature={s.rescore_temperature} needs weights that"
+            f" learn the whole text, which adaptation={s.adaptation!r} has not: set it to 0")
+    check_codec(s.codec)
 
 # %% ../../nbs/systems/48_recipe.ipynb #b143dad9
 @dataclass(frozen=True)
@@ -141,8 +145,7 @@ class Recipe:
     ours:tuple[str,...]=()  # settings chosen by us where description and run agree
     def sections(self)->dict: # section name -> its configuration
         "The configurations that a recipe is made of."
-        return {f.name:getattr(self,f.name) for f in fields(self)
-            if is_dataclass(getattr(self,f.name))}
+        return {n:c for n,c in vars(self).items() if is_dataclass(c)}
     def settings(self)->dict: # "section.field" -> value
         "Every setting of every section, flat."
         return {f"{s}.{f.name}":getattr(c,f.name) for s,c in self.sections().items()
@@ -199,6 +202,7 @@ def find_setting(
     raise ValueError(f"unknown setting {name!r}; near matches: {', '.join(near) or 'none'} "
         f"(`pgolf plan {recipe.name} --settings` lists all)")
 
+# %% ../../nbs/systems/48_recipe.ipynb #90640ecf
 def coerce(
     name:str, # setting, for the error
     kind,     # type of the field
@@ -240,6 +244,7 @@ def _group(item):
     re.compile(group.pattern)
     return group
 
+# %% ../../nbs/systems/48_recipe.ipynb #65391f9f
 def _place(item):
     "A place of an adapter."
     if item not in (known := (*PLACES, "head")):
@@ -274,6 +279,7 @@ FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how 
 PATTERNS = ("keep_float32","bf16_names","ttt_only","ttt_always","ttt_lora_targets")
 SEEDS = 2**63 # seeds are below: what a generator takes
 
+# %% ../../nbs/systems/48_recipe.ipynb #60c60f0f
 def check_value(
     name:str, # setting
     value,    # of the right type
