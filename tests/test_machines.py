@@ -60,17 +60,8 @@ def assert_same_weights(a, b):
 
 
 @pytest.fixture(scope="module")
-def alone(novels, tmp_path_factory):
-    "The same run by two processes of one machine."
-    out = tmp_path_factory.mktemp("alone")/"run"
-    code, _, err = run_pgolf(*words(novels, out), "--nproc", 2)
-    assert code == 0, err
-    return out
-
-
-@pytest.fixture(scope="module")
 def undisturbed(novels, tmp_path_factory):
-    "A longer one."
+    "The same run by two processes of one machine."
     out = tmp_path_factory.mktemp("undisturbed")/"run"
     code, _, err = run_pgolf(*words(novels, out, 1, *LONGER), "--nproc", 2)
     assert code == 0, err
@@ -78,12 +69,12 @@ def undisturbed(novels, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_machines_are_one_with_as_many_ranks(pair, alone):
-    children, out, other = pair("two")
+def test_two_machines_are_one_with_as_many_ranks(pair, undisturbed):
+    children, out, other = pair("two", *LONGER)
     codes, said = ends(children)
     assert codes == [0, 0], said
-    assert losses(out).tolist() == losses(alone).tolist()
-    assert_same_weights(out, alone)
+    assert losses(out).tolist() == losses(undisturbed).tolist()
+    assert_same_weights(out, undisturbed)
     assert Report.load(out/"report.json").nproc == 2
     assert list(other.iterdir()) == [], "the other machine writes nothing that stays"
     assert half_written(out) == [] and "this was machine 1 of 2" in said[1]
