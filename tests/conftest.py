@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest_plugins = ["pages"]  # the site and a browser
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 900  # seconds for a child that takes less than 20: it stops what hangs, and judges nothing
 
