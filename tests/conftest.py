@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest_plugins = ["pages"]  # the site and a browser
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 900  # seconds for a child that takes less than 20: it stops what hangs, and judges nothing
 CLEAN = multiprocessing.get_context("forkserver")  # a process forks off one that has loaded what

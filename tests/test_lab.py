@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import HANG, ROOT
 from scratch import outside
+from test_site import browser  # noqa: F401
 
 ui = pytest.importorskip("selenium.webdriver.support.ui")
 

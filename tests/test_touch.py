@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import HANG
 from PIL import Image
-from pages import SITE, cells, console, notebooks, wide
+from test_site import SITE, browser, cells, console, notebooks, site, wide  # noqa: F401
 
 ui = pytest.importorskip("selenium.webdriver.support.ui")
 FIGURE = "application/vnd.vegalite.v5+json"
