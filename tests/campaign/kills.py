@@ -231,6 +231,11 @@ def finished(trial, work, command):
     # a command that had been killed after its last write has nothing left to do
     if code and "exists: " not in trial.said(work):
         return f"the same command fails with {code}: {trial.said(work)}"
+    return compared(trial, work)
+
+
+def compared(trial, work):
+    "What differs from the undisturbed command, or is gone."
     if trial.lost(work): return "the finished result that was there is gone"
     found = bits(work)
     if trial.scene.keeps: found = {k: v for k, v in found.items() if ".old-" not in k}

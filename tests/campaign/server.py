@@ -168,7 +168,7 @@ def patch():
 
 class Command:
     "A command at work in a folder, which may be told when to die."
-    def __init__(self, args, folder, log, **death):
+    def __init__(self, args, folder, log, before=None, **death):
         self.read, write = os.pipe()
         def work():
             os.setsid()
@@ -177,6 +177,7 @@ class Command:
             for fd in (1, 2): os.dup2(out, fd)
             patch()
             if death: Death(write, **death).arm()
+            if before: before()
             return call(args)
         self.pid, self.log = forked(work), log
         os.close(write)
