@@ -294,7 +294,23 @@ def _row_of(loader, rank):
     return Packed(row[None, :-1], row[None, 1:], cu, loader.longest)
 
 # %% ../../nbs/game/08_loaders.ipynb #pk080002
-class PackedSpans(PackedLoader):
+class _Steps(PackedLoader):
+    "What the loop asks of a loader: its place, to be read and set, and the rows of a step."
+    mine:range # rows of this rank
+
+    @property
+    def position(self)->int: return self.step
+    @position.setter
+    def position(self, steps:int): self.step = steps
+
+    def next_step(self)->list[Packed]:
+        "The rows of this rank, each with its borders."
+        rows = [_row_of(self, span) for span in self.mine]
+        self.step += 1
+        return rows
+
+# %% ../../nbs/game/08_loaders.ipynb #pk080004
+class PackedSpans(_Steps):
     "The packed rows of a step, shared out: rank r of W takes rows r, r+W, ..."
     def __init__(self,
         shards:Iterable[Path], # training shards
@@ -312,14 +328,3 @@ class PackedSpans(PackedLoader):
         super().__init__(shards, batch_tokens//num_spans, longest, rank=rank, world=num_spans,
             bucket=256, step=position, vocab_size=vocab_size)
         self.mine = range(rank, num_spans, world)
-
-    @property
-    def position(self)->int: return self.step
-    @position.setter
-    def position(self, steps:int): self.step = steps
-
-    def next_step(self)->list[Packed]:
-        "The rows of this rank, each with its borders."
-        rows = [_row_of(self, span) for span in self.mine]
-        self.step += 1
-        return rows

@@ -87,6 +87,7 @@ class Lanes(_Two):
         M = block.thought(last_rows(x[1], last))
         return tuple(r[j]*last_rows(x[j], last) + p[0, j]*A + p[1, j]*M for j in (0, 1)), v
 
+# %% ../../nbs/model/15_lanes.ipynb #la000024
 class Crossed(Lanes):
     "Two lanes, both written at once, by attention and then by the MLP; a skip goes into both."
     stays = 1.1**.5

@@ -69,6 +69,7 @@ def attend_flex(
     y = flex.flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
 
+# %% ../../nbs/model/14_segments.ipynb #se000027
 def attend_segments(
     q:Tensor,  # (1, T, H, D) of one packed row
     k:Tensor,  # (1, T, K, D), K divides H

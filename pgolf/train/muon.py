@@ -149,8 +149,7 @@ class Muon(torch.optim.Optimizer):
         row_norm:bool=False, even:bool=False, # rows of length 1: behind (#601), before (#1394)
         polar:bool=False, half:bool=False, # Polar Express; momentum in bfloat16 (#1855)
         ns_dtype:torch.dtype=torch.bfloat16, # of Newton-Schulz and of the exchanged updates
-        rank:int=0,  # of this process
-        world:int=1, # processes that share the work, through torch.distributed
+        rank:int=0, world:int=1, # this process, and how many share the work (torch.distributed)
     ):
         if not 0 <= rank < world: raise ValueError(f"rank={rank} must be in 0..{world-1}")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
@@ -164,13 +163,14 @@ class Muon(torch.optim.Optimizer):
         for g in self.param_groups: _step_group(self, g)
         return loss
 
-# %% ../../nbs/train/20_muon.ipynb #cc88afd2
+# %% ../../nbs/train/20_muon.ipynb #pe200005
 def _check_matrices(params):
     for p in params:
         if p.ndim != 2:
             raise ValueError(
                 f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}: give it to AdamW")
 
+# %% ../../nbs/train/20_muon.ipynb #cc88afd2
 def _step_group(opt, g):
     "Own matrices by shape, the others' received, then decay and update."
     params = [p for p in g["params"] if p.grad is not None]
