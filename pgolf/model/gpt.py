@@ -92,7 +92,7 @@ class ModelConfig(Inputs):
     def __post_init__(self):
         for name in ("ve_layers","layer_order"): # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for ok,field,rule in chain(_size_rules(self), _technique_rules(self)):
+        for ok,field,rule in chain(_size_rules(self), _technique_rules(self), _way_rules(self)):
             if not ok: raise ValueError(f"{field}={getattr(self, field)!r} {rule}")
 
 # %% ../../nbs/model/19_gpt.ipynb #6903ba60
@@ -126,8 +126,13 @@ def _technique_rules(c:ModelConfig):
         f"and ve_layers={c.ve_layers} go together: set both or neither")
     yield (not c.skip_gate or c.skip_init != 0, "skip_gate",
         "needs skips: set skip_init, for example to 1")
+
+# %% ../../nbs/model/19_gpt.ipynb #lm190003
+def _way_rules(c:ModelConfig):
+    "Yield the same for gates and for how blocks are run."
     yield c.output_gate in ("", *GATES), "output_gate", f"must be '' or one of {', '.join(GATES)}"
-    yield 1 <= c.gate_window <= c.model_dim, "gate_window", f"must be in 1..{c.model_dim}"
+    yield (not c.output_gate or 1 <= c.gate_window <= c.model_dim, "gate_window",
+        f"must be in 1..{c.model_dim}")
     yield 0 <= c.smear_window <= c.model_dim, "smear_window", f"must be in 0..{c.model_dim}"
     yield c.parallel in ("", *PARALLEL), "parallel", f"must be '' or one of {', '.join(PARALLEL)}"
     yield (not c.parallel or all(_is_tail(o, c.parallel_start) for o in (c.order,
@@ -170,6 +175,7 @@ INPUT_PARTS = {  # name -> configuration -> module (x, ids) -> x, or None
     "smear": lambda c: SmearGate(c.model_dim) if c.smear else None,
 }
 
+# %% ../../nbs/model/19_gpt.ipynb #lm190004
 def made(
     table:dict, # name -> what makes a part
     *about,     # what it is made from
@@ -178,8 +184,8 @@ def made(
     return {name: part for name,make in table.items() if (part := make(*about)) is not None}
 
 # %% ../../nbs/model/19_gpt.ipynb #deaa1414
-class Block(nn.Module):
-    "Attention and MLP, each added to a residual that can return to the embedding."
+class _Halves(nn.Module):
+    "Attention and MLP of a block, with what scales and mixes."
     def __init__(self,
         cfg:ModelConfig, # the model
         block:int, # which one this is, from 0
@@ -196,6 +202,9 @@ class Block(nn.Module):
 
     def norm(self, x:Tensor)->Tensor: return rms_norm(x, self.eps)*self.ln_scale
 
+# %% ../../nbs/model/19_gpt.ipynb #lm190005
+class Block(_Halves):
+    "Attention and MLP, each added to a residual that can return to the embedding."
     def mix(self, x:Tensor, x0:Tensor)->Tensor:
         m = self.resid_mix.to(x.dtype)
         return m[0]*x + m[1]*x0
@@ -242,7 +251,19 @@ class _Ends(nn.Module):
         return self.bounded(self.unbounded(h))
 
 # %% ../../nbs/model/19_gpt.ipynb #lm190002
-class _Trained(_Ends):
+class _Passes(_Ends):
+    "The way through."
+    def forward(self, ids:Tensor, *borders)->Tensor:
+        return self.logits(self.hidden(ids, None, *borders))
+
+    def hidden(self, ids:Tensor, last:int|None=None, cu:Tensor|None=None, longest:int=0)->Tensor:
+        """Final normalized states (B, T, C), or those of the `last` positions, for which alone the
+        last block then computes queries and MLP. A packed row brings the borders of its segments,
+        as cumulative lengths, and the length of the longest."""
+        look = attend if cu is None else partial(attend_segments, cu=cu, longest=longest)
+        return rms_norm(_through_blocks(self, ids, last, look), self.cfg.norm_eps)
+
+class _Trained(_Passes):
     "A model with its loss."
     def loss(self, ids:Tensor, targets:Tensor, *borders)->Tensor:
         "Mean cross entropy, nats per token, float32; `borders` as `hidden` takes them."
@@ -274,16 +295,6 @@ class GPT(_Trained):
         self.lanes = PARALLEL[cfg.parallel](cfg.num_layers) if cfg.parallel else None
         _add_between(self, cfg)
         _draw_weights(self, seed)
-
-    def forward(self, ids:Tensor, *borders)->Tensor:
-        return self.logits(self.hidden(ids, None, *borders))
-
-    def hidden(self, ids:Tensor, last:int|None=None, cu:Tensor|None=None, longest:int=0)->Tensor:
-        """Final normalized states (B, T, C), or those of the `last` positions, for which alone the
-        last block then computes queries and MLP. A packed row brings the borders of its segments,
-        as cumulative lengths, and the length of the longest."""
-        look = attend if cu is None else partial(attend_segments, cu=cu, longest=longest)
-        return rms_norm(_through_blocks(self, ids, last, look), self.cfg.norm_eps)
 
     def init_weights(self, seed:int)->"GPT":
         "Return to the initial values that `seed` draws."
