@@ -9,11 +9,12 @@ from scratch import watch
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
 SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card",
-        "caseops", "cli", "compare", "data", "effects", "embeddings", "entropy", "flatten",
-        "formats", "gpt", "gptq", "great", "growth", "listeners", "loaders", "loop", "lora",
-        "lowrank", "machines", "muon", "notebook", "order", "page", "phased", "pipeline", "plan",
-        "quant", "queue", "reach", "record", "rulings", "running", "script", "slurm", "streams",
-        "submission", "submitting", "tilt", "tokenizer", "ttt", "unwrap", "verdict", "windows"}
+        "caseops", "claims", "cli", "compare", "data", "effects", "embeddings", "entropy",
+        "flatten", "formats", "gpt", "gptq", "great", "growth", "listeners", "loaders", "loop",
+        "lora", "lowrank", "machines", "muon", "notebook", "order", "page", "phased", "pipeline",
+        "plan", "quant", "queue", "reach", "record", "ruled", "rulings", "running", "script",
+        "slurm", "streams", "submission", "submitting", "tilt", "tokenizer", "ttt", "unwrap",
+        "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))
