@@ -399,7 +399,9 @@ def _tell_run(say, report, curve, at):
 def ask_others(card:Card, say:Answers):
     "Some compiled steps of every other system, each in a process of its own."
     names = [n for n in RECIPES if not n.endswith("-as-run") and n != "pr610"]
-    context = torch.multiprocessing.get_context("spawn")
+    # on a CPU what all of them import is imported once; a card does not survive a fork
+    context = torch.multiprocessing.get_context("forkserver" if card.device == "cpu" else "spawn")
+    if card.device == "cpu": context.set_forkserver_preload(["pgolf.speed.card"])
     children = {n: context.Process(target=one_other, args=(card, n, str(say.path))) for n in names}
     for c in children.values(): c.start()
     for n, c in children.items():

@@ -286,6 +286,8 @@ def fuses(model, ids): return model.cfg.fused_loss # the loss is left out where 
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints
+def _collect(pieces, nll, n_bytes, done, keep, progress): # no interruptions
+    for p in pieces: nll[p.first:p.stop] = p.nll
 def maybe_compile(fn, wish, device):
     on = torch.device(device).type=="cuda" if wish=="auto" else wish
     return torch.compile(fn, dynamic=False, fullgraph=True) if on else fn, on, f"compile: {on}"
@@ -375,7 +377,7 @@ def make_code(
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
     # the more statements stand on a line, the fewer lines: no more than it takes
-    for block in (1, 2, 4, 8, 16):
+    for block in (1, 2, 4, 8, 16, 32):
         readable = script(recipe, block)
         lines = readable.count("\n")
         if lines<LINE_LIMIT: return Code(readable, *_counted(readable))
