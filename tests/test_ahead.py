@@ -118,7 +118,8 @@ def test_an_error_of_the_thread_ends_the_run_where_it_would_have(shards):
     class Torn:
         "The disk is gone at the fourth step."
         def __init__(self): self.inner = make_loader(shards, CFG)
-        position = property(lambda s: s.inner.position, lambda s, n: setattr(s.inner, "position", n))
+        position = property(lambda s: s.inner.position,
+            lambda s, n: setattr(s.inner, "position", n))
         def next_step(self):
             if self.inner.position >= 3*4*65: raise OSError("train_000000.bin: input/output error")
             return self.inner.next_step()

@@ -21,7 +21,7 @@ from ..show import Table, show
 from .bench import Case, ids, machine, make_case, new_model, toy_tables
 from .timing import measure
 from ..systems.report import Report
-from ..train.device import Ranks, close_ranks, keep_memory
+from ..train.device import Ranks, close_ranks
 
 # %% ../../nbs/speed/83a_evaluation.ipynb #83e00005
 VALIDATION = 62_021_632 # targets of the challenge's validation split, 1,024 pieces
@@ -63,6 +63,7 @@ class Cost:
         if self.shared is None: return None
         return self.once + self.each*targets*(1 - self.shared + self.shared/cards)
 
+# %% ../../nbs/speed/83a_evaluation.ipynb #83e00016c
 def cost_of(
     slices:list[Slice], # of one stage and device
 )->Cost:
@@ -107,9 +108,7 @@ def time_slices(
 ):
     "Time every stage at every length as one of several processes."
     before = torch.get_num_threads()
-    if not case.cuda:
-        torch.set_num_threads(1)
-        keep_memory()
+    if not case.cuda: torch.set_num_threads(1)
     ranks = Ranks(rank, world, f"cuda:{rank}" if case.cuda else case.device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if case.cuda else "gloo",

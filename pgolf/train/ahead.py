@@ -84,8 +84,7 @@ class Ahead(_Asking):
         device:str="cpu",# where the steps go; a CPU gets them as they are
     ):
         self.loader, self.device = loader, torch.device(device)
-        if self.device == torch.device("cuda"):
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        if device == "cuda": self.device = torch.device("cuda", torch.cuda.current_device())
         self.pool = ThreadPoolExecutor(1, "pgolf loader")
 
     def next_step(self)->list: # micro-batches, on the device
