@@ -10,9 +10,9 @@ from conftest import ROOT
 # What is left to `make test-all`; the module of each is tried by other tests as well.
 SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card",
         "caseops", "claims", "cli", "data", "effects", "embeddings", "entropy", "formats", "gpt",
-        "gptq", "growth", "loop", "lora", "muon", "page", "pipeline", "plan", "ruled", "running",
-        "script", "slurm", "submission", "submitting", "tilt", "tokenizer", "ttt", "verdict",
-        "windows"}
+        "gptq", "growth", "loop", "lora", "muon", "order", "page", "phased", "pipeline", "plan",
+        "ruled", "running", "script", "slurm", "submission", "submitting", "tilt", "tokenizer",
+        "ttt", "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))

@@ -320,7 +320,8 @@ def test_lanes_in_the_encoder_are_an_error():
     for field, value in (("output_gate", "wide"), ("parallel", "both"), ("gate_window", 0),
         ("smear_window", 33), ("asymmetric_cap", True)):
         with pytest.raises(ValueError, match=f"{field}="):
-            ModelConfig(**small | dict(parallel_start=3, logit_softcap=0.) | {field: value})
+            ModelConfig(**small | dict(parallel_start=3, logit_softcap=0., output_gate="sparse",
+                gate_window=9) | {field: value})
 
 
 # ---- its settings in a run

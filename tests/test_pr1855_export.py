@@ -2,18 +2,42 @@
 (golden/frontier_functions.npz), its squeeze and container as settings of a recipe, bytes foreseen,
 and a tiny run to an audited score."""
 
+import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import brotli
 import numpy as np
 import pytest
 import torch
+import zstandard
 
+from conftest import HANG
 from pgolf.game.bpb import ByteTables
+from pgolf.game.caseops import build_case_dataset
+from pgolf.game.data import austen_documents
+from pgolf.model.gpt import GPT
+from pgolf.score.audit import future_flip, gates_are_blind
 from pgolf.score.lora import LoRAConfig, grade_rows
+from pgolf.score.order import in_order, tilted_evaluation
 from pgolf.score.phased import PhasedConfig, WorkingAdapters, score_phased
+from pgolf.score.tilt import TiltConfig, strong_hints
 from pgolf.score.windows import ScoreConfig
-from test_pr1855 import build, in_banks
+from pgolf.squeeze.artifact import ArtifactError, pack, unpack
+from pgolf.squeeze.lowrank import Protected, load_codes, squeeze_state
+from pgolf.squeeze.quant import Grid, Quantized, int_grid, quantize
+from pgolf.squeeze.streams import by_columns, from_columns, unpack_streams
+from pgolf.submit.script import make_code
+from pgolf.submit.submission import read_log
+from pgolf.systems import pipeline
+from pgolf.systems.plan import estimate_bytes
+from pgolf.systems.recipes import at_scale, get_recipe
+from pgolf.systems.summit import PR1855
+from pgolf.systems.verdict import audit_run, evaluation_of, spelled, stretch, verdict_line
+from pgolf.train.device import Ranks
+from test_pr1855 import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,3 +185,208 @@ def test_a_fault_in_the_evaluation_shows(z, model, sine, monkeypatch, fault):
         monkeypatch.setattr(Sine, "draw", lambda s, n, w: torch.rand(s.docs,
             s.cfg.ttt_lora_rank, w, generator=s.gen))
     assert run(z, model, part, lora, phased)[1] > 4e-4
+
+
+def test_ranks_share_the_batches_and_each_gets_all_scores(z, model, sine, monkeypatch):
+    "Two ranks one after the other; the sum of what each has scored is the whole, each target once."
+    monkeypatch.setattr("pgolf.score.phased.dist.all_reduce", lambda t: t)
+    parts = [run(z, model, "ttt_lora_only", ranks=Ranks(rank, 2))[0].nll for rank in range(2)]
+    assert not ((parts[0] != 0) & (parts[1] != 0)).any()
+    plain = run(z, model, "ttt_lora_only")[0].nll
+    first = parts[0] != 0  # the first batch of each rank begins as it does alone
+    assert (parts[0]+parts[1] > 0).all() and (parts[0][first] == plain[first]).sum() >= 91-1
+
+
+# ---- squeeze
+
+def test_the_streams_of_a_kind_are_the_published_ones(z):
+    "Similar rows together, by columns, and the lists of rows, under brotli in our own wrapper."
+    codes = z["simsort/in"]
+    shape, blob, lists = unpack_streams(by_columns(codes, reorder=True))
+    order = z["simsort/order"]
+    assert brotli.decompress(blob) == codes[order].T.tobytes()
+    assert brotli.decompress(lists) == order.astype("<u2").tobytes()
+    assert np.frombuffer(shape, "<u4").tolist() == [1, *codes.shape]
+    np.testing.assert_array_equal(from_columns(by_columns(codes, True), codes.size)[0], codes)
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_a_recipes_quantizer_gives_the_published_codes(z, i):
+    "GPTQ with SDClip, dead columns included, through the stage of a run."
+    meta = json.loads(str(z[f"gptq/{i}/meta"]))
+    W, H = torch.from_numpy(z[f"gptq/{i}/W"]), torch.from_numpy(z[f"gptq/{i}/H"])
+    grid = int_grid(meta["bits"], sigmas=meta["clip_sigmas"])
+    cfg = replace(PR1855.quant, rules=(("", grid),), keep_numel=0, lqer_top=0)
+    q = squeeze_state({"w": W}, cfg, PR1855.gptq, {"w": H})["w"]
+    np.testing.assert_array_equal(q.codes, z[f"gptq/{i}/q"])
+    np.testing.assert_array_equal(q.scale[:, 0], z[f"gptq/{i}/scale"])
+
+
+def test_the_recipe_is_the_table_of_its_sheet(shared):
+    "Sections 2, 7 and 10 of the sheet, as far as squeeze and score go."
+    r, sheet = PR1855, " ".join((shared/"spec"/"pr1855.md").read_text().split())
+    grids = {p: (g.hi, g.sigmas) for p, g in r.quant.rules}
+    mlp, attn, table = grids[r"\.mlp\."], grids[r"\.attn\."], grids["^tok_emb"]
+    for line in (f"matrix 6 bits, embed 7 bits*; clip sigmas MLP {mlp[1]}*, attention {attn[1]},"
+            f" embedding {table[1]}*", f"LQER on, rank {r.quant.lqer_rank}, top"
+            f" {r.quant.lqer_top}, asymmetric, group {r.quant.lqer_group}",
+            f"{r.gptq.samples//48} calibration batches",
+            f"chunk {r.lora.ttt_lora_chunk_tokens}, window 2,048, batch {r.lora.ttt_lora_docs}"
+            " documents, 1 gradient step, adapters on q, k, v, o, mlp and head",
+            f"beta2 {r.lora.ttt_lora_beta2}*, wd {r.lora.ttt_lora_weight_decay}*",
+            f"rank {r.lora.ttt_lora_rank}*, alpha 144",
+            f"{r.phased.ttt_phases}*, prefix documents {r.phased.ttt_phase_docs:,}*; global SGD lr"
+            f" {r.phased.ttt_phase_lr}, momentum {r.phased.ttt_phase_momentum}, 1 epoch, chunk"
+            f" {r.phased.ttt_phase_chunk_tokens:,}, clip {r.phased.ttt_phase_clip}"):
+        assert line in sheet, line
+    assert (mlp[0], attn[0], table[0]) == (31, 31, 63)
+    assert r.lora.ttt_lora_scale*r.lora.ttt_lora_rank == 144 and r.lora.ttt_lora_lr == 1e-4
+    assert r.score.eval_seq_len == r.phased.ttt_phase_seq_len == 2048
+    assert r.quant.keep_numel == 65_536 and r.gptq.zero_dead and r.gptq.damping == .01
+    with torch.device("meta"): state = GPT(r.model).state_dict()
+    gates = [n for n, t in state.items() if isinstance(g := r.quant.grid(n, t), Grid)
+        and g.hi == 127]
+    assert len(gates) == 11 and all(state[n].shape == (8, 12) for n in gates)
+
+
+@pytest.mark.parametrize("name, logged", [("pr1394", 15_970_162), ("pr1855", 15_869_920)])
+def test_the_plan_foresees_the_logged_bytes(name, logged):
+    assert sum(b for *_, b in estimate_bytes(get_recipe(name))) == pytest.approx(logged, rel=.01)
+
+
+# ---- a run
+
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory):
+    "Short documents, capitals as marks, with a sidecar."
+    words, docs = austen_documents("val")[0].split(), []
+    for n in (40, 120, 25, 70, 90, 30, 60, 150, 35, 80)*2:
+        docs.append(" ".join(words[:n]))
+        del words[:n]
+    return build_case_dataset(austen_documents("train")[:12], docs,
+        tmp_path_factory.mktemp("cased")/"cased", 512)
+
+
+@pytest.fixture(scope="module")
+def finished(cased, tmp_path_factory):
+    "A tiny run with everything on."
+    r = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0, vocab_size=cased.vocab_size,
+        awq_top=1, awq_group=16, use_tilt=True, tilt_order=3, tilt_confidence=.5,
+        ttt_phase_chunk_tokens=64)
+    job = pipeline.start(r, cased, tmp_path_factory.mktemp("finished")/"run", "cpu", 1200,
+        progress=False)
+    return job, pipeline.run(job)
+
+
+def test_a_tiny_run_adapts_by_length_and_ends_in_an_audited_score(finished, cased):
+    job, report = finished
+    assert [r["stage"] for r in report.rows][-3:] == ["sliding", "adapted", "tilted"]
+    assert report.result["targets"] == 1200 and report.result["legal"]
+    for stage in ("", "adapted"):
+        verdict = audit_run(job.out, cased, stage=stage)
+        found = {f["name"]: f for f in verdict["findings"]}
+        assert verdict["passed"], [f for f in verdict["findings"] if f["status"] == "failed"]
+        assert found["10.7"]["status"] == "failed" and "10.7" in verdict_line(verdict)
+        assert found["T3a"]["status"] == found["T1a"]["status"] == "passed"
+        assert found["D7"]["status"] == "passed" and "in the text" in found["D7"]["detail"]
+
+
+def test_its_artifact_holds_corrections_and_comes_back(finished):
+    job, _ = finished
+    codes, meta = load_codes(job.artifact)
+    kinds = [type(t).__name__ for t in codes.values()]
+    assert kinds.count("Corrected") == 3 and meta["recipe"] == "pr1855"
+    assert any(isinstance(getattr(t, "base", t), Protected) for t in codes.values())
+    gates = {n: t for n, t in codes.items() if n.endswith("out_gate.gate")}
+    assert len(gates) == 3 and all(isinstance(t, Quantized) for t in gates.values())
+    model = pipeline.read_artifact(job.artifact)
+    for n, t in codes.items():
+        want = t if isinstance(t, torch.Tensor) else t.dequantize()
+        got = model.state_dict()[n]
+        assert torch.equal(got, want.to(got.dtype)), n
+
+
+def test_a_target_aware_hint_fails_the_audit(finished, cased):
+    job, _ = finished
+    model = pipeline.read_artifact(job.artifact)
+    tokens = in_order(stretch(cased, 128), cased.tokenizer().bos_id())
+    ev = evaluation_of(job.recipe, cased, model, "adapted", len(tokens)-1, tokens)
+    def knowing(x, tilt):
+        hint = strong_hints(x, tilt)
+        return torch.where(hint == x[1:], hint, -1)
+    eager = TiltConfig(tilt_order=2, tilt_confidence=0.)
+    hits = (knowing(tokens, eager) >= 0).nonzero()[:1, 0].tolist()
+    found = {hints: [ask(tilted_evaluation(ev, eager, hints), tokens, hits).status
+        for ask in (future_flip, gates_are_blind)] for hints in (strong_hints, knowing)}
+    assert found == {strong_hints: ["passed"]*2, knowing: ["failed"]*2}
+
+
+def test_text_is_spelled_as_it_was(cased):
+    "Whole documents, and of one that is cut off what comes before a pending mark."
+    text = " ".join(austen_documents("val")[0].split())
+    for n in (60, 61, 62, 63, 64, 200):
+        said = spelled(cased, cased.val_tokens(n))
+        assert said and text.startswith(said[:100].strip()) and said.isascii()
+    assert "Sir Walter Elliot, of Kellynch Hall" in spelled(cased, cased.val_tokens(200))
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(ttt_places=("q", "mind")), "'mind' is none of q, k, v, o, mlp, head"),
+    (dict(codec="lrzip"), "codec='lrzip': choose one of"),
+    (dict(lqer_fit="best"), "lqer_fit='best'"), (dict(awq_top=-1), "awq_top=-1"),
+    (dict(small_rules=(("x", 3),)), "3 is no grid"), (dict(tilt_order=99), "tilt_order=99"),
+    (dict(ttt_phase_momentum=1.5), "ttt_phase_momentum=1.5"),
+])
+def test_a_setting_that_no_run_can_use_names_itself(changes, says):
+    with pytest.raises(ValueError, match=says): PR1855.but(**changes)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(use_tilt=True, adaptation="chunks"), "use_tilt with adaptation='chunks'"),
+    (dict(use_gptq=False, awq_top=1), "set use_gptq, or awq_top=0"),
+    (dict(ttt_lora_chunk_tokens=65), "ttt_lora_chunk_tokens=65 does not fit in a window"),
+])
+def test_settings_that_do_not_go_together_are_named_before_any_work(novels, tmp_path, changes,
+    says):
+    with pytest.raises(ValueError, match=says):
+        pipeline.start(at_scale(PR1855, "tiny").but(**changes), novels, tmp_path/"run", "cpu")
+    assert not (tmp_path/"run").exists()
+
+
+def test_any_changed_byte_of_a_grouped_file_is_noticed():
+    gen = torch.Generator().manual_seed(0)
+    tensors = {f"blocks.{i}.w": quantize(torch.randn(24, 16, generator=gen), int_grid(5))
+        for i in range(3)} | {"s": torch.randn(40, generator=gen)}
+    data = pack(tensors, codec="similar")
+    assert b'"similar"' in zstandard.decompress(data[36:36+int.from_bytes(data[16:20], "little")])
+    for i in range(0, len(data), 5):
+        with pytest.raises(ArtifactError): unpack(data[:i]+bytes([data[i] ^ 1])+data[i+1:])
+
+
+# ---- the packed script
+
+@functools.cache
+def code(): return make_code(at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0))
+
+
+@pytest.mark.slow
+def test_the_readable_script_has_fewer_than_1500_lines():
+    found = code()
+    assert found.sizes()["lines"] < 1500 and len(found.packed) < len(found.minified)
+
+
+@pytest.mark.slow
+def test_the_script_gives_the_packages_bytes_and_scores(novels, tmp_path):
+    r = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0)
+    report = pipeline.run(pipeline.start(r, novels, tmp_path/"run", "cpu", 512, progress=False))
+    (tmp_path/"train_gpt.py").write_text(code().packed)
+    done = subprocess.run([sys.executable, "train_gpt.py", novels.path, "--eval-tokens", "512",
+        "--device", "cpu"], capture_output=True, text=True, cwd=tmp_path, timeout=HANG,
+        env=dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/"model.pgolf").read_bytes() == (tmp_path/"run"/"model.pgolf").read_bytes()
+    said = read_log(done.stdout)["score"]
+    for row, want in zip(said, report.rows[-2:], strict=True):
+        assert (row["stage"], row["val_loss"]) == (want["stage"], want["val_loss"])

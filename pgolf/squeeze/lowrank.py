@@ -212,6 +212,8 @@ def _protected(state, cfg, gptq_cfg, hessians):
         out[name] = protected_gptq(W, H, cfg.grid(name, W), start, cfg.awq_group, gptq_cfg)
     return out
 
+
+# %% ../../nbs/squeeze/38_lowrank.ipynb #ex38c006
 def _corrected(state, stored, cfg, hessians):
     "The matrices with the largest errors, and their corrections."
     errors = {n: state[n].detach().float().cpu() - q.dequantize() for n, q in stored.items()
@@ -266,6 +268,8 @@ def join_corrections(
     return {name: _joined(name, parts) if parts.keys() != {""} else parts[""]
         for name, parts in found.items()}
 
+
+# %% ../../nbs/squeeze/38_lowrank.ipynb #ex38c007
 def _joined(name, parts):
     "A matrix of several parts."
     left, out = set(parts), parts.get("")

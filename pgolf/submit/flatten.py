@@ -142,10 +142,50 @@ def compact(
     for a,b,header in sorted(edits, key=lambda e: e[0], reverse=True):
         lines[a:b+1] = [header] if header else []
     text = _same("\n".join(l for l in lines if l.strip()), tree)
+    if block>16: text = _docs_behind(_without_guards(text))
     text = _unfold(text, 160 if block==1 else 240)
-    if block>1: text = _join_fields(text)
+    if block>1: text = _join_fields(text, _wide(block))
     text = _join_blocks(text, block)
-    return _join_runs(text) if block>8 else text
+    return _join_runs(text, _wide(block)) if block>8 else text
+
+def _wide(block): return 160 if block<=16 else 360
+
+
+# %% ../../nbs/submit/60_flatten.ipynb #ex60c002
+def _without_guards(text):
+    "Leave out statements that only raise a ValueError."
+    tree, lines = ast.parse(text), text.split("\n")
+    gone, empty = [], []
+    for n in ast.walk(tree):
+        for block in (getattr(n, field, None) for field in ("body","orelse","finalbody")):
+            if not isinstance(block, list): continue
+            guards = [s for s in block if _is_guard(s)]
+            gone += guards
+            if guards and len(guards)==len(block): empty.append(guards[0])
+    for s in sorted(gone, key=lambda s: s.lineno, reverse=True):
+        stays = [" "*s.col_offset+"pass"] if s in empty else []
+        if not lines[s.lineno-1][:s.col_offset].strip(): lines[s.lineno-1:s.end_lineno] = stays
+    return "\n".join(lines)
+
+
+# %% ../../nbs/submit/60_flatten.ipynb #ex60c004
+def _docs_behind(text):
+    "What a class is for stands behind its name."
+    lines = text.split("\n")
+    classes = [c for c in ast.walk(ast.parse(text)) if isinstance(c, ast.ClassDef)]
+    for c in sorted(classes, key=lambda c: -c.lineno):
+        first = c.body[0]
+        if len(c.body)==1 or not ast.get_docstring(c) or first.lineno!=c.lineno+1: continue
+        about = " ".join(ast.get_docstring(c).split())
+        lines[c.lineno-1:first.end_lineno] = [f"{lines[c.lineno-1]} # {about}"]
+    return "\n".join(lines)
+
+def _is_guard(s):
+    "Whether a statement does nothing but raise a ValueError."
+    if not isinstance(s, ast.If) or s.orelse or len(s.body)>1: return False
+    if any(isinstance(x, ast.NamedExpr) for x in ast.walk(s.test)): return False # a name for later
+    e = s.body[0].exc if isinstance(s.body[0], ast.Raise) else None
+    return isinstance(e, ast.Call) and ast.unparse(e.func)=="ValueError"
 
 
 # %% ../../nbs/submit/60_flatten.ipynb #dcc71004
@@ -257,7 +297,7 @@ def flatten(
     for m in modules.values():
         mine = sorted(i for home,i in units if home==m.name)
         if not mine: continue
-        out.append(f"# ---- {m.name}")
+        if block<=16: out.append(f"# ---- {m.name}")
         new = _locally(modules, m, mine, flat)
         for i in mine:
             u = m.units[i]

@@ -117,8 +117,8 @@ def evaluate(path, data, limit, ranks):
     "Bytes to scores."
     model = read_artifact(path, ranks.device, {eval_rules})
     text = data.val_tokens(limit+1 if limit else None),data.byte_tables()
-    scores = grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
-        SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile,
+    scores = grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len,
+        SCORE.eval_stride, SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile,
         ranks=ranks), *text)
 {adapt}
 '''
@@ -156,7 +156,8 @@ _STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_thresho
     "order_from","taper_from",
     "use_gptq","first_rules","eval_rules",
     # what the script below knows; the illegal second score is never in it
-    "use_ttt","adaptation","use_tilt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
+    "use_ttt","adaptation","use_tilt","ttt_rules","rescore_temperature","codec","zstd_level",
+    "zstd_long"}
 
 def _average(s):
     "Listener, and the weights that are kept."
@@ -276,6 +277,8 @@ def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints
+def _collect(pieces, nll, n_bytes, done, keep, progress): # no interruptions
+    for p in pieces: nll[p.first:p.stop] = p.nll
 def maybe_compile(fn, wish, device):
     on = torch.device(device).type=="cuda" if wish=="auto" else wish
     return torch.compile(fn, dynamic=False, fullgraph=True) if on else fn, on, f"compile: {on}"
@@ -358,7 +361,7 @@ def make_code(
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
     # the more statements stand on a line, the fewer lines: no more than it takes
-    for block in (1, 2, 4, 8, 16):
+    for block in (1, 2, 4, 8, 16, 32):
         readable = script(recipe, block)
         lines = readable.count("\n")
         if lines<LINE_LIMIT: return Code(readable, *_counted(readable))
