@@ -133,7 +133,8 @@ def _technique_rules(c:ModelConfig):
 def _way_rules(c:ModelConfig):
     "Yield the same for gates and for how blocks are run."
     yield c.output_gate in ("", *GATES), "output_gate", f"must be '' or one of {', '.join(GATES)}"
-    yield 1 <= c.gate_window <= c.model_dim, "gate_window", f"must be in 1..{c.model_dim}"
+    yield (not c.output_gate or 1 <= c.gate_window <= c.model_dim, "gate_window",
+        f"must be in 1..{c.model_dim}")
     yield 0 <= c.smear_window <= c.model_dim, "smear_window", f"must be in 0..{c.model_dim}"
     yield c.parallel in ("", *PARALLEL), "parallel", f"must be '' or one of {', '.join(PARALLEL)}"
     yield (not c.parallel or all(_is_tail(o, c.parallel_start) for o in (c.order,
