@@ -10,7 +10,7 @@ __all__ = ['TRAIN_TOKENS', 'NO_REPORT', 'STAGES', 'open_subject', 'data_for', 't
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 
 from ..squeeze.artifact import ArtifactError, load_artifact, peek
 from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text,
