@@ -93,5 +93,6 @@ def _refusal(error, errors, path):
     kind, said = type(error).__name__, str(error)
     if NO_MEMORY.search(f"{kind}: {said}"): return f"wants more than {BYTES:,} bytes"
     if not isinstance(error, errors): return f"{kind} instead of an error in words"
-    if path.name not in said and str(path.parent) not in said: return f"{kind} that does not name the file"
+    if path.name not in said and str(path.parent) not in said:
+        return f"{kind} that does not name the file"
     return "refused" if len(said) < 1500 else f"{kind} of {len(said)} characters"

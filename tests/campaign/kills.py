@@ -93,16 +93,7 @@ def with_other_run(work, base):
 
 def scenes(base):
     "Every command that writes something."
-    data, own = str(base/"data"), small.as_options(small.SMALL)
-    run = ["run", "pr610", "--scale", "tiny", "--corpus", data, "--out", "run", "--eval-tokens",
-        small.TARGETS, "--quiet", "--device", "cpu", *own]
-    many = ["--device", "cpu", "--notebooks", str(base/"notebooks"), "--out", "runs", "--jobs",
-        "1", "--corpus"]
-    plan = ["batch", "pr610", "pr576", *many, data, "--scale", "tiny", "--eval-tokens",
-        small.TARGETS, *own]
-    repeat = ["reproduce", *many, str(base/"wide"), "--scale", "least"]
-    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "60000",
-        "--code-bytes", "20000", "--min-numel", "64", "--device", "cpu"]
+    run, plan, repeat, squeeze, score, build = lines(base)
     return {
         "run": Scene(run, 12, share=4),
         "run, 2 ranks": Scene([*run, "--nproc", "2"], 22, share=2),
@@ -113,11 +104,28 @@ def scenes(base):
         "squeeze": Scene(squeeze, 1, before=with_run, share=1.5),
         "squeeze over a result": Scene([*squeeze, "--overwrite"], 1, "run/squeezed.pgolf",
             with_result, .6),
-        "score": Scene(["score", "run", "--corpus", data, "--save", "scores.npz", "--stride", "2",
-            "--quiet", "--device", "cpu"], 1, before=with_run, share=1.5),
-        "data build": Scene(["data", "build", "made", "--train", str(base/"train.jsonl"), "--val",
-            str(base/"val.jsonl"), "--vocab-size", "320"], 2, share=1.5),
+        "score": Scene(score, 1, before=with_run, share=1.5),
+        "data build": Scene(build, 2, share=1.5),
     }
+
+
+def lines(base):
+    "The commands as words."
+    data, own = str(base/"data"), small.as_options(small.SMALL)
+    run = ["run", "pr610", "--scale", "tiny", "--corpus", data, "--out", "run", "--eval-tokens",
+        small.TARGETS, "--quiet", "--device", "cpu", *own]
+    many = ["--device", "cpu", "--notebooks", str(base/"notebooks"), "--out", "runs", "--jobs",
+        "1", "--corpus"]
+    plan = ["batch", "pr610", "pr576", *many, data, "--scale", "tiny", "--eval-tokens",
+        small.TARGETS, *own]
+    repeat = ["reproduce", *many, str(base/"wide"), "--scale", "least"]
+    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "60000",
+        "--code-bytes", "20000", "--min-numel", "64", "--device", "cpu"]
+    score = ["score", "run", "--corpus", data, "--save", "scores.npz", "--stride", "2", "--quiet",
+        "--device", "cpu"]
+    build = ["data", "build", "made", "--train", str(base/"train.jsonl"), "--val",
+        str(base/"val.jsonl"), "--vocab-size", "320"]
+    return run, plan, repeat, squeeze, score, build
 
 
 def run_notebook(folder, **fixed):

@@ -1,5 +1,5 @@
 """Mutations by structure: each takes a random generator and two files of a kind, and gives a third
-whose frame is sound (sizes, checksums, compression), so that it reaches what is behind the frame."""
+whose frame is sound (sizes, checksums, compression), so that it reaches what is behind it."""
 import copy
 import gzip
 import io
@@ -212,8 +212,8 @@ EVILS = [EVIL, b"\x80\x02"+EVIL, b"cbuiltins\neval\n(S'open(\"executed\",\"w\")'
     b"ctorch.hub\nload\n(S'x/y'\ntR.", b"cbuiltins\ngetattr\n(cos\nS'system'\ntR.",
     b"c__builtin__\nexec\n(S'1/0'\ntR.", b"(S'touch executed'\nios\nsystem\n.",
     b"cnumpy\nload\n(S'executed'\ntR.", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01x\x85R."]
-PICKLED = (b"\x93NUMPY\x01\x00v\x00"+b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(
-    117)+b"\n"+EVIL)
+HEAD = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
+PICKLED = b"\x93NUMPY\x01\x00v\x00"+HEAD.ljust(117)+b"\n"+EVIL
 
 
 def as_saved(rand, a, b):
@@ -241,7 +241,7 @@ def pickle_changed(rand, data):
     if op.name in ("BININT", "BININT1", "BININT2", "LONG1"):
         new = b"J"+struct.pack("<i", rand.choice([-1, 0, 1, 7, 2**20, 2**31-1, -2**31]))
     elif op.name == "BINUNICODE":
-        word = rand.choice(["cpu", "cuda:0", "meta", "0", "../0", "w", "quantized", "x"*99]).encode()
+        word = rand.choice([b"cpu", b"cuda:0", b"meta", b"0", b"../0", b"w", b"quantized", b"x"*99])
         new = b"X"+struct.pack("<I", len(word))+word
     elif op.name == "GLOBAL":
         new = b"c"+rand.choice([b"os\nsystem\n", b"torch\nload\n", b"builtins\neval\n",
@@ -297,6 +297,7 @@ def as_source(rand, a, b):
     elif way == 1: text = rand.choice(LAYERS).format(repr(zlib.compress(text.encode())))
     elif way == 2: text = rand.choice(LAYERS).format(repr(rand.choice(WORDS)))
     elif way == 3: text = text+"\nx="+rand.choice("([{-~")*rand.choice([3, 90, 150, 400, 9999])
-    elif way == 4: text = rand.choice(LAYERS).format("("+"+".join(["'a'"]*rand.choice([2, 500]))+")")
+    elif way == 4:
+        text = rand.choice(LAYERS).format(f"({'+'.join(['1']*rand.choice([2, 500]))})")
     else: return as_lines(rand, a, b)
     return text.encode(errors="replace")

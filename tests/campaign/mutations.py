@@ -1,8 +1,8 @@
 """Mutated files for every reader: read exactly, or refused in one clear error, within two seconds
 and a gigabyte; nothing is executed, and no file is touched outside of the folder.
 
-`python tests/campaign/mutations.py --seconds 60 --seed 7` tries files for a minute. The work is done
-in children that may die; what they were reading when they died is a failure as well."""
+`python tests/campaign/mutations.py --seconds 60 --seed 7` tries files for a minute. The work is
+done in children that may die; what they were reading when they died is a failure as well."""
 import argparse
 import hashlib
 import json

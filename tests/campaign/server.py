@@ -147,7 +147,7 @@ class Child:
 
 
 def notebook(source, done, parameters, **_):
-    "In the place of papermill's kernel: the cells one after the other, the file written after each."
+    "In the place of papermill's kernel: cell after cell, the file written after each."
     nb, names = nbformat.read(source, 4), {}
     for cell in nb.cells:
         if cell.cell_type != "code": continue

@@ -1,6 +1,6 @@
-"""Full disks, folders that may not be written, files exchanged while they are read, a clock that goes
-back, two programs in one folder: one clear error, what was there stays, and the same command ends
-with the bits of an undisturbed one as soon as it can."""
+"""Full disks, folders that may not be written, files exchanged while they are read, a clock that
+goes back, two programs in one folder: one clear error, what was there stays, and the same command
+ends with the bits of an undisturbed one as soon as it can."""
 import os
 import random
 import resource
@@ -103,6 +103,19 @@ def two_at_once(trial):
         work.with_suffix(".said").unlink(missing_ok=True)
 
 
+def exchange(victim, first):
+    "Put another file in the place of one, when so many files have been opened."
+    left = [first]
+    def hook(event, args):
+        if event != "open" or not left[0]: return
+        left[0] -= 1
+        if left[0]: return
+        new = victim.with_name("new")
+        new.write_bytes(victim.read_bytes()[::-1])
+        os.replace(new, victim)
+    sys.addaudithook(hook)
+
+
 def exchanged(trial, rand):
     "A file of its input is exchanged while the command is at work: its bits, or one clear error."
     work = trial.prepare()
@@ -110,19 +123,10 @@ def exchanged(trial, rand):
     shutil.copytree(trial.base/"data", data)
     files = [p for p in data.rglob("*") if p.is_file()]
     victim, first = rand.choice(files), rand.randrange(1, 40)
-    def arm():
-        left = [first]
-        def hook(event, args):
-            if event != "open" or not left[0]: return
-            left[0] -= 1
-            if left[0]: return
-            new = victim.with_name("new")
-            new.write_bytes(victim.read_bytes()[::-1])
-            os.replace(new, victim)
-        sys.addaudithook(hook)
     try:
         args = [str(data) if a == str(trial.base/"data") else a for a in trial.scene.args]
-        command = server.Command(args, work, work.with_suffix(".said"), arm)
+        command = server.Command(args, work, work.with_suffix(".said"),
+            lambda: exchange(victim, first))
         command.wait(server.HANG)
         code, text = command.end(), trial.said(work)
         return "" if code == 0 or one_error(text) else f"{victim.name}: no clear error: {text}"

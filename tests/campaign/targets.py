@@ -55,7 +55,9 @@ def shard_is(data, value):
 
 def arrays_are(data, value):
     "Arrays of a zip are those read, and so is the text beside them."
-    a = {n[:-4]: np.lib.format.read_array(io.BytesIO(d)) for n, d in m.members_of(data)}
+    there = dict(m.members_of(data))
+    a = {n: np.lib.format.read_array(io.BytesIO(there[f"{n}.npy"])) for n in ("nll", "bytes",
+        "target", "position", "kind", "about")}
     about = json.loads(str(a["about"]))
     s = value.scores
     pairs = ((a["nll"], s.nll), (a["bytes"], s.bytes), (a["target"], value.target),
