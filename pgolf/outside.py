@@ -6,10 +6,10 @@
 __all__ = ['MOST', 'reading', 'is_kind', 'check_kinds', 'inside', 'read_arrays']
 
 # %% ../nbs/01d_outside.ipynb #cdeb4397
-import json, math, zipfile
+import math, zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -79,9 +79,10 @@ def _array(z, name, limit):
     at = 10 if data[6:7]==b"\1" else 12
     size = at+int.from_bytes(data[8:at], "little")
     shape,in_columns,dtype = _claim(data[:size])
-    if dtype.hasobject or any(d<0 for d in shape): raise ValueError(f"{name} holds no plain numbers")
-    if math.prod(shape)*dtype.itemsize != len(data)-size:
-        raise ValueError(f"{name} claims the shape {shape}, and has {len(data)-size:,} bytes")
+    if dtype.hasobject or any(d<0 for d in shape):
+        raise ValueError(f"{name} holds no plain numbers")
+    if math.prod(shape)*dtype.itemsize != (has := len(data)-size):
+        raise ValueError(f"{name} claims the shape {shape}, and has {has:,} bytes")
     return np.frombuffer(data[size:], dtype).reshape(shape, order="F" if in_columns else "C").copy()
 
 def _claim(head):
@@ -96,7 +97,7 @@ def read_arrays(
     names=None,       # arrays wanted; None: all
     limit:int=MOST,   # most bytes of one array
 )->dict: # name -> array
-    "Read arrays, of plain numbers or text, that have the bytes they claim; a file that is none is named."
+    "Read arrays of plain numbers or text, none larger than it is."
     with reading(path, "a file of arrays", "copy it again, or make it again"):
         with zipfile.ZipFile(path) as z:
             there = [n.removesuffix(".npy") for n in z.namelist()]

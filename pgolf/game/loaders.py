@@ -67,7 +67,6 @@ class _Drawn:
     def position(self)->int:
         "Rows drawn so far; to be at another one, the draws are made again, when a row is wanted."
         return self._position
-
     @position.setter
     def position(self, rows:int): self._position, self._order = rows, None
 

@@ -190,6 +190,8 @@ def _without_guards(text):
         if not lines[s.lineno-1][:s.col_offset].strip(): lines[s.lineno-1:s.end_lineno] = stays
     return "\n".join(lines)
 
+
+# %% ../../nbs/submit/60_flatten.ipynb #ex60c004
 def _docs_behind(text):
     "What a class is for stands behind its name."
     lines = text.split("\n")

@@ -121,8 +121,8 @@ def evaluate(path, data, limit, ranks):
     "Bytes to scores."
     model = read_artifact(path, ranks.device, {eval_rules})
     text = data.val_tokens(limit+1 if limit else None),data.byte_tables()
-    scores = grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len, SCORE.eval_stride,
-        SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile,
+    scores = grade(ranks, "sliding", lambda t,b: score(model, t, b, SCORE.eval_seq_len,
+        SCORE.eval_stride, SCORE.eval_batch, SCORE.eval_temperature, compile=SCORE.eval_compile,
         ranks=ranks), *text)
 {adapt}
 '''
@@ -164,7 +164,8 @@ _STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_thresho
     "order_from","taper_from",
     "use_gptq","first_rules","eval_rules",
     # what the script below knows; the illegal second score is never in it
-    "use_ttt","adaptation","use_tilt","ttt_rules","rescore_temperature","codec","zstd_level","zstd_long"}
+    "use_ttt","adaptation","use_tilt","ttt_rules","rescore_temperature","codec","zstd_level",
+    "zstd_long"}
 
 def _average(s):
     "Listener, and the weights that are kept."

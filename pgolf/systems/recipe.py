@@ -55,8 +55,8 @@ class StageConfig:
     # (pattern, grid) applied again whenever the model is evaluated; (): none
     eval_rules:tuple=()
     use_ttt:bool=True               # adapt to the text after scoring it
-    # how: by "chunks" (section ttt), "documents" (section lora), or by length in a "queue" (sections
-    # lora and phased)
+    # how: by "chunks" (section ttt), "documents" (section lora), or by length in a "queue"
+    # (sections lora and phased)
     adaptation:str="chunks"
     # (pattern, grid) that training sees while it adapts, with ttt_train_mode; (): none
     ttt_rules:tuple=()

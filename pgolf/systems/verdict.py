@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 
 from ..squeeze.artifact import ArtifactError, load_artifact, peek
 from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text,
