@@ -42,6 +42,7 @@ def is_kind(
     if isinstance(value, int): return not isinstance(value, bool) and abs(value)<2**63
     return kind is float and isinstance(value, float)
 
+# %% ../nbs/01d_outside.ipynb #fd275ef2
 def check_kinds(
     value,      # from JSON
     kinds:dict, # field -> kind
@@ -92,6 +93,7 @@ def _claim(head):
     if form.read_magic(f)==(1, 0): return form.read_array_header_1_0(f)
     return form.read_array_header_2_0(f)
 
+# %% ../nbs/01d_outside.ipynb #108406e9
 def read_arrays(
     path,             # .npz file
     names=None,       # arrays wanted; None: all

@@ -68,15 +68,17 @@ class _Drawn:
         "Rows drawn so far; to be at another one, the draws are made again, when a row is wanted."
         return self._position
     @position.setter
-    def position(self, rows:int): self._position, self._order = rows, None
+    def position(self, rows:int):
+        self._position = rows
+        self._order:ShuffledOrder|None = None
 
     def draw(self, n:int)->list[tuple[int,int]]: # shard and first token of each row
         "The next rows."
-        if self._order is None:
-            self._order = ShuffledOrder(list(map(len, self.shards)), self.seq_len, self.rank)
-            for _ in range(self._position): self._order.draw()
+        if not (order := self._order):
+            order = self._order = ShuffledOrder([*map(len, self.shards)], self.seq_len, self.rank)
+            for _ in range(self._position): order.draw()
         self._position += n
-        return [self._order.draw() for _ in range(n)]
+        return [order.draw() for _ in range(n)]
 
     def next_step(self)->list[tuple[Tensor,Tensor]]:
         "The same in the micro-batches of this rank, as the loop takes them."

@@ -224,8 +224,8 @@ class Block(_Halves):
         return y + self.thought(y), v
 
 # %% ../../nbs/model/19_gpt.ipynb #cd9b49f0
-class _Ends(nn.Module):
-    "The way in, ids to stream, and the way out, states to logits to loss."
+class _Start(nn.Module):
+    "The way in, ids to stream."
     def __init__(self, cfg:ModelConfig):
         super().__init__()
         self.cfg, self.compute_dtype = cfg, torch.float32
@@ -240,6 +240,9 @@ class _Ends(nn.Module):
         for name in self.inputs: x = getattr(self, name)(x, ids)
         return x
 
+# %% ../../nbs/model/19_gpt.ipynb #78acd041
+class _Ends(_Start):
+    "The way out, states to logits."
     def unbounded(self, h:Tensor)->Tensor:
         "Logits (B, T, V) from final states (B, T, C), before the softcap."
         return F.linear(h, self.tok_emb.weight.to(h.dtype))
@@ -333,7 +336,7 @@ def _take_skip(model:GPT, s:Tensor, j:int, x:Tensor)->Tensor:
     return torch.lerp(s, x, torch.sigmoid(model.skip_gates[j]).to(x.dtype))
 
 # %% ../../nbs/model/19_gpt.ipynb #5ea3b014
-def _through_blocks(model:GPT, ids:Tensor, last:int|None, look=attend)->Tensor:
+def _through_blocks(model, ids:Tensor, last:int|None, look=attend)->Tensor:
     "The stream behind the last block, (B, T or last, C)."
     x = x0 = model.embed(ids)
     rotary,values = _rotary(model, ids),_values(model, ids, x.dtype)

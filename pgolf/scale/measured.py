@@ -7,14 +7,14 @@ __all__ = ['USAGE', 'training_flops', 'kept_of', 'gather', 'left_of', 'main', 'S
            'published_bpb', 'road_steps', 'reads', 'down_the_road']
 
 # %% ../../nbs/scale/73_measured.ipynb #me000003
-import json, sys
+import json, math, sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, yaml
 from ..files import read_json, write_json
 from ..model.gpt import flops_per_token
 from .runs import read_plan
-from ..systems.effects import Effect, effects, paired
+from ..systems.effects import Effect, effects
 from ..systems.recipe import Recipe, load_recipe
 from ..systems.report import Report
 from ..systems.road import MILESTONES
@@ -70,6 +70,7 @@ def gather(
         found.append(path)
     return found
 
+# %% ../../nbs/scale/73_measured.ipynb #9a7f0b07
 def left_of(
     plan,    # file of a plan
     results, # folder of `gather`
@@ -115,6 +116,7 @@ def result_of(one:dict)->float: # bpb
     "The score that counts of a run."
     return one["stages"][one["result"]]
 
+# %% ../../nbs/scale/73_measured.ipynb #3c2cc177
 def difference(
     found:dict, # from `read_runs`
     a:str, b:str, # names
@@ -126,7 +128,7 @@ def difference(
 # %% ../../nbs/scale/73_measured.ipynb #me00000d
 def published_bpb(name:str)->float:
     "Score of a milestone on the leaderboard."
-    return MILESTONES[name].recipe.claims[-1].claimed
+    return MILESTONES[name].recipe.claims[-1].claimed or math.nan
 
 def road_steps(
     found:dict, # from `read_runs`
@@ -140,6 +142,7 @@ def road_steps(
     return [Step(n, published_bpb(n)-published_bpb(p) if p else None, worth.get(n), level(n),
         len(apart.get(n, found.get(n, ())))) for n,p in parents.items()]
 
+# %% ../../nbs/scale/73_measured.ipynb #fb37cb13
 def reads(
     step:Step,
 )->str: # for a table
@@ -148,7 +151,8 @@ def reads(
     if not np.isfinite(step.here.half): return "one seed: no interval"
     if not np.abs(step.here.mean) > 0: return "nothing at all"
     if not step.here.clear: return "cannot be told from nothing"
-    return "as published" if step.here.mean*step.there > 0 else "the other way round"
+    there = step.there or 0.
+    return "as published" if step.here.mean*there > 0 else "the other way round"
 
 # %% ../../nbs/scale/73_measured.ipynb #me00000f
 def down_the_road(

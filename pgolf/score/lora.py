@@ -83,6 +83,7 @@ def _optimizer(params, cfg):
     return torch.optim.AdamW(params, lr=cfg.ttt_lora_lr, betas=(0., cfg.ttt_lora_beta2),
         eps=1e-10, weight_decay=cfg.ttt_lora_weight_decay)
 
+# %% ../../nbs/score/43_lora.ipynb #3eb1f59a
 class _Factors:
     "A (docs, r, in), the same for every document, and B (docs, out, r), zero at first."
     def __init__(self, model, cfg, docs):
@@ -99,6 +100,10 @@ class _Factors:
             a = (2*torch.rand(r, m.in_features, generator=gen)-1)*m.in_features**-.5
             self.A[n] = a.to(device).repeat(docs, 1, 1).requires_grad_()
             self.B[n] = torch.zeros(docs, m.out_features, r, device=device, requires_grad=True)
+
+    def logits(self, model, h):
+        "Logits from final states; adapters of other kinds add to them."
+        return model.logits(h)
 
 # %% ../../nbs/score/43_lora.ipynb #15eef4f7
 class Adapters(_Factors):
@@ -120,9 +125,6 @@ class Adapters(_Factors):
         try: yield
         finally:
             for h in hooks: h.remove()
-    def logits(self, model, h):
-        "Logits from final states; adapters of other kinds add to them."
-        return model.logits(h)
     def _add(self, name, layer, inputs, out):
         A, B = (f[name][self.rows].to(out.dtype) for f in (self.A, self.B))
         return out + self.cfg.ttt_lora_scale*(inputs[0] @ A.mT) @ B.mT

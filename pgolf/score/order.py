@@ -116,6 +116,7 @@ def window_hints(
     for piece in stream(model, tokens, tables, cfg, part=(ranks.rank, ranks.world),
         distribution=True):
         at = hint[piece.first:piece.stop].to(p.device)
+        assert piece.logprobs is not None
         p[piece.first:piece.stop] = piece.logprobs.gather(1, at.clamp(min=0)[:, None])[:, 0].exp()
     p[(hint < 0).to(p.device)] = 0
     if ranks.world > 1: dist.all_reduce(p)

@@ -23,7 +23,7 @@ from ..train.averaging import EMA, HMA, SWA
 from ..game.bpb import ByteTables
 from ..show import bar
 from ..game.shards import write_shard
-from ..train.device import Ranks, best_dtype, has_amx, keep_memory
+from ..train.device import Ranks, best_dtype, keep_memory
 from ..squeeze.entropy import decode, encode, entropy
 from ..model.gpt import GPT, flops_per_token
 from ..squeeze.gptq import dequantize_state, quantize_state

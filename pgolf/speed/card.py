@@ -402,7 +402,8 @@ def ask_others(card:Card, say:Answers):
     # on a CPU what all of them import is imported once; a card does not survive a fork
     context = torch.multiprocessing.get_context("forkserver" if card.device == "cpu" else "spawn")
     if card.device == "cpu": context.set_forkserver_preload(["pgolf.speed.card"])
-    children = {n: context.Process(target=one_other, args=(card, n, str(say.path))) for n in names}
+    children = {n: context.Process(  # type: ignore[attr-defined]
+        target=one_other, args=(card, n, str(say.path))) for n in names}
     for c in children.values(): c.start()
     for n, c in children.items():
         c.join()

@@ -18,7 +18,7 @@ from ..files import read_json, write_json
 from ..score.ttt import Learner, score_with
 from ..score.windows import score
 from ..show import Table, show
-from .bench import Case, ids, machine, make_case, new_model, toy_tables
+from .bench import Case, ids, machine, new_model, toy_tables
 from .timing import measure
 from ..systems.report import Report
 from ..train.device import Ranks, close_ranks

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quant import (Grid, QuantConfig, Quantized, candidate_scales, pentanary, prune,
+from .quant import (Grid, QuantConfig, candidate_scales, pentanary, prune,
                                  quantize, search_scale, store)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #e332ea56

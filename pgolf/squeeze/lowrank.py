@@ -15,10 +15,8 @@ from torch import Tensor
 
 from .artifact import ArtifactError, load_artifact
 from .gptq import GPTQConfig, factor, quantize_state
-from .quant import (Grid, QuantConfig, Quantized, int_grid, quantize, search_scale,
-                                 store)
-from .sdclip import ORDERED, clip_gptq, clip_scale
-
+from .quant import Grid, QuantConfig, Quantized, search_scale, store
+from .sdclip import ORDERED
 
 # %% ../../nbs/squeeze/38_lowrank.ipynb #93adc68b
 def error_factors(

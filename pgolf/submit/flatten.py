@@ -171,8 +171,8 @@ def compact(
     text = _join_blocks(text, block)
     return _join_runs(text, _wide(block)) if block>8 else text
 
+# %% ../../nbs/submit/60_flatten.ipynb #bd41dee7
 def _wide(block): return 160 if block<=16 else 360
-
 
 # %% ../../nbs/submit/60_flatten.ipynb #ex60c002
 def _without_guards(text):

@@ -30,6 +30,7 @@ def settings_of(
     return {k.lower():v for k,v in _PAIR.findall(head) if _DECIDES.search(k)
         and not _CLOCK.search(k)}
 
+# %% ../../nbs/submit/66a_ruled_logs.ipynb #58262f15
 def check_configuration(f:Folder)->Iterator[Check]:
     "Are the seeds of one configuration?"
     told = {n:s for n in f.runs if (s := settings_of(f.text(n)))}

@@ -251,13 +251,13 @@ def entry_script(
         **_average(s), **_squeeze(recipe), **_adapt(s))
     return f"{_find_imports(text, package)}\n{text}"
 
+# %% ../../nbs/submit/61_script.ipynb #e8dd8d1f
 def _left_out(s):
     "Sections that the script does not read."
     queue = s.use_ttt and s.adaptation=="queue"
     read = dict(stages=False, gptq=s.use_gptq, ttt=s.use_ttt and not queue, lora=queue,
         phased=queue, tilt=s.use_tilt)
     return [n for n,wanted in read.items() if not wanted]
-
 
 # %% ../../nbs/submit/61_script.ipynb #f9abe6c7
 def _find_imports(text, package):
@@ -299,6 +299,7 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 def _each(table):
     return {name:unused for names,unused in table.items() for name in names.split()}
 
+# %% ../../nbs/submit/61_script.ipynb #96ec36b8
 # definition -> whether a script of the recipe never runs it
 UNUSED = _each({
     "save_checkpoint load_checkpoint": lambda r: True, # a script starts anew
@@ -318,6 +319,10 @@ UNUSED = _each({
     "softcapped_loss": lambda r: not r.model.fused_loss,
     "_is_tail": lambda r: not r.model.parallel,
     "attend_segments PackedSpans": lambda r: r.train.loader!="packed",
+})
+
+# %% ../../nbs/submit/61_script.ipynb #dd2bbb32
+UNUSED |= _each({
     "polar_express": lambda r: not r.optim.polar,
     "_take_skip": lambda r: not r.model.skip_init,
     "BatchLoader": lambda r: r.train.loader!="spans",

@@ -48,6 +48,7 @@ def read_rows(
         found += [dict(r, file=name) for r in (rows if isinstance(rows, list) else [rows])]
     return found
 
+# %% ../../nbs/systems/58_evidence.ipynb #c71d9767
 def _place(file):
     "Where a file stands in the order of the book; one that has no place comes first."
     about = file.get("system") or file.get("great") or file

@@ -10,7 +10,7 @@ __all__ = ['MADE', 'claim', 'release', 'set_aside', 'keep_free', 'fingerprint', 
 import atexit, hashlib, os, platform, sys
 from pathlib import Path
 
-from ..game import caseops # noqa: F401: datasets may name its transform
+from ..game import caseops  # noqa: F401 (datasets may name its transform)
 from ..game.data import Dataset, austen, check_bytes, open_dataset
 from ..files import read_json, write_json
 from ..outside import check_kinds, reading
@@ -235,6 +235,7 @@ def _differences(out, report, recipe, dataset, eval_tokens):
     found = [f"{k}: {a} there, {b} here" for k,a,b in changed]
     return found or _other_targets(report, dataset, eval_tokens)
 
+# %% ../../nbs/systems/51_ownership.ipynb #325d6851
 def _other_targets(report, dataset, eval_tokens):
     "Whether a finished run scored another part of the text."
     if not (report and report.complete): return []

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
+from ..outside import read_arrays
 
 # %% ../../nbs/systems/52_pipeline.ipynb #18845ae1
 from ..squeeze.artifact import ArtifactError, save_artifact
@@ -35,18 +36,15 @@ from ..score.windows import Scores, score
 from ..squeeze.calibration import calibrate
 from ..train.machines import Machines, Orphaned, agree, bring
 from ..train.loop import make_loader, train
-from ..train.checkpoint import read_checkpoint, write_checkpoint
+from ..train.checkpoint import CURVE, curve_before, read_checkpoint, write_checkpoint
 from ..train.schedule import check_schedules
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, sweep, write_json
 from ..game.tokenizer import tokenizer_id
+
+# %% ../../nbs/systems/52_pipeline.ipynb #3c25f564
 from ..score.phased import ADAPTATIONS
 from ..score.order import HintWatch, check_tilt, window_hints
 from ..score.tilt import strong_hints
-
-# %% ../../nbs/systems/52_pipeline.ipynb #c5200n01
-from ..files import sweep
-from ..outside import read_arrays
-from ..train.checkpoint import CURVE
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -163,6 +161,7 @@ def make_average(
     if s.average=="swa": return SWA(s.swa_every, s.swa_start_scale)
     return None # the last weights
 
+# %% ../../nbs/systems/52_pipeline.ipynb #4abf70dc
 def make_listeners(
     job:Job, # names the techniques and the folder
     average, # from `make_average`
@@ -179,7 +178,6 @@ def make_listeners(
     if job.progress: out.append(Progress(sys.stdout if job.lines else None, job.lines))
     if every or minutes: out.append(Checkpointer(every, minutes=minutes))
     return out
-
 
 # %% ../../nbs/systems/52_pipeline.ipynb #1053711f
 def train_here(
@@ -206,18 +204,9 @@ def _save_curve(job, done):
     "What training reports, after what it reported before it was interrupted."
     curve = dict(asdict(done), losses=[round(l, 5) for l in done.losses],
         seconds=[round(t, 3) for t in done.seconds], checkpoint=None)
-    before,begin = _curve_before(job), done.steps-len(done.losses)
+    before,begin = curve_before(job.out/"training.json", job.state), done.steps-len(done.losses)
     for k in CURVE: curve[k] = before.get(k, [])[:begin]+curve[k]
     write_json(job.out/"training.json", curve)
-
-def _curve_before(job):
-    "The curve that a checkpoint keeps: of a run that was killed there is no other."
-    kept = read_json(job.out/"training.json") # of an interrupted run, also by older versions
-    if not job.state.exists(): return kept
-    digits = dict(losses=5, seconds=3, lr_scales=17)
-    found = {k.removeprefix("curve/"):t.tolist() for k,t in read_checkpoint(job.state)[0].items()
-        if k.startswith("curve/")}
-    return kept | {k:[round(x, digits[k]) for x in v] for k,v in found.items()}
 
 # %% ../../nbs/systems/52_pipeline.ipynb #b1203d93
 def work(
@@ -404,6 +393,7 @@ def score_blocks(job, stage, what, model):
     "Grade a model on disjoint blocks."
     return score_windows(job, stage, what, model, job.recipe.score.eval_seq_len)
 
+# %% ../../nbs/systems/52_pipeline.ipynb #3b468acd
 def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
     r = job.recipe

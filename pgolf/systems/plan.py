@@ -91,24 +91,6 @@ def _terms(q, state):
     return a+b, .1*a + (3/8+2/q.lqer_group)*b # four fifths of the codes of A are 0
 
 
-# %% ../../nbs/systems/53_plan.ipynb #736592c3
-def estimate_bytes(
-    recipe:Recipe, # model and grids
-)->list[tuple[str,str,int,int]]: # family, how it is stored, weights, bytes
-    "Estimated ledger of the artifact."
-    with torch.device("meta"): state = GPT(recipe.model).state_dict()
-    rows:dict[tuple,tuple] = {}
-    for name,t in state.items():
-        kind,size = _stored(recipe.quant.grid(name, t), t)
-        n,b = rows.get((family(name), kind), (0, 0))
-        rows[family(name), kind] = n+t.numel(), b+size
-    return sorted(((f,k,n,round(b)) for (f,k),(n,b) in rows.items()), key=lambda r: -r[3])
-
-def _stored(grid, t):
-    "How a tensor is stored, and the bytes that takes: codes by their entropy, steps in float16."
-    if not isinstance(grid, Grid): return str(grid).removeprefix("torch."), t.numel()*grid.itemsize
-    return f"{grid.lo}..{grid.hi}", t.numel()*entropy_bits(grid, t.shape[1])/8+2*len(t)
-
 # %% ../../nbs/systems/53_plan.ipynb #00ef1d8f
 def payload_bytes(
     recipe:Recipe, # model and grids

@@ -189,6 +189,7 @@ def _shrink_run(s, r):
         ttt_freeze_blocks=round(r.ttt.ttt_freeze_blocks*s.num_layers/r.model.num_layers),
     )
 
+# %% ../../nbs/systems/50_recipes.ipynb #ed112318
 def _expanded(recipe):
     "Fill in block numbers in every pattern."
     names = ("optim.groups","quant.rules","stages.qat_rules","stages.first_rules",

@@ -133,7 +133,8 @@ def scoreboard(
             bytes_total=r.bytes_total, train_seconds=r.training.get("elapsed"),
             complete=r.complete, audit=r.mark)
     def best(line):
-        return min((line[k] for k in ("tilted","adapted","sliding") if line.get(k)), default=math.inf)
+        found = [line[k] for k in ("tilted","adapted","sliding") if line.get(k)]
+        return min(found, default=math.inf)
     return sorted(map(row, reports), key=best)
 
 # %% ../../nbs/systems/47_report.ipynb #f7807e8c

@@ -102,6 +102,7 @@ def by_runs(s:Subject)->Finding: # D2r
     val = s.dataset.val_tokens(min(s.targets+1, RUNS_TOKENS))
     return runs_apart(s.dataset.train_tokens(RUNS_TOKENS), val, s.dataset.tokenizer().bos_id())
 
+# %% ../../nbs/systems/53a_ruled.ipynb #72c4c54f
 def by_shards(s:Subject)->Finding: # D2s
     "Whether the tokens that the steps took are those that the report tells of."
     if s.report is None:
@@ -135,7 +136,7 @@ def by_split(s:Subject)->Finding: # D3l
 def by_clock(s:Subject)->Finding: # D4
     "Whether a run on the challenge's machine kept to its time."
     what, r = "training and evaluation keep to their time", s.report
-    if r is None: return _absent("D4", what, "an artifact alone has no report")
+    if r is None or s.row is None: return _absent("D4", what, "an artifact alone has no report")
     if r.nproc != 8 or "H100" not in str(r.environment.get("device", "")):
         return _absent("D4", what, "the limits are those of eight H100")
     calibration = r.training.get("calibration_seconds", r.training.get("squeeze_seconds", 0.))

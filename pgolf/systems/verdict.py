@@ -32,12 +32,13 @@ from ..score.order import (AskedQueue, in_order, order_of, queue_evaluation,
 from .ownership import open_corpus
 from .pipeline import read_artifact
 from ..squeeze.quant import set_fake_quant
+
+# %% ../../nbs/systems/54_verdict.ipynb #c79c5a9e
 from .recipe import Recipe, load_recipe
 from .recipes import at_scale, get_recipe
 from ..score.rulings import original_bytes
 from ..score.windows import score
 from ..train.device import exactly
-
 
 # %% ../../nbs/systems/54_verdict.ipynb #385c9d6c
 def open_subject(
@@ -324,10 +325,17 @@ def _ask_model(recipe, dataset, model, stage, places, seed, subject):
     return found, (f"causality, order and sums on {len(tokens)-1:,} targets in chunks of {size},"
         f" {places} of them changed")
 
+# %% ../../nbs/systems/54_verdict.ipynb #45bd644b
 def _order(recipe, dataset, targets, stage):
     "In which order documents were read, where that is a question."
     if not is_queue(recipe, stage): return []
     return [order_of(dataset.val_tokens(targets+1), recipe.lora, dataset.tokenizer().bos_id())]
+
+def _ask_folder(path, report, row, recipe, dataset, model, stage):
+    "What the numbers of a run show, its data and the order of its documents."
+    targets = row["targets"] if row else len(dataset.val_tokens())-1
+    found = audit_numbers(path, report, row, recipe, dataset, model) if report else [*NO_REPORT]
+    return found + audit_data(recipe, dataset, targets) + _order(recipe, dataset, targets, stage)
 
 def _place(finding):
     "Order of a table: what is asked of the score, of the data, of the seeds, and of the order."
@@ -350,10 +358,7 @@ def audit_run(
     unknown = "" if report else check_tokenizer(path, dataset)
     stage,row = _row_of(report, stage, recipe)
     model = read_artifact(artifact, device, recipe.stages.eval_rules)
-    found = (audit_numbers(Path(path), report, row, recipe, dataset, model) if report
-        else [*NO_REPORT])
-    targets = row["targets"] if row else len(dataset.val_tokens())-1
-    found += audit_data(recipe, dataset, targets) + _order(recipe, dataset, targets, stage)
+    found = _ask_folder(Path(path), report, row, recipe, dataset, model, stage)
     subject = partial(Subject, Path(path), artifact, recipe, dataset, report, row)
     asked,how = _ask_model(recipe, dataset, model, stage, places, seed, subject)
     about = "; ".join(filter(None, (f"{stage} score of {artifact.name}", how, unknown)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVE', 'FREE', 'CheckpointError', 'write_checkpoint', 'read_checkpoint', 'optimizer_tensors', 'load_optimizer',
-           'curve_of', 'save_checkpoint', 'check_config', 'load_checkpoint']
+           'curve_of', 'curve_before', 'save_checkpoint', 'check_config', 'load_checkpoint']
 
 # %% ../../nbs/train/24_checkpoint.ipynb #22980ba2
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from .device import Clock
 
 # %% ../../nbs/train/24_checkpoint.ipynb #b937e00a
@@ -95,6 +95,19 @@ def curve_of(
     before = getattr(run, "before", {})
     now = {k: torch.tensor(getattr(run, k, []), dtype=torch.float64) for k in CURVE}
     return {k: torch.cat([before.get(k, t[:0]), t]) for k,t in now.items()}
+
+# %% ../../nbs/train/24_checkpoint.ipynb #14506b9c
+def curve_before(
+    path:Path,  # JSON with the curve so far, of an interrupted run; may be missing
+    state:Path, # checkpoint; may be missing
+)->dict: # name -> values, as in the JSON
+    "The curve that a checkpoint keeps: of a run that was killed there is no other."
+    kept = read_json(path)
+    if not state.exists(): return kept
+    digits = dict(losses=5, seconds=3, lr_scales=17)
+    found = {k.removeprefix("curve/"):t.tolist() for k,t in read_checkpoint(state)[0].items()
+        if k.startswith("curve/")}
+    return kept | {k:[round(x, digits[k]) for x in v] for k,v in found.items()}
 
 # %% ../../nbs/train/24_checkpoint.ipynb #63e5e37d
 def _stateful(listeners):
