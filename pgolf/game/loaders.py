@@ -60,6 +60,7 @@ class _Drawn:
     seq_len:int
     rank:int
     micro:int # rows of a micro-batch
+    _order:ShuffledOrder|None = None
 
     def next_batch(self)->tuple[Tensor,Tensor]: raise NotImplementedError
 
@@ -68,9 +69,7 @@ class _Drawn:
         "Rows drawn so far; to be at another one, the draws are made again, when a row is wanted."
         return self._position
     @position.setter
-    def position(self, rows:int):
-        self._position = rows
-        self._order:ShuffledOrder|None = None
+    def position(self, rows:int): self._position, self._order = rows, None
 
     def draw(self, n:int)->list[tuple[int,int]]: # shard and first token of each row
         "The next rows."
