@@ -457,6 +457,7 @@ def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path):
     assert audit_run(job.out, novels)["passed"]
 
 
+@pytest.mark.slow
 def test_the_plan_is_made_at_full_size(main):
     code, said, err = main("plan", "pr1855")
     assert code == 0 and "35,945,671" in said, err
