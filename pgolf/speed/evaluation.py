@@ -169,13 +169,13 @@ def kept_slices(
 )->dict: # as `evaluation_table` takes it
     "Slices that were kept, and what is still missing."
     folder = Path(folder)
-    out = {}
-    for name in ("cpu", "cpu-full"):
-        if found := read_json(folder/f"evaluation-{name}.json"):
-            what = f"{found['system']}, {found['scale']} size"
-            out[f"{what}: one CPU core, and eight of them"] = found
-    card, run = read_json(folder/"evaluation-card.json"), folder/"card-run.json"
-    if not card and run.exists():
-        report = Report.load(run)
-        card = dict(slices=[asdict(s) for s in slices_of(report)])
-    return out | {"pr610, full size: a card, and eight of them": card or None}
+    def first(measured, run):
+        "Slices that were measured as such, else those of a run."
+        if found := read_json(folder/measured): return found
+        if not (folder/run).exists(): return None
+        stages = "artifact", "sliding", "adapted"
+        return dict(slices=[asdict(s) for s in slices_of(Report.load(folder/run))
+            if s.stage in stages])
+    return {"pr610, pocket size: a CPU core, and eight": first("evaluation-cpu.json",
+            "pr610-pocket-1337.json"),
+        "pr610, full size: a card, and eight": first("evaluation-card.json", "card-run.json")}
