@@ -143,9 +143,10 @@ def compact(
         lines[a:b+1] = [header] if header else []
     text = _same("\n".join(l for l in lines if l.strip()), tree)
     text = _unfold(text, 160 if block==1 else 240)
-    if block>1: text = _join_fields(text)
+    widest = 240 if block>16 else 160
+    if block>1: text = _join_fields(text, widest)
     text = _join_blocks(text, block)
-    return _join_runs(text) if block>8 else text
+    return _join_runs(text, widest) if block>8 else text
 
 
 # %% ../../nbs/submit/60_flatten.ipynb #dcc71004

@@ -315,7 +315,7 @@ def make_code(
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
     # the more statements stand on a line, the fewer lines: no more than it takes
-    for block in (1, 2, 4, 8, 16):
+    for block in (1, 2, 4, 8, 16, 32):
         readable = script(recipe, block)
         lines = readable.count("\n")
         if lines<LINE_LIMIT: return Code(readable, *_counted(readable))
