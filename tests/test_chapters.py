@@ -10,8 +10,9 @@ from conftest import ROOT
 # What is left to `make test-all`; the module of each is tried by other tests as well.
 SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibration", "card",
         "caseops", "cli", "data", "effects", "embeddings", "entropy", "formats", "gpt", "gptq",
-        "growth", "loop", "lora", "muon", "page", "pipeline", "plan", "running", "script", "slurm",
-        "submission", "submitting", "tilt", "tokenizer", "ttt", "verdict", "windows"}
+        "growth", "loop", "lora", "muon", "page", "pipeline", "plan", "running", "script",
+        "segments", "slurm", "softcap", "submission", "submitting", "tilt", "tokenizer", "ttt",
+        "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))

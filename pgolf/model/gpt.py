@@ -320,7 +320,7 @@ def _take_skip(model:GPT, s:Tensor, j:int, x:Tensor)->Tensor:
     return torch.lerp(s, x, torch.sigmoid(model.skip_gates[j]).to(x.dtype))
 
 # %% ../../nbs/model/19_gpt.ipynb #5ea3b014
-def _through_blocks(model:GPT, ids:Tensor, last:int|None, look=attend)->Tensor:
+def _through_blocks(model:Any, ids:Tensor, last:int|None, look=attend)->Tensor:
     "The stream behind the last block, (B, T or last, C)."
     x = x0 = model.embed(ids)
     rotary,values = _rotary(model, ids),_values(model, ids, x.dtype)
