@@ -151,7 +151,6 @@ def compact(
 
 def _wide(block): return 160 if block<=16 else 360
 
-
 # %% ../../nbs/submit/60_flatten.ipynb #ex60c002
 def _without_guards(text):
     "Leave out statements that only raise one of `GUARDS`."
