@@ -273,10 +273,13 @@ def _find_imports(text, package):
 STAND_INS = '''
 from contextlib import contextmanager,nullcontext
 import torch
+from pgolf.squeeze.artifact import unpack
 def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints
+def load_artifact(path): # a whole file, not a pipe
+    with open(path, "rb") as f: return unpack(f.read())
 def _collect(pieces, nll, n_bytes, done, keep, progress): # no interruptions
     for p in pieces: nll[p.first:p.stop] = p.nll
 def maybe_compile(fn, wish, device):
@@ -308,7 +311,7 @@ UNUSED = {name:unused for names,unused in {
     "polar_express": lambda r: not r.optim.polar,
     "_take_skip": lambda r: not r.model.skip_init,
     "BatchLoader": lambda r: r.train.loader!="spans",
-    "ShuffledLoader": lambda r: r.train.loader!="shuffled",
+    "ShuffledLoader": lambda r: "shuffled" not in (r.train.loader, r.gptq.windows),
     "shuffled_windows": lambda r: r.gptq.windows!="shuffled",
     "_spread_scale": lambda r: not any(g and g.sigmas for _,g in r.quant.rules),
     "even_rows": lambda r: not r.optim.even_rows,
@@ -324,8 +327,8 @@ UNUSED = {name:unused for names,unused in {
     "from_brotli": lambda r: r.stages.codec in ("zstd","rans","best"),
     "by_columns from_columns": lambda r: r.stages.codec in ("zstd","rans","best","brotli"),
     "join_corrections": lambda r: not (r.quant.lqer_top or r.quant.awq_top),
-    "_protected Protected _with_columns": lambda r: not r.quant.awq_top,
-    "_corrected Corrected _with_term": lambda r: not r.quant.lqer_top,
+    "_protected _with_columns": lambda r: not r.quant.awq_top,
+    "_corrected _with_term": lambda r: not r.quant.lqer_top,
     "pack_columns": lambda r: r.quant.lqer_fit=="plain",
     "_without_dead": lambda r: not r.gptq.zero_dead,
     "learn_all": lambda r: not r.phased.ttt_phases,
