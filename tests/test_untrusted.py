@@ -1,4 +1,4 @@
-"""`import`, `doctor`, `score` and `audit` execute nothing of their input; `bench --peer` asks first.
+"""`import`, `doctor`, `score`, `audit` execute nothing of their input; `bench --peer` asks first.
 
 An audit hook of Python hears of everything that is started, executed or opened."""
 import json

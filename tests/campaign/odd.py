@@ -1,5 +1,5 @@
 """Losses that are not finite or nothing, texts that are hardly texts: every system gives a clear
-error or the right value. And repetition: every system twice, on 1, 2, 4 threads and on 1, 2, 4 ranks."""
+error or the right value. And repetition: every system twice, on 1, 2, 4 threads and ranks."""
 import json
 import math
 import shutil
