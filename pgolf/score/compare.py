@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import atomic_write
-from ..outside import check_kinds, read_arrays, reading
+from ..outside import MOST, check_kinds, read_arrays, reading
 from ..game.bpb import ByteTables
 from .windows import ScoreConfig, Scores, _shares, check_stream, paired_difference, score
 
@@ -101,8 +101,9 @@ def load_scores(
     path, # written by `save_scores`
 )->SavedScores:
     "Read scores."
-    with reading(path, "a file of scores", "`pgolf score RUN --save FILE` writes one"):
-        a = read_arrays(path, _ARRAYS)
+    how = "a file of scores", "`pgolf score RUN --save FILE` writes one"
+    with reading(path, *how):
+        a = read_arrays(path, _ARRAYS, MOST, *how)
         more = json.loads(str(a.pop("about")))
         check_kinds(more, dict(text=str, available=int, legal=bool, about=dict), "what it says")
         if {x.shape for x in a.values()} != {(len(a["nll"]),)}: raise ValueError("rows of unequal"

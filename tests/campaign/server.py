@@ -18,7 +18,6 @@ import small  # noqa: E402, F401
 import nbformat  # noqa: E402
 import papermill  # noqa: E402
 import psutil  # noqa: E402
-import torch  # noqa: E402, F401
 
 from pgolf import cli  # noqa: E402
 from pgolf.command import submitting  # noqa: E402
