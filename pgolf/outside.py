@@ -93,6 +93,20 @@ def _claim(head):
     if form.read_magic(f)==(1, 0): return form.read_array_header_1_0(f)
     return form.read_array_header_2_0(f)
 
+# %% ../nbs/01d_outside.ipynb #01ra0001
+def read_arrays(
+    path,             # .npz file
+    names=None,       # arrays wanted; None: all
+    limit:int=MOST,   # most bytes of one array
+    what:str="a file of arrays", # it should be
+    remedy:str="copy it again, or make it again",
+)->dict: # name -> array
+    "Read arrays of plain numbers or text, none larger than it is."
+    with reading(path, what, remedy), zipfile.ZipFile(path) as z:
+        there = [n.removesuffix(".npy") for n in z.namelist()]
+        if len(there)>1000: raise ValueError(f"{len(there):,} arrays are too many")
+        return {n:_array(z, n, limit) for n in names or there}
+
 # %% ../nbs/01d_outside.ipynb #108406e9
 def read_arrays(
     path,             # .npz file

@@ -172,6 +172,8 @@ def compact(
     text = _join_blocks(text, block)
     return _join_runs(text, _wide(block)) if block>8 else text
 
+
+
 # %% ../../nbs/submit/60_flatten.ipynb #bd41dee7
 def _wide(block): return 160 if block<=16 else 360
 
