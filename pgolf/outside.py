@@ -106,16 +106,3 @@ def read_arrays(
         there = [n.removesuffix(".npy") for n in z.namelist()]
         if len(there)>1000: raise ValueError(f"{len(there):,} arrays are too many")
         return {n:_array(z, n, limit) for n in names or there}
-
-# %% ../nbs/01d_outside.ipynb #108406e9
-def read_arrays(
-    path,             # .npz file
-    names=None,       # arrays wanted; None: all
-    limit:int=MOST,   # most bytes of one array
-)->dict: # name -> array
-    "Read arrays of plain numbers or text, none larger than it is."
-    with reading(path, "a file of arrays", "copy it again, or make it again"):
-        with zipfile.ZipFile(path) as z:
-            there = [n.removesuffix(".npy") for n in z.namelist()]
-            if len(there)>1000: raise ValueError(f"{len(there):,} arrays are too many")
-            return {n:_array(z, n, limit) for n in names or there}
