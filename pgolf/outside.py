@@ -42,6 +42,7 @@ def is_kind(
     if isinstance(value, int): return not isinstance(value, bool) and abs(value)<2**63
     return kind is float and isinstance(value, float)
 
+# %% ../nbs/01a_outside.ipynb #01ck0001
 def check_kinds(
     value,      # from JSON
     kinds:dict, # field -> kind
