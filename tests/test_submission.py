@@ -248,11 +248,7 @@ def wrong(found): return {c.check for c in found if c.status in ("warn", "fail")
 
 @pytest.fixture(scope="module")
 def before(folder):
-<<<<<<< HEAD
     "What is wrong with the folder before a fault is planted; two may be found twice."
-=======
-    "What is wrong with a folder before a fault is planted; hardware and split may be found twice."
->>>>>>> camp
     return wrong(doctor.doctor(folder)) - {"hardware", "split"}
 
 
