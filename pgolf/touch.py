@@ -71,7 +71,7 @@ def layers(
     mark = dict(type=kind, clip=True, tooltip=True)
     if kind == "line": mark |= dict(point=dict(size=24), strokeWidth=2.2)
     if kind == "point": mark |= dict(filled=True, size=60, opacity=1)
-    color = dict(value=ACCENT[0])
+    color:dict = dict(value=ACCENT[0])
     if series:
         scale = dict(domain=names, range=ACCENT[:len(names)])
         color = dict(field=series, type="nominal", scale=scale, title=series)
