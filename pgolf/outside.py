@@ -57,21 +57,6 @@ def check_kinds(
         if not is_kind(value[k], kind):
             raise ValueError(f"{where}: {k}={str(value[k])[:40]!r} is not {_KINDS[kind]}")
 
-# %% ../nbs/01d_outside.ipynb #fd275ef2
-def check_kinds(
-    value,      # from JSON
-    kinds:dict, # field -> kind
-    where:str,  # names the value in an error
-    free:dict={}, # field that may be absent -> kind
-):
-    "Raise unless a JSON value is an object with these fields, each of its kind."
-    if not isinstance(value, dict): raise ValueError(f"{where} is no object")
-    for k,kind in (kinds|free).items():
-        if k not in value and k in free: continue
-        if k not in value: raise ValueError(f"{where} has no {k!r}")
-        if not is_kind(value[k], kind):
-            raise ValueError(f"{where}: {k}={str(value[k])[:40]!r} is not {_KINDS[kind]}")
-
 # %% ../nbs/01d_outside.ipynb #f124b49e
 def inside(
     name, # of a file, as a list of files has it
