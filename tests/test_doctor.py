@@ -282,7 +282,7 @@ def test_what_it_finds_in_public_folders_is_found():
 @pytest.mark.parametrize("width", [20, 30, 60, 120])
 def test_output_fits_the_terminal(make, main, monkeypatch, width):
     folder = make(facts=FACTS | dict(val_bpb=1.1, hardware="8xA100", date="x"*200))
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *a: os.terminal_size((width, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((width, 24)))
     said = main("doctor", folder)[1]
     assert max(map(len, said.splitlines())) <= width and len(said.splitlines()) > 10
 
