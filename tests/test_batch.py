@@ -47,7 +47,7 @@ while seed == 9 and not Path(out, "again").exists():
 LAST = """
 job.report.complete = True
 job.report.rows = [dict(stage="sliding", val_loss=4.+seed, val_bpb=2.+seed, legal=True,
-    coverage=1.)]
+    coverage=1., what="", targets=1, text_bytes=1, seconds=0.)]
 job.report.save(job.out/"report.json")
 """
 
@@ -277,7 +277,8 @@ def test_settings_are_not_mixed_into_one_mean(tmp_path):
     for i, plan in enumerate(plans):
         for run in plan:
             job = Report("pr610", "", "tiny", "x", run.seed, "cpu", 1, 1, complete=True)
-            job.rows = [dict(stage="sliding", val_loss=1.+i, val_bpb=1.+i, legal=True, coverage=1.)]
+            job.rows = [dict(stage="sliding", val_loss=1.+i, val_bpb=1.+i, legal=True,
+                coverage=1., what="", targets=1, text_bytes=1, seconds=0.)]
             Path(run.out).mkdir(parents=True)
             job.save(Path(run.out)/"report.json")
     done = [batch.Outcome(r, "finished") for plan in plans for r in plan]

@@ -20,7 +20,8 @@ def pretend(runs, name, seed, bpb, complete=True, tokens=409_600, **more):
     out = runs/f"{more.pop('called', name)}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     r.save(out/"recipe.json")
-    row = dict(stage="sliding", val_bpb=bpb, targets=16_384, seconds=2., legal=True)
+    row = dict(stage="sliding", what="", val_loss=bpb, val_bpb=bpb, targets=16_384,
+        text_bytes=40_000, coverage=1., seconds=2., legal=True)
     report = Report(name, r.title, "mini", "austen_sp1024", seed, "cpu", 1, 592_144, rows=[row],
         training=dict(steps=200, tokens=tokens, elapsed=40.), bytes_artifact=5,
         environment=dict(pgolf="0", torch="2"), complete=complete, **more)
