@@ -77,7 +77,7 @@ def factor_sizes(
 # %% ../../nbs/score/44d_phased.ipynb #ex44d009
 class _Drawing:
     "Draws the first factors."
-    def _draw(self, width): # -> (docs, rank, width), uniform
+    def draw(self, name, width): # -> (docs, rank, width), uniform
         out = torch.rand(self.docs, self.cfg.ttt_lora_rank, width, generator=self.gen)
         return (2*out-1)*width**-.5
 
@@ -93,7 +93,7 @@ class PlacedAdapters(_Drawing):
     ):
         self.cfg, self.docs, self.gen, self.updates = cfg, docs, gen, 0
         sizes, device = factor_sizes(model, phased), next(model.parameters()).device
-        self.A = {n: self._draw(i).to(device).requires_grad_() for n, (i, _) in sizes.items()}
+        self.A = {n: self.draw(n, i).to(device).requires_grad_() for n, (i, _) in sizes.items()}
         self.B = {n: torch.zeros(docs, o, cfg.ttt_lora_rank, device=device, requires_grad=True)
             for n, (_, o) in sizes.items()}
         self.params = [*self.A.values(), *self.B.values()]
@@ -103,7 +103,7 @@ class PlacedAdapters(_Drawing):
         "Be ready for the next documents; warm: with the first factors as they are."
         for n, B in self.B.items():
             B.zero_()
-            if not warm: self.A[n].copy_(self._draw(self.A[n].shape[2]))
+            if not warm: self.A[n].copy_(self.draw(n, self.A[n].shape[2]))
         self.opt.state.clear()
 
 # %% ../../nbs/score/44d_phased.ipynb #ex44d035

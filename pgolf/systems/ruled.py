@@ -18,7 +18,7 @@ from ..game.shards import read_shard
 from ..score.audit import ABSENT, Evaluation, Finding, _finding
 from ..score.rulings import (FULL_SPLITS, denominator_is, runs_apart, seeds_of_one,
     split_is_full, text_comes_back, tokens_are_there, training_starts_behind, within_time)
-from ..squeeze.artifact import load_artifact
+from ..squeeze.lowrank import load_codes
 from ..squeeze.gptq import quant_errors
 from .recipe import Recipe
 from .report import Report
@@ -68,7 +68,7 @@ def made_from_training(s:Subject)->Finding: # T3c
         return _absent("T3c", what, "the weights that training left are not here")
     state = {k.removeprefix("averaged/"):t for k,t in read_checkpoint(weights)[0].items()
         if k.startswith("averaged/")}
-    stored, told = load_artifact(s.artifact)[0], json.loads(noted.read_text())
+    stored, told = load_codes(s.artifact)[0], json.loads(noted.read_text())
     before = {e["name"]:e["mse"] for e in told}
     leaks = [(abs(e["mse"]-before.get(e["name"], 0.)), None, f" of {e['name']}")
         for e in quant_errors(state, stored)]
