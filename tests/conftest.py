@@ -107,3 +107,8 @@ def half_written(folder):
         try:readers.get(p.suffix, str)(p)
         except Exception as e: bad.append(f"{p.name}: {e}")
     return bad
+
+
+def last_words(said):
+    "The last paragraph of what a command printed, where it says what is next."
+    return "next: " + said.rpartition("\nnext: ")[2] if "\nnext: " in said else ""

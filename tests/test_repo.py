@@ -305,6 +305,6 @@ def commands():
                 yield f.name, ast.unparse(f)
 
 
-@pytest.mark.parametrize("name, body", commands(), ids=lambda v: v if len(v) < 30 else "")
+@pytest.mark.parametrize("name, body", list(commands()), ids=lambda v: v if len(v) < 30 else "")
 def test_every_command_says_what_is_next(name, body):
     assert re.search(r"\b(say_next|describe|run_batch)\(", body)

@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import HANG, ROOT, run_pgolf, start_pgolf
+from conftest import HANG, ROOT, last_words, run_pgolf, start_pgolf
 from test_batch import ENDS, FAKE, LAST, notebook
 from test_end_to_end import losses, wait_until
 
@@ -181,7 +181,7 @@ def test_dry_run_prints_scripts_and_writes_nothing(main, novels, tmp_path, monke
             "partition=h100", "account=abc"):
             assert f"#SBATCH --{option}\n" in s
         assert '"nproc": 8' in s and "submitit.core._submit" in s
-    assert said.splitlines()[-1].startswith("next: ")
+    assert last_words(said)
 
 
 @pytest.mark.parametrize("args, words", [

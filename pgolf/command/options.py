@@ -8,7 +8,7 @@ __all__ = ['app', 'data_app', 'Version', 'Name', 'ScaleOption', 'Overrides', 'Co
            'parse_overrides', 'resolve', 'open_data', 'folder_of']
 
 # %% ../../nbs/command/84_options.ipynb #cf840003
-import functools, inspect, shutil, sys, textwrap
+import functools, inspect, re, shutil, sys, textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -80,9 +80,11 @@ def say(
 def say_next(
     text:str, # a command and what it does
 ):
-    "End on the next step; where the terminal's width is known, within it."
+    "End on the next step, within the terminal's width where it is known; a command stays whole."
     width = max(20, shutil.get_terminal_size((10_000, 24)).columns)
-    print(textwrap.fill(f"next: {text}", width, break_long_words=False, break_on_hyphens=False))
+    whole = re.sub("`[^`]*`", lambda m: m[0].replace(" ", "\0"), f"next: {text}")
+    lines = textwrap.fill(whole, width, break_long_words=False, break_on_hyphens=False)
+    print(lines.replace("\0", " "))
 
 @contextmanager
 def resumable(
