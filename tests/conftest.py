@@ -111,4 +111,4 @@ def half_written(folder):
 
 def last_words(said):
     "The last paragraph of what a command printed, where it says what is next."
-    return "next: " + said.rpartition("\nnext: ")[2] if "\nnext: " in said else ""
+    return "next:" + said.rpartition("\nnext:")[2] if "\nnext:" in said else ""
