@@ -173,5 +173,6 @@ def half_written(folder):
 
 
 def last_words(said):
-    "The last paragraph of what a command printed, where it says what is next."
-    return "next:" + said.rpartition("\nnext:")[2] if "\nnext:" in said else ""
+    "What a command says at its end about the next step; nothing if more follows that."
+    last = said.rpartition("\nnext:")[2]
+    return "" if last == said or "\n\n" in last else " ".join(last.split())

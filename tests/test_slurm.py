@@ -182,7 +182,7 @@ def test_dry_run_prints_scripts_and_writes_nothing(main, novels, tmp_path, monke
             "partition=h100", "account=abc"):
             assert f"#SBATCH --{option}\n" in s
         assert '"nproc": 8' in s and "submitit.core._submit" in s
-    assert last_words(said)
+    assert last_words(said) == "the same command without --dry-run hands them over"
 
 
 @pytest.mark.parametrize("args, words", [
