@@ -88,8 +88,8 @@ def link_names(text, page, index):
 
 
 def relink(text):
-    "Turn links between notebooks into links between pages."
-    return re.sub(r'\]\(([\w./]+\.ipynb)(#[^)]*)?\)',
+    "Turn links to notebooks and sheets into links between pages."
+    return re.sub(r'\]\(([\w./]+\.ipynb|[./]*sources/\w+\.md)(#[^)]*)?\)',
         lambda m: f"]({page_name(m[1])}.html{m[2] or ''})", text)
 
 

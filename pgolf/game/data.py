@@ -7,7 +7,7 @@ __all__ = ['AUSTEN', 'PROBE', 'LONG_LINE', 'austen_text', 'austen_documents', 'D
            'open_dataset', 'text_stats', 'data_notes', 'build_dataset', 'austen']
 
 # %% ../../nbs/game/06_data.ipynb #ef0b8b57
-import json, re, shutil, uuid
+import json, re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np, torch, zstandard
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from ..files import atomic_write, write_json
+from ..files import atomic_write, whole_folder, write_json
 from .bpb import ByteTables, SidecarBytes, byte_tables
 from ..outside import reading
 from .shards import (ShardError, TokenStream, check_manifest, check_sums, read_shard,
@@ -403,16 +403,6 @@ def _check_documents(docs):
                     f"{split} document {i} holds {half[0]!r} at character {half.start()}, half a"
                     " character, which no UTF-8 text can hold: mend or drop the document")
 
-@contextmanager
-def _beside(path):
-    "A folder of a passing name, which becomes `path` at the end, or vanishes."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        yield tmp
-        _claim(tmp, path)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-
 # %% ../../nbs/game/06_data.ipynb #2b3a3580
 def _put_tokenizer(model, docs, given, vocab_size, long_entries, change):
     "Put the tokenizer where the dataset keeps it: the given one, or one trained on documents."
@@ -442,7 +432,7 @@ def build_dataset(
     change = text_transform(transform)
     if tokenizer: load_tokenizer(tokenizer, vocab_size)  # a wrong one fails before any work
     name = path.resolve().name
-    with _beside(path) as tmp:
+    with _claiming(path) as tmp:
         model = tmp/"tokenizers"/(Path(tokenizer).name if tokenizer else f"{name}.model")
         sp = _put_tokenizer(model, docs["train"], tokenizer, vocab_size, long_entries, change)
         _fill(tmp, name, sp, model, docs, shard_size, transform)
@@ -470,8 +460,10 @@ def _fill(root, name, sp, model, docs, shard_size, transform):
     write_sums(root, [model, *sorted(folder.glob("*.bin"))])
 
 # %% ../../nbs/game/06_data.ipynb #5ea3f105
-def _claim(tmp, path): # give a finished folder its name, unless another process was faster
-    try: tmp.rename(path)
+@contextmanager
+def _claiming(path): # a folder that gets its name at the end, unless another process was faster
+    try:
+        with whole_folder(path) as tmp: yield tmp
     except OSError as e:
         if not path.exists(): raise
         raise FileExistsError(

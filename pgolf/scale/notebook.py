@@ -64,8 +64,8 @@ def _manager_for(ctrl_c):
     from jupyter_client import AsyncKernelManager
     class Manager(AsyncKernelManager):
         async def start_kernel(self, **kw):
-            # it would warn of sockets open to this user alone
-            quiet = "--IPKernelApp.log_level=ERROR"
+            # it would warn of sockets open to this user alone, and report interruptions
+            quiet = "--IPKernelApp.log_level=CRITICAL"
             kw["extra_arguments"] = [*kw.get("extra_arguments", ()), quiet]
             await super().start_kernel(**kw)
             ctrl_c.listen(self)

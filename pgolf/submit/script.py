@@ -279,6 +279,7 @@ def _find_imports(text, package):
 
 # %% ../../nbs/submit/61_script.ipynb #6bd5eb39
 STAND_INS = '''
+import json
 from contextlib import contextmanager,nullcontext
 import torch
 from pgolf.squeeze.artifact import unpack
@@ -290,6 +291,9 @@ def _bar(n_bytes, progress): yield lambda *_: None
 def _stateful(listeners): return {} # no checkpoints
 def load_artifact(path): # a whole file, not a pipe
     with open(path, "rb") as f: return unpack(f.read())
+def _layout(head, size, stored): # of a file that the script has written itself
+    header = json.loads(head)
+    return header["meta"], header["frames"]
 def _collect(pieces, nll, n_bytes, done, keep, progress): # no interruptions
     for p in pieces: nll[p.first:p.stop] = p.nll
 def maybe_compile(fn, wish, device):
@@ -327,6 +331,7 @@ UNUSED = _each({
 
 # %% ../../nbs/submit/61_script.ipynb #dd2bbb32
 UNUSED |= _each({
+    "newton_schulz": lambda r: r.optim.polar,
     "polar_express": lambda r: not r.optim.polar,
     "_take_skip": lambda r: not r.model.skip_init,
     "BatchLoader": lambda r: r.train.loader!="spans",

@@ -12,29 +12,15 @@ from pathlib import Path
 
 from ..game import caseops  # noqa: F401 (datasets may name its transform)
 from ..game.data import Dataset, austen, check_bytes, open_dataset
-from ..files import read_json, write_json
+from ..files import lock, read_json, write_json
 from ..outside import check_kinds, reading
 from ..game.tokenizer import tokenizer_id
 from .recipe import brief, diff, load_recipe
 from .report import Report
 from ..train.checkpoint import FREE
 
-if sys.platform == "win32": import msvcrt
-else: import fcntl
-
 # %% ../../nbs/systems/51_ownership.ipynb #7419ee5c
 _HELD:dict = {} # folder -> its open lock file, of this process
-
-def _lock(f)->bool: # whether the lock is ours now
-    "Take the lock of an open file, without waiting."
-    try:
-        if sys.platform != "win32": fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        else:
-            f.seek(4096) # behind the text, which stays readable
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        return True
-    except (BlockingIOError, PermissionError): return False
-    except OSError: return True # a file system without locks: nothing can be known
 
 # %% ../../nbs/systems/51_ownership.ipynb #c3d1c0e1
 def claim(
@@ -44,7 +30,7 @@ def claim(
     path = Path(out).resolve()
     while path not in _HELD:
         f = open(path/"lock", "a+")
-        if not _lock(f):
+        if not lock(f):
             f.seek(0)
             who = f.read().strip() or "another process"
             f.close()
