@@ -8,6 +8,9 @@ from pathlib import Path
 CACHES = {"__pycache__", ".cache", ".config", ".ipython", ".jupyter", ".local", ".hypothesis",
     ".triton"}
 ROOT = Path(__file__).resolve().parent.parent
+# Asked once, here: to find the folder Python writes a file there, under a lock, and a hook that
+# asked while it did so would wait for itself.
+SCRATCH = Path(tempfile.gettempdir()).resolve()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -18,7 +21,7 @@ def outside(path):
     if path.parts[1:2] and path.parts[1] in ("dev", "proc", "sys"): return False
     if CACHES & set(path.parts): return False
     if path.is_relative_to(ROOT): return True  # a checkout may lie among scratch folders
-    return not path.resolve().is_relative_to(Path(tempfile.gettempdir()).resolve())
+    return not path.resolve().is_relative_to(SCRATCH)
 
 
 def watch():
