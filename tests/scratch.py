@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # asked while it did so would wait for itself.
 SCRATCH = Path(tempfile.gettempdir()).resolve()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+# asked for once: its first call opens a file under a lock, which a hook would wait for
+SCRATCH = Path(tempfile.gettempdir()).resolve()
 
 
 def outside(path):
