@@ -8,9 +8,6 @@ from pathlib import Path
 CACHES = {"__pycache__", ".cache", ".config", ".ipython", ".jupyter", ".local", ".hypothesis",
     ".triton"}
 ROOT = Path(__file__).resolve().parent.parent
-# Asked once, here: to find the folder Python writes a file there, under a lock, and a hook that
-# asked while it did so would wait for itself.
-SCRATCH = Path(tempfile.gettempdir()).resolve()
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # asked for once: its first call opens a file under a lock, which a hook would wait for
 SCRATCH = Path(tempfile.gettempdir()).resolve()
