@@ -223,7 +223,7 @@ def _print_runs(rows):
     heads = dict(bytes_artifact="bytes", train_seconds="train s")
     print_table([[r.get(k) for k in columns] for r in rows], [heads.get(k, k) for k in columns])
 
-# %% ../../nbs/command/86_batches.ipynb #5b76883a
+# %% ../../nbs/command/86_batches.ipynb #5b76883b
 System = Annotated[str|None,
     typer.Argument(help="one system, for example pr2135; default: the five of the book and pr1855")]
 SystemsFolder = Annotated[Path,
@@ -231,6 +231,7 @@ SystemsFolder = Annotated[Path,
 
 REPRODUCED = ("pr610", "pr576", "pr598", "pr1123", "pr601", "pr1855") # where no system is named
 
+# %% ../../nbs/command/86_batches.ipynb #5b76883a
 @command()
 def reproduce(
     system:System=None,
