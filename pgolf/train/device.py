@@ -97,7 +97,7 @@ def has_amx()->bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 # %% ../../nbs/train/23_device.ipynb #a8ace1da
-WIDE = 512 # width of a model from which a CPU with matrix instructions gains by bfloat16
+WIDE = 256 # width of a model from which a CPU with matrix instructions takes bfloat16
 
 def best_dtype(
     device:str, # e.g. "cpu", "cuda:1"
