@@ -32,7 +32,7 @@ $(READY): settings.ini constraints.txt setup.py
 	@$(if $(HASHES),$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps -e .,:)
 	@touch $@
 
-reproduce: $(READY) ## run every system at pocket scale and print the scoreboard (SYSTEM=pr610 runs one)
+reproduce: $(READY) ## run the five systems and PR #1855 at pocket scale, print the scoreboard (SYSTEM=pr610 runs one)
 	@$(BIN)/pgolf reproduce $(SYSTEM)
 
 test: $(READY) ## all chapters and tests/ but the slow ones, on all cores; a summary ends it

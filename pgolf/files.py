@@ -77,6 +77,7 @@ def whole_folder(
             shutil.rmtree(tmp, ignore_errors=True)
             mark.unlink(missing_ok=True)
 
+# %% ../nbs/00_files.ipynb #00fo0006
 def _remove_left(mark):
     "Remove what a killed builder left, unless it is at work."
     with open(mark, "r+b") as f:

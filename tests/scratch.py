@@ -9,6 +9,8 @@ CACHES = {"__pycache__", ".cache", ".config", ".ipython", ".jupyter", ".local", 
     ".triton"}
 ROOT = Path(__file__).resolve().parent.parent
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+# asked for once: its first call opens a file under a lock, which a hook would wait for
+SCRATCH = Path(tempfile.gettempdir()).resolve()
 
 
 def outside(path):
@@ -18,7 +20,7 @@ def outside(path):
     if path.parts[1:2] and path.parts[1] in ("dev", "proc", "sys"): return False
     if CACHES & set(path.parts): return False
     if path.is_relative_to(ROOT): return True  # a checkout may lie among scratch folders
-    return not path.resolve().is_relative_to(Path(tempfile.gettempdir()).resolve())
+    return not path.resolve().is_relative_to(SCRATCH)
 
 
 def watch():

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_end_to_end import wait_until
 
+from pgolf.command import batches
 from pgolf.scale import batch
 from pgolf.systems import pipeline
 from pgolf.systems.report import Report, by_system
@@ -336,6 +337,15 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
         assert out.stdout.split() == [want, "False"], out.stderr
 
 
+@pytest.mark.parametrize("system, wanted", [
+    ([], ["pr610", "pr576", "pr598", "pr1123", "pr601", "pr1855"]), (["pr2135"], ["pr2135"])])
+def test_reproduce_runs_the_book_and_the_summit_or_what_is_named(main, monkeypatch, system, wanted):
+    asked = []
+    monkeypatch.setattr(batches, "run_batch", lambda runs, *_: asked.extend(r.recipe for r in runs))
+    code, _, err = main("reproduce", *system)
+    assert (code, asked) == (0, wanted), err
+
+
 # ---- the wheel
 
 @pytest.mark.slow
@@ -367,5 +377,6 @@ def test_the_wheel_carries_the_run_notebooks(tmp_path):
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
         capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert [Path(p).parent for p in found.stdout.split()] == [
-        tmp_path/"site"/"pgolf"/"notebooks"]*len(wanted)
+    paths = [Path(p) for p in found.stdout.split()]
+    assert {p.parent for p in paths} == {tmp_path/"site"/"pgolf"/"notebooks"}
+    assert {p.name for p in paths} == {n for n in wanted if n.startswith("pr")}

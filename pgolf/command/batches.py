@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Jobs', 'Threads', 'Notebooks', 'Runs', 'Seeds', 'Size', 'Text', 'Where', 'EachRanks', 'RunsFolder', 'DryRun', 'On',
-           'Gpus', 'Nodes', 'Minutes', 'Partition', 'Sbatch', 'System', 'SystemsFolder', 'execute_', 'ManySeeds',
-           'batch', 'run_batch', 'say_ends', 'print_board', 'reproduce', 'report']
+           'Gpus', 'Nodes', 'Minutes', 'Partition', 'Sbatch', 'System', 'SystemsFolder', 'REPRODUCED', 'execute_',
+           'ManySeeds', 'batch', 'run_batch', 'say_ends', 'print_board', 'reproduce', 'report']
 
 # %% ../../nbs/command/86_batches.ipynb #cf860003
 import json, re, sys, textwrap
@@ -223,12 +223,15 @@ def _print_runs(rows):
     heads = dict(bytes_artifact="bytes", train_seconds="train s")
     print_table([[r.get(k) for k in columns] for r in rows], [heads.get(k, k) for k in columns])
 
-# %% ../../nbs/command/86_batches.ipynb #5b76883a
+# %% ../../nbs/command/86_batches.ipynb #5b76883b
 System = Annotated[str|None,
-    typer.Argument(help="one system, for example pr610; default: all")]
+    typer.Argument(help="one system, for example pr2135; default: the five of the book and pr1855")]
 SystemsFolder = Annotated[Path,
     typer.Option(help="folder of the runs; each is in OUT/SCALE/SYSTEM")]
 
+REPRODUCED = ("pr610", "pr576", "pr598", "pr1123", "pr601", "pr1855") # where no system is named
+
+# %% ../../nbs/command/86_batches.ipynb #5b76883a
 @command()
 def reproduce(
     system:System=None,
@@ -244,7 +247,7 @@ def reproduce(
     found = own_notebooks(notebooks)
     if system and system not in found:
         raise ValueError(f"unknown system {system!r}; there are {', '.join(found)}")
-    names = [system] if system else found
+    names = [system] if system else [n for n in REPRODUCED if n in found]
     runs = [Run(n, str(out/scale/n), scale, corpus, device) for n in names]
     run_batch(runs, jobs, threads, notebooks)
 

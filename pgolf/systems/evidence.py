@@ -20,7 +20,7 @@ from ..show import Table, show
 from .adaptation import GRID, bpb, gain, of
 from .effects import PROBES, Effect, differences, effects, paired
 from .recipe import brief, diff
-from .recipes import at_scale, get_recipe, parent_of
+from .recipes import RECIPES, at_scale, get_recipe, parent_of
 
 # %% ../../nbs/systems/58_evidence.ipynb #2cd08576
 def read_file(
@@ -219,7 +219,8 @@ def has(
     system:str,     # "pr610"
 )->str: # "yes", "described only", "ran only" or ""
     "Does a system have a technique?"
-    a, b = get_recipe(system), get_recipe(f"{system}-as-run")
+    a = get_recipe(system)
+    b = RECIPES.get(f"{system}-as-run", a)  # where there is one form, it is what ran
     if not technique["has"]: return ""
     said = all(looks_like(value_of(a, b, k[0]), *k[1:]) for k in technique["has"])
     ran = all(looks_like(b.settings()[k[0]], *k[1:]) for k in technique["has"])
@@ -325,7 +326,8 @@ def techniques_table(
     folder:Path|None=None, # of results; None: the book's own
 )->Table:
     "Every technique: what it does, who brought it, who has it, what it is worth."
-    known, systems = measured(folder), [s["file"] for s in read_rows("system")]
+    known = measured(folder)
+    systems = [r["file"] for kind in ("system", "great") for r in read_rows(kind)]
     def holders(t):
         found = {s: has(t, s) for s in systems}
         mark = {"yes": "", "described only": " (described only)", "ran only": " (ran only)"}
