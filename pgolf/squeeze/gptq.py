@@ -38,22 +38,26 @@ class GPTQConfig:
     # the last two are for `rate_fit`
     rate:float=0.            # squared steps of error that are worth a bit; 0: the nearest code
     column_steps:bool=False  # a step for each column, too, by what its error costs
-    def __post_init__(self):
-        for name,known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
-        for name in ("samples","block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.search == "hessian" and self.rule != "cholesky":
-            raise ValueError(
-                "search='hessian' needs rule='cholesky':"
-                f" under rule={self.rule!r} the pass does not know its error")
-        if (self.rate or self.column_steps) and self.rule != "cholesky":
-            raise ValueError(f"rate and column_steps need rule='cholesky', not {self.rule!r}")
-        if not 0 <= self.rate < float("inf"):
-            raise ValueError(f"rate={self.rate} must be 0 or more: squared steps for a bit")
-        if not self.damping > 0: raise ValueError(f"damping={self.damping} must be above 0")
+    def __post_init__(self): _check_gptq(self)
+
+# %% ../../nbs/squeeze/31_gptq.ipynb #ra310001
+def _check_gptq(c):
+    "Raise for a setting that no pass can use."
+    for name,known in _CHOICES.items():
+        if getattr(c, name) not in known:
+            raise ValueError(f"{name}={getattr(c, name)!r}: choose one of {known}")
+    for name in ("samples","block"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name}={getattr(c, name)} must be 1 or more")
+    if c.search == "hessian" and c.rule != "cholesky":
+        raise ValueError(
+            "search='hessian' needs rule='cholesky':"
+            f" under rule={c.rule!r} the pass does not know its error")
+    if (c.rate or c.column_steps) and c.rule != "cholesky":
+        raise ValueError(f"rate and column_steps need rule='cholesky', not {c.rule!r}")
+    if not 0 <= c.rate < float("inf"):
+        raise ValueError(f"rate={c.rate} must be 0 or more: squared steps for a bit")
+    if not c.damping > 0: raise ValueError(f"damping={c.damping} must be above 0")
 
 _CHOICES = dict(order=("descending","ascending","natural"), rule=("cholesky","plain_inverse"),
     search=("plain","hessian"), refit=("","hessian","plain"), windows=("train","shuffled","self"))
@@ -311,6 +315,7 @@ def quantize_state(
     return {n: done[n] if n in done else _plain(n, t, cfg, hessians.get(n))
         for n,t in state.items()}
 
+# %% ../../nbs/squeeze/31_gptq.ipynb #ra310002
 def _fitted(W, factors, grid, cfg):
     "Each matrix as it is stored."
     return [store(c.cpu(), s.cpu()) for c,s in zip(*gptq_fit(W, factors, grid, cfg))]
