@@ -305,6 +305,7 @@ def _tensor(r, raw):
         raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
     return _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #ra340001
 def _join(name, parts):
     "Make a tensor, or a `Quantized` of codes and scale."
     if set(parts) == {"tensor"}: return parts["tensor"]

@@ -284,7 +284,6 @@ import json
 from contextlib import contextmanager,nullcontext
 import torch
 from pgolf.squeeze.artifact import unpack
-from pgolf.squeeze.quant import Quantized
 def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
 def _telling_failure(run): return nullcontext()
 def fuses(model, ids): return model.cfg.fused_loss # the loss is left out where no recipe names it
@@ -296,14 +295,19 @@ def load_artifact(path): # a whole file, not a pipe
 def _layout(head, size, stored): # of a file that the script has written itself
     header = json.loads(head)
     return header["meta"], header["frames"]
-def _join(name, parts): return parts["tensor"] if "tensor" in parts else Quantized(**parts)
 def _collect(pieces, nll, n_bytes, done, keep, progress): # no interruptions
     for p in pieces: nll[p.first:p.stop] = p.nll
 def maybe_compile(fn, wish, device):
     on = torch.device(device).type=="cuda" if wish=="auto" else wish
     return torch.compile(fn, dynamic=False, fullgraph=True) if on else fn, on, f"compile: {on}"
-def check_additions(cfg, calibrated): pass # looked at when the script was made
 def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, device)
+'''
+
+# %% ../../nbs/submit/61_script.ipynb #ra610001
+STAND_INS += '''
+from pgolf.squeeze.quant import Quantized
+def _join(name, parts): return parts["tensor"] if "tensor" in parts else Quantized(**parts)
+def check_additions(cfg, calibrated): pass # looked at when the script was made
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #64f65a36
