@@ -7,7 +7,6 @@ __all__ = ['INK', 'PALE', 'ACCENT', 'positions', 'binding', 'axis', 'layers', 'g
 
 # %% ../nbs/01a_touch.ipynb #touch003
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,17 +25,12 @@ def positions(
     return list(dict.fromkeys(r[name] for r in rows))
 
 def binding(
-    values:list, # of the control
-    label:str,   # beside it
+    n:int,     # number of values
+    label:str, # beside the slider
 )->dict: # as Vega-Lite has it
-    "A slider where the values are evenly spaced numbers, else a list."
-    if all(isinstance(v, (int, float)) for v in values) and len(values) > 2:
-        step = (values[-1] - values[0])/(len(values)-1)
-        even = [values[0] + step*i for i in range(len(values))]
-        if step > 0 and all(map(math.isclose, values, even)):
-            step = round(step, 9)
-            return dict(input="range", min=values[0], max=values[-1], step=step, name=label)
-    return dict(input="select", options=values, name=label)
+    "A slider over positions, whose arrow keys JupyterLab leaves alone."
+    return {"input": "RANGE", "min": 0, "max": n - 1, "step": 1, "name": label,
+        "data-lm-suppress-shortcuts": ""}
 
 # %% ../nbs/01a_touch.ipynb #touch011
 def axis(
@@ -165,12 +159,13 @@ def _frame(rows, column, start, title, alt, label, say)->dict:
     if start not in values: raise ValueError(f"start={start!r} is none of {column}: {values}")
     said = [say(v) for v in values]
     reading = f"{json.dumps(said)}[indexof({json.dumps(values)}, chosen)]"
+    where = dict(name="at", value=values.index(start), bind=binding(len(values), label + " "))
     return {
         "description": alt,
         "background": "white",
         "title": dict(text=title, subtitle=dict(expr=reading), anchor="start",
             fontSize=14, subtitleFontSize=13, subtitleColor=INK, offset=12),
-        "params": [dict(name="chosen", value=start, bind=binding(values, label + " "))],
+        "params": [where, dict(name="chosen", expr=f"{json.dumps(values)}[at]")],
         "data": dict(values=rows),
         "config": dict(view=dict(stroke="#ddd"), axis=dict(gridColor="#eee", labelFontSize=11,
             titleFontSize=12), legend=dict(orient="bottom")),

@@ -14,7 +14,7 @@ from test_site import SITE, browser, cells, console, notebooks, site, wide  # no
 ui = pytest.importorskip("selenium.webdriver.support.ui")
 FIGURE = "application/vnd.vegalite.v5+json"
 WEIGHT = 1_500_000  # bytes that a page with such a figure may take to load, its scripts and all
-LEFT, RIGHT, UP, DOWN = "\ue012", "\ue014", "\ue013", "\ue015"
+LEFT, RIGHT, TAB = "\ue012", "\ue014", "\ue004"
 
 
 def figures(path):
@@ -43,7 +43,7 @@ def test_each_figure_has_rows_for_every_value_a_sentence_and_a_still_picture(pag
     column = json.loads(re.search(r'datum\[(".*?")\]', shown[0]["transform"][0]["filter"])[1])
     assert {json.dumps(r[column]) for r in rows} == set(map(json.dumps, known["values"]))
     assert 3 <= len(known["values"]) == len(set(known["said"])) and len(rows) <= 1000
-    start = known["said"][known["values"].index(spec["params"][0]["value"])]
+    start = known["said"][spec["params"][0]["value"]]
     assert start in unescape(re.sub(r"<[^>]*>", "", "".join(still)))
     assert len(spec["description"]) > 60 and spec["title"]["text"] not in known["said"]
 
@@ -61,7 +61,7 @@ def opened(browser, site, page, i=0):
 
 
 def control(figure):
-    return figure.find_element("css selector", ".vega-bind input, .vega-bind select")
+    return figure.find_element("css selector", ".vega-bind input")
 
 
 # What the chosen layer draws: marks that aren't pale; and the sentence below the title.
@@ -98,11 +98,9 @@ def test_moving_the_control_changes_what_is_drawn(site, browser, page, i):
     "By keyboard, to each value."
     figure = opened(browser, site, page, i)
     known = figures(TOUCHED[page])[i][FIGURE]
-    values, said = (known["usermeta"][k] for k in ("values", "said"))
-    start = values.index(known["params"][0]["value"])
-    back, on = (LEFT, RIGHT) if control(figure).tag_name == "input" else (UP, DOWN)
-    down = walk(browser, figure, [back]*start)
-    up = walk(browser, figure, [on]*(len(values)-1))
+    start, said = known["params"][0]["value"], known["usermeta"]["said"]
+    down = walk(browser, figure, [LEFT]*start)
+    up = walk(browser, figure, [RIGHT]*(len(said)-1))
     assert not faults_of(down, said[:start][::-1])
     assert not faults_of(up, said[1:])
     assert not console(browser)
@@ -124,9 +122,9 @@ def test_a_figure_that_does_not_follow_would_be_seen(site, browser, fault):
         vegaEmbed(figure.querySelector('.touch-live'), spec, {mode: 'vega-lite', renderer: 'svg',
           actions: false}).then(({view}) => { view.addSignalListener('chosen', (_, v) => {
           says.textContent = said[values.indexOf(v)]; }); done(); })""", figure)
-    known = figures(TOUCHED["muon"])[0][FIGURE]["usermeta"]
-    start = known["values"].index(figures(TOUCHED["muon"])[0][FIGURE]["params"][0]["value"])
-    found = faults_of(walk(browser, figure, [RIGHT]*2), known["said"][start+1:start+3])
+    known = figures(TOUCHED["muon"])[0][FIGURE]
+    start, said = known["params"][0]["value"], known["usermeta"]["said"]
+    found = faults_of(walk(browser, figure, [RIGHT]*2), said[start+1:start+3])
     assert fault in found
 
 
@@ -140,7 +138,25 @@ def test_control_and_figure_have_names(site, browser, page, i):
     assert spec["params"][0]["bind"]["name"].strip() in named
     drawing = figure.find_element("css selector", ".touch-live[aria-label]")
     assert drawing.get_attribute("aria-label") == spec["description"]
+    assert drawing.get_attribute("role") == "graphics-document"
+    says = figure.find_element("css selector", ".touch-says")
+    assert says.get_attribute("aria-live") == "polite"
     assert figure.find_element("css selector", "figcaption").text.startswith("Figure ")
+
+
+@pytest.mark.parametrize("page, i", ALL)
+def test_by_keyboard_alone_a_control_is_reached_moved_and_heard(site, browser, page, i):
+    "Tab comes to it, an arrow moves it, and its value is a sentence, not a position."
+    figure = opened(browser, site, page, i)
+    known = figures(TOUCHED[page])[i][FIGURE]
+    start, said = known["params"][0]["value"], known["usermeta"]["said"]
+    browser.execute_script("arguments[0].tabIndex = -1; arguments[0].focus()", figure)
+    browser.switch_to.active_element.send_keys(TAB)
+    reached = browser.switch_to.active_element
+    assert reached == control(figure) and reached.get_attribute("aria-valuetext") == said[start]
+    forth = start + 1 < len(said)
+    walk(browser, figure, [RIGHT if forth else LEFT])
+    assert reached.get_attribute("aria-valuetext") == said[start + 1 if forth else start - 1]
 
 
 def shades(browser, element):

@@ -9,8 +9,11 @@
     const { view } = await window.vegaEmbed(live, spec, { mode: "vega-lite", renderer: "svg", actions: false });
     live.hidden = false;
     still.hidden = true;
-    // the sentence stands in the drawing; here it is for the ear, after each move
-    view.addSignalListener("chosen", (_, value) => { says.textContent = said[values.indexOf(value)]; });
+    // the sentence stands in the drawing; here it is for the ear: the value of the slider, and after each move
+    const slider = live.querySelector(".vega-bind input");
+    const tell = (value) => { slider.setAttribute("aria-valuetext", said[values.indexOf(value)]); };
+    tell(view.signal("chosen"));
+    view.addSignalListener("chosen", (_, value) => { tell(value); says.textContent = said[values.indexOf(value)]; });
   };
   for (const figure of document.querySelectorAll("figure.touch")) bring(figure).catch((error) => console.warn(error));
 })();

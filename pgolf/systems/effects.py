@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 from ..game.data import Dataset
+from ..show import bar
 from .ownership import set_aside
 from .report import Report
 from .phrases import say
@@ -99,7 +100,8 @@ def measure(
     a,b = get_recipe(system), get_recipe(system+"-as-run")
     changed = only or {**changes(a, b), "as run":{k:y for k,_,y in diff(a, b)}}
     rows = []
-    for name,settings in {"as described":{}, **changed}.items():
+    every = {"as described":{}, **changed}
+    for name,settings in bar(every.items(), desc=system, unit="change", delay=5, leave=False):
         r = at_scale(a.but(**settings), scale)
         folder = out/system/name.replace(" ","_")
         reports = [run_shared(r.but(seed=s), dataset, folder/str(s), out/"weights", eval_tokens)
