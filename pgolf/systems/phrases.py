@@ -153,7 +153,7 @@ GPTQ = dict(
     rule="factor that spreads an error",
     search="measure of the best clip",
     refit="step fitted anew after the pass",
-    rate="squared steps of error that a bit is worth in rounding",
+    rate="squared steps of error that a bit is worth",
     column_steps="a step for each column of a matrix, too",
 )
 
