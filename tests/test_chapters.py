@@ -12,9 +12,9 @@ SLOW = {"adaptation", "artifact", "audit", "batch", "bench", "budget", "calibrat
         "caseops", "claims", "cli", "compare", "data", "effects", "embeddings", "entropy",
         "flatten", "formats", "gpt", "gptq", "great", "growth", "listeners", "loaders", "loop",
         "lora", "lowrank", "machines", "muon", "notebook", "order", "page", "phased", "pipeline",
-        "plan", "quant", "queue", "reach", "record", "ruled", "rulings", "running", "script",
-        "segments", "slurm", "softcap", "streams", "submission", "submitting", "tilt", "tokenizer",
-        "ttt", "unwrap", "verdict", "windows"}
+        "plan", "quant", "queue", "rate", "reach", "record", "ruled", "rulings", "running",
+        "script", "segments", "slurm", "softcap", "streams", "submission", "submitting", "tilt",
+        "tokenizer", "ttt", "unwrap", "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))

@@ -46,7 +46,9 @@ def _parts(tensors):
     "List (kind, name, tensor): all codes, then all scales, then the rest, each sorted by family."
     parts = []
     for name, t in tensors.items():
-        if isinstance(t, Quantized): parts += [("codes", name, t.codes), ("scale", name, t.scale)]
+        if isinstance(t, Quantized):
+            parts += [("codes", name, t.codes), ("scale", name, t.scale)]
+            if t.columns is not None: parts.append(("columns", name, t.columns))
         elif isinstance(t, Tensor): parts.append(("tensor", name, t))
         else:
             raise ValueError(
@@ -238,7 +240,7 @@ def _check_record(r, at, size):
             f"tensor record {str(r)[:80]!r} must have the fields {', '.join(_FIELDS)},"
             " each of its type")
     who = f"tensor {r['name'][:80]!r}"
-    if r["kind"] not in ("codes", "scale", "tensor"):
+    if r["kind"] not in ("codes", "columns", "scale", "tensor"):
         raise ArtifactError(f"{who}: unknown kind {r['kind'][:40]!r}")
     if r["dtype"] not in DTYPES: raise ArtifactError(f"{who}: unknown dtype {r['dtype'][:40]!r}")
     if len(r["name"]) > 999:
@@ -303,20 +305,24 @@ def _tensor(r, raw):
         raise ArtifactError(f"tensor {r['name'][:80]!r}: bool with bytes other than 0 and 1")
     return _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
 
+# %% ../../nbs/squeeze/34_artifact.ipynb #ra340001
 def _join(name, parts):
     "Make a tensor, or a `Quantized` of codes and scale."
     if set(parts) == {"tensor"}: return parts["tensor"]
-    if set(parts) != {"codes", "scale"}:
+    if set(parts) - {"columns"} != {"codes", "scale"}:
         raise ArtifactError(
             f"tensor {name[:80]!r} has the parts {sorted(parts)}; codes and scale belong together")
     codes, scale = parts["codes"], parts["scale"]
     are_codes = codes.dtype == torch.int8 and codes.ndim == 2
     are_steps = scale.dtype == torch.float16 and scale.shape in ((len(codes), 1), (1, 1))
+    columns = parts.get("columns")
+    if columns is not None:
+        are_steps &= columns.dtype == torch.int8 and columns.shape == codes.shape[1:]
     if not (are_codes and are_steps):
         raise ArtifactError(
             f"tensor {name[:80]!r}: codes {codes.dtype} {tuple(codes.shape)} and scale"
             f" {scale.dtype} {tuple(scale.shape)} do not fit")
-    return Quantized(codes, scale)
+    return Quantized(codes, scale, columns)
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #e9e7a84d
 def unpack(

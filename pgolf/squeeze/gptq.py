@@ -7,6 +7,7 @@ __all__ = ['GPTQConfig', 'damped_cholesky', 'column_order', 'Factor', 'factor', 
            'gptq_fit', 'quantize_state', 'dequantize_state', 'quant_errors']
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #625f5adc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +35,29 @@ class GPTQConfig:
     rule:str="cholesky"
     search:str="plain" # clip candidate of a row by squared error, or by "hessian" after the pass
     refit:str="" # step after the pass: "" keep, "hessian" least squares under H, "plain" under I
-    def __post_init__(self):
-        for name,known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {known}")
-        for name in ("samples","block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.search == "hessian" and self.rule != "cholesky":
-            raise ValueError(
-                "search='hessian' needs rule='cholesky':"
-                f" under rule={self.rule!r} the pass does not know its error")
-        if not self.damping > 0: raise ValueError(f"damping={self.damping} must be above 0")
+    # the last two are for `rate_fit`
+    rate:float=0.            # squared steps of error that are worth a bit; 0: the nearest code
+    column_steps:bool=False  # a step for each column, too, by what its error costs
+    def __post_init__(self): _check_gptq(self)
+
+# %% ../../nbs/squeeze/31_gptq.ipynb #ra310001
+def _check_gptq(c):
+    "Raise for a setting that no pass can use."
+    for name,known in _CHOICES.items():
+        if getattr(c, name) not in known:
+            raise ValueError(f"{name}={getattr(c, name)!r}: choose one of {known}")
+    for name in ("samples","block"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name}={getattr(c, name)} must be 1 or more")
+    if c.search == "hessian" and c.rule != "cholesky":
+        raise ValueError(
+            "search='hessian' needs rule='cholesky':"
+            f" under rule={c.rule!r} the pass does not know its error")
+    if (c.rate or c.column_steps) and c.rule != "cholesky":
+        raise ValueError(f"rate and column_steps need rule='cholesky', not {c.rule!r}")
+    if not 0 <= c.rate < float("inf"):
+        raise ValueError(f"rate={c.rate} must be 0 or more: squared steps for a bit")
+    if not c.damping > 0: raise ValueError(f"damping={c.damping} must be above 0")
 
 _CHOICES = dict(order=("descending","ascending","natural"), rule=("cholesky","plain_inverse"),
     search=("plain","hessian"), refit=("","hessian","plain"), windows=("train","shuffled","self"))
@@ -120,8 +132,10 @@ def _without_dead(H):
     return H + torch.diag(dead.float()), dead
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #904d9fae
-def _round_columns(W, feed, scale, grid, cfg):
+def _round_columns(W, feed, scale, grid, cfg, choose=None):
     "Codes (int8) and targets in steps, (N, n, r) as W is; feed (N, n, n), scale (N, 1, r)."
+    def nearest(j, x, out): torch.round(x, out=out).clamp_(grid.lo, grid.hi)
+    choose = choose or nearest  # a code for each target of column j, into `out`
     W = W/torch.where(scale > 0, scale, torch.inf)
     X,D,codes = W.clone(),torch.empty_like(W),torch.empty_like(W)
     x,q,d = (A.split(1, 1) for A in (X, codes, D))          # by columns, each (N, 1, r)
@@ -129,7 +143,7 @@ def _round_columns(W, feed, scale, grid, cfg):
     for i,stop in enumerate(range(W.shape[1], 0, -cfg.block), 1):
         first = max(0, stop-cfg.block)
         for j in range(stop-1, first-1, -1):
-            torch.round(x[j], out=q[j]).clamp_(grid.lo, grid.hi)
+            choose(j, x[j], q[j])
             torch.sub(truth[j], q[j], out=d[j])
             if first < j: X[:,first:j].addcmul_(feed[:,first:j,j:j+1], d[j])
         if not first: break
@@ -181,10 +195,10 @@ def gptq(
         return gptq(W[None], H[None] if isinstance(H, Tensor) else H, scale[None], grid, cfg)[0]
     return _rounded(W, _factors(W, H, cfg), scale, grid, cfg).float()
 
-def _rounded(W, factors, scale, grid, cfg):
+def _rounded(W, factors, scale, grid, cfg, choose=None):
     "The pass, (N, r, n) to codes of the same shape, int8."
     steps = scale.float().mT.expand(-1, -1, W.shape[1])
-    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors), steps, grid, cfg)
+    codes,_ = _round_columns(_sorted(W, factors), _feeds(factors), steps, grid, cfg, choose)
     return _restored(codes, factors)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #98e0aae4
@@ -249,9 +263,12 @@ def gptq_fit(
     else:
         scale = pentanary(W)[1] if grid.rule == "pentanary" else search_scale(W, grid)
         codes = _rounded(W, factors, scale, grid, cfg)
-    if not cfg.refit: return codes, scale
+    return codes, _refitted(W, codes, scale, factors, grid, cfg) if cfg.refit else scale
+
+def _refitted(W, codes, scale, factors, grid, cfg):
+    "Steps that suit the codes."
     under = torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None
-    return codes, refit_scale(W, codes.float(), scale, under, grid)
+    return refit_scale(W, codes.float(), scale, under, grid)
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #738d52ec
 def _groups(state, cfg, hessians):
@@ -281,6 +298,8 @@ def quantize_state(
     cfg:QuantConfig,  # which tensor gets which grid
     gptq_cfg:GPTQConfig|None=None, # None: round to nearest everywhere
     hessians:dict|None=None, # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
+    # matrices of one shape, their factors, grid and config -> what is stored of each
+    fit:Callable|None=None,  # None: `gptq_fit`
 )->dict: # name -> Quantized or tensor, on the CPU, in the order of `state`
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
     if gptq_cfg and not hessians:
@@ -292,10 +311,14 @@ def quantize_state(
         factors = [_factor_of(n, state[n], hessians[n], gptq_cfg, known) for n in names]
         W = torch.stack([state[n].detach().to(hessians[n].device).float() for n in names])
         if cfg.prune: W = torch.stack([prune(w, cfg.prune) for w in W])
-        codes,scale = gptq_fit(W, factors, grid, gptq_cfg)
-        done.update((n, store(c.cpu(), s.cpu())) for n,c,s in zip(names, codes, scale))
+        done.update(zip(names, (fit or _fitted)(W, factors, grid, gptq_cfg)))
     return {n: done[n] if n in done else _plain(n, t, cfg, hessians.get(n))
         for n,t in state.items()}
+
+# %% ../../nbs/squeeze/31_gptq.ipynb #ra310002
+def _fitted(W, factors, grid, cfg):
+    "Each matrix as it is stored."
+    return [store(c.cpu(), s.cpu()) for c,s in zip(*gptq_fit(W, factors, grid, cfg))]
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #a89de19c
 def _plain(name, t, cfg, rows=None):

@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'error_factors', 'LowRank', 'Corrected', 'pack_asymmetric', 
            'flatten_corrections', 'join_corrections', 'load_codes']
 
 # %% ../../nbs/squeeze/38_lowrank.ipynb #6c985e0f
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -178,10 +179,11 @@ def squeeze_state(
     cfg:QuantConfig, # grids, and what is added to them
     gptq_cfg:GPTQConfig|None=None, # None: round to nearest everywhere
     hessians:dict|None=None, # as for `quantize_state`
+    fit:Callable|None=None,  # likewise
 )->dict: # name -> tensor, Quantized, Protected or Corrected
     "Quantize a state, protect groups of columns, correct the largest errors."
     check_additions(cfg, gptq_cfg is not None)
-    out = quantize_state(state, cfg, gptq_cfg, hessians)
+    out = quantize_state(state, cfg, gptq_cfg, hessians, fit)
     if cfg.awq_top: out |= _protected(state, cfg, gptq_cfg, hessians)
     return out | _corrected(state, out, cfg, hessians) if cfg.lqer_top else out
 

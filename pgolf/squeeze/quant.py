@@ -63,9 +63,11 @@ class Quantized:
     "Codes and steps of one matrix."
     codes:Tensor # (r, c) int8
     scale:Tensor # (r, 1) or (1, 1) float16
+    columns:Tensor|None=None # (c,) int8, eighths of a power of 2 that widen a column's step
     def dequantize(self)->Tensor: # (r, c) float32
         "The weights that the codes stand for."
-        return self.codes.float() * self.scale.float()
+        W = self.codes.float() * self.scale.float()
+        return W if self.columns is None else W * 2**(self.columns.float()/8)
 
 # %% ../../nbs/squeeze/30_quant.ipynb #7f1d1222
 def to_codes(

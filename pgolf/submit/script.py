@@ -194,6 +194,7 @@ def _squeeze(r):
             f"first = dequantize_state(quantize_state(state, replace(QUANT, rules={rules})))")
         source = "first"
     calibrated = ", GPTQ, hessians" if s.use_gptq else ""
+    if s.use_gptq and (r.gptq.rate or r.gptq.column_steps): calibrated += ", rate_fit"
     codes = f"({source}, QUANT{calibrated})"
     adds = r.quant.lqer_top or r.quant.awq_top
     lines.append("codes = " + (f"flatten_corrections(squeeze_state{codes})" if adds else
@@ -302,6 +303,13 @@ def maybe_compile(fn, wish, device):
 def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, device)
 '''
 
+# %% ../../nbs/submit/61_script.ipynb #ra610001
+STAND_INS += '''
+from pgolf.squeeze.quant import Quantized
+def _join(name, parts): return parts["tensor"] if "tensor" in parts else Quantized(**parts)
+def check_additions(cfg, calibrated): pass # looked at when the script was made
+'''
+
 # %% ../../nbs/submit/61_script.ipynb #64f65a36
 def _each(table):
     return {name:unused for names,unused in table.items() for name in names.split()}
@@ -346,7 +354,7 @@ UNUSED |= _each({
 UNUSED |= _each({
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
-    "refit_scale": lambda r: not r.gptq.refit,
+    "_refitted refit_scale": lambda r: not r.gptq.refit,
     "sample_tokens": lambda r: r.gptq.windows!="self",
     "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),
@@ -359,6 +367,8 @@ UNUSED |= _each({
     "_corrected _with_term": lambda r: not r.quant.lqer_top,
     "pack_columns": lambda r: r.quant.lqer_fit=="plain",
     "_without_dead": lambda r: not r.gptq.zero_dead,
+    "prices _by_rate": lambda r: not r.gptq.rate,
+    "_stepped even_columns": lambda r: not r.gptq.column_steps,
     "learn_all": lambda r: not r.phased.ttt_phases,
     "choose_temperature": lambda r: not r.ttt.ttt_temperatures,
 })

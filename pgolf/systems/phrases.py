@@ -153,6 +153,8 @@ GPTQ = dict(
     rule="factor that spreads an error",
     search="measure of the best clip",
     refit="step fitted anew after the pass",
+    rate="squared steps of error that a bit is worth",
+    column_steps="a step for each column of a matrix, too",
 )
 
 # %% ../../nbs/systems/46_phrases.ipynb #0ff60ea9

@@ -43,6 +43,7 @@ from ..game.tokenizer import tokenizer_id
 
 # %% ../../nbs/systems/52_pipeline.ipynb #3c25f564
 from ..score.phased import ADAPTATIONS
+from ..squeeze.rate import rate_fitter as fitter
 from ..score.order import HintWatch, check_tilt, window_hints
 from ..score.tilt import strong_hints
 
@@ -335,7 +336,7 @@ def _squeeze(job, state, hessians):
     r,s,source = job.recipe, job.recipe.stages, state
     if s.first_rules:
         source = dequantize_state(quantize_state(state, replace(r.quant, rules=s.first_rules)))
-    return squeeze_state(source, r.quant, r.gptq if s.use_gptq else None, hessians)
+    return squeeze_state(source, r.quant, r.gptq if s.use_gptq else None, hessians, fitter(r.gptq))
 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200005
