@@ -306,7 +306,7 @@ def _tensor(r, raw):
     return _from_bytes(raw, DTYPES[r["dtype"]], r["shape"])
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #ra340001
-def _join(name, parts):
+def _from_parts(name, parts):
     "Make a tensor, or a `Quantized` of codes and scale."
     if set(parts) == {"tensor"}: return parts["tensor"]
     if set(parts) - {"columns"} != {"codes", "scale"}:
@@ -339,7 +339,7 @@ def unpack(
             if r["kind"] in parts: raise ArtifactError(f"tensor {r['name'][:80]!r} is there twice")
             parts[r["kind"]] = _tensor(r, raw)
         start += sum(n for _, n in f["streams"])
-    return {name: _join(name, found[name]) for name in sorted(found, key=_order)}, meta
+    return {name: _from_parts(name, found[name]) for name in sorted(found, key=_order)}, meta
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #7fc4cac8
 def save_artifact(

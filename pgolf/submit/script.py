@@ -306,7 +306,7 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 # %% ../../nbs/submit/61_script.ipynb #ra610001
 STAND_INS += '''
 from pgolf.squeeze.quant import Quantized
-def _join(name, parts): return parts["tensor"] if "tensor" in parts else Quantized(**parts)
+def _from_parts(name, parts): return parts["tensor"] if "tensor" in parts else Quantized(**parts)
 def check_additions(cfg, calibrated): pass # looked at when the script was made
 '''
 
