@@ -12,7 +12,7 @@ import subprocess
 import venv
 
 import pytest
-from conftest import HANG, described_first
+from conftest import HANG, ROOT, described_first
 from pgolf.submit import doctor
 from pgolf.submit import flatten, reach
 from pgolf.systems import pipeline
@@ -160,6 +160,14 @@ def test_what_is_left_out_still_exists():
     ), "script.UNUSED names definitions that are gone: rename or remove them there"
     stand_ins = reach.Module("stand_ins", script.STAND_INS, "pgolf")
     assert set(stand_ins.defs) <= known, "script.STAND_INS stands in for definitions that are gone"
+
+
+@pytest.mark.parametrize("name", reach.Module("stand_ins", script.STAND_INS, "pgolf").defs)
+def test_a_stand_in_replaces_one_definition(name):
+    "Another of the same name would be replaced as well, without a word."
+    found = [p for p in (ROOT/"pgolf").rglob("*.py")
+        if re.search(rf"^(def|class) {name}\b|^{name}\b *=", p.read_text(), re.M)]
+    assert len(found) == 1
 
 
 def test_packing_is_deterministic():
