@@ -392,8 +392,8 @@ def test_a_stream_of_another_size_or_type_is_refused():
 
 # ---- the systems
 
-@pytest.mark.parametrize("name", ["pr610", "pr1123",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("pr576", "pr598", "pr601"))])
+@pytest.mark.parametrize("name", ["pr610",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("pr1123", "pr576", "pr598", "pr601"))])
 def test_the_whole_file_of_each_system_is_smaller_than_its_payload_under_any_general_compressor(
     name):
     """A small model of each, some steps trained, rounded by its rules; header and checksums are

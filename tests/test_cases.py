@@ -162,6 +162,7 @@ def test_a_refused_start_gives_the_folder_back(main, done, data):
     assert not (done/"lock").exists()
 
 
+@pytest.mark.slow
 def test_results_of_other_commands_are_kept(coarse, main, done, tmp_path):
     squeeze = ("squeeze", done, "--samples", 1, "--min-numel", 20_000)
     assert main(*squeeze)[0] == 0

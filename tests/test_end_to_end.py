@@ -81,6 +81,7 @@ def test_run_ends_with_a_table_and_a_complete_report(reference):
         -1) < .15, "the plan's estimate against the bytes that came"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_same_command_gives_the_same_bits(reference, novels, main, tmp_path):
     "In another process, into another folder."

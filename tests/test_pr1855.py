@@ -446,6 +446,7 @@ def test_only_the_table_is_bfloat16():
         "tok_emb.weight"}
 
 
+@pytest.mark.slow
 def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path):
     r = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0)
     job = pipeline.start(r, novels, tmp_path/"run", "cpu", 512, progress=False)

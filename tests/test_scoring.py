@@ -270,6 +270,7 @@ def test_less_work_than_the_published_loop():
     assert 0 < 1.5*ours.get_total_flops() < theirs.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile("cpu")[0], reason="no compiler")
 def test_compiled_and_plain_give_one_score(tokens):
     m = GPT(ModelConfig(vocab_size=64, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1,

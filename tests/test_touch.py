@@ -164,6 +164,7 @@ def shades(browser, element):
     return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L")).astype(int)
 
 
+@pytest.mark.slow
 def test_in_the_dark_a_figure_is_dark_and_can_be_read(site, browser):
     def ground_and_ink(figure):
         grey = shades(browser, figure.find_element("css selector", ".touch-live svg"))
@@ -178,6 +179,7 @@ def test_in_the_dark_a_figure_is_dark_and_can_be_read(site, browser):
     assert light[0] > 240 and dark[0] < 60 and min(light[1], dark[1]) > 120
 
 
+@pytest.mark.slow
 def test_without_scripts_the_still_picture_stays(site, browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
