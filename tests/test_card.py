@@ -19,7 +19,8 @@ card = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(card)
 
 # Of what papermill, kernels and coders ask for, this the card's image has.
-THERE = {"aiohttp", "certifi", "charset-normalizer", "click", "idna", "packaging", "psutil",
+THERE = {"aiohttp", "aiohappyeyeballs", "aiosignal", "frozenlist", "multidict", "propcache", "yarl",
+    "certifi", "charset-normalizer", "click", "idna", "packaging", "psutil",
     "pygments", "python-dateutil", "pyyaml", "requests", "six", "tqdm", "typing-extensions",
     "urllib3"}
 PYTHON = dict(python_version="3.12", python_full_version="3.12.3", os_name="posix", extra="",
