@@ -13,7 +13,7 @@ from test_site import SITE, browser, cells, console, notebooks, site, wide  # no
 
 ui = pytest.importorskip("selenium.webdriver.support.ui")
 FIGURE = "application/vnd.vegalite.v5+json"
-WEIGHT = 1_500_000  # bytes that a page with such a figure may take to load, its scripts and all
+WEIGHT = 1_500_000  # bytes of a page with such a figure, its scripts and all, as sent compressed
 LEFT, RIGHT, TAB = "\ue012", "\ue014", "\ue004"
 
 
