@@ -354,7 +354,7 @@ UNUSED |= _each({
 UNUSED |= _each({
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
-    "_refitted refit_scale": lambda r: not r.gptq.refit,
+    "refitted refit_scale": lambda r: not r.gptq.refit,
     "sample_tokens": lambda r: r.gptq.windows!="self",
     "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),

@@ -24,8 +24,7 @@ from .ownership import (_kept, check_data, claim, fingerprint, release,
                                      remember_data)
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
-from ..squeeze.lowrank import (check_additions, flatten_corrections, load_codes,
-                                   squeeze_state)
+from ..squeeze.lowrank import flatten_corrections, load_codes, squeeze_state
 from ..train.frontier import DecayTaper
 from ..train.listeners import Checkpointer, MetricsLog, OrderSwitch, Progress
 from ..squeeze.quant import LateQAT, set_eval_quant
@@ -43,7 +42,7 @@ from ..game.tokenizer import tokenizer_id
 
 # %% ../../nbs/systems/52_pipeline.ipynb #3c25f564
 from ..score.phased import ADAPTATIONS
-from ..squeeze.rate import rate_fitter as fitter
+from ..squeeze.rate import check_rounding, rate_fitter as fitter
 from ..score.order import HintWatch, check_tilt, window_hints
 from ..score.tilt import strong_hints
 
@@ -146,7 +145,7 @@ def check_recipe(recipe):
     check_schedules(recipe.optim.groups)
     first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
     for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
-    check_additions(recipe.quant, recipe.stages.use_gptq)
+    check_rounding(recipe.quant, recipe.gptq, recipe.stages.use_gptq)
     check_tilt(recipe)
     if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
 
