@@ -228,7 +228,7 @@ def _tilted(r, lines):
     "The same and once more, with hints or counts."
     first = "hints = HintWatch(strong_hints(text[0], TILT), ranks, SCORE.eval_temperature)"
     docs = "LORA.ttt_lora_docs" if r.stages.use_ttt else 0
-    if r.tilt.tilt_strengths: first = f"hints = CountWatch(turns(text[0], {docs}))"
+    if r.tilt.tilt_contexts: first = f"hints = CountWatch(turns(text[0], {docs}))"
     elif not lines: lines = ["hints.p = window_hints(model, *text, SCORE, hints.hint, ranks)"]
     return [first, *lines,
         'grade(ranks, "tilted", lambda t,b: hints.raised(scores, t, TILT), *text)']
