@@ -7,7 +7,7 @@ __all__ = ['USAGE', 'trains_alike', 'borrow', 'Entry', 'read_entries', 'run_entr
 
 # %% ../../nbs/scale/74_race.ipynb #rc000003
 import math, os, shutil, sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import yaml
 from ..files import read_json, write_json
@@ -17,6 +17,7 @@ from ..systems.ownership import own_data
 from ..systems.pipeline import run, start
 from ..systems.recipe import Recipe, diff, load_recipe
 from ..systems.recipes import at_scale, get_recipe
+from ..submit.script import script_bytes
 from ..systems.report import Report
 from ..systems.verdict import audit_run
 
@@ -83,6 +84,9 @@ def read_entries(
             f" {', '.join(entries)}")
     return entries, plan["races"]
 
+
+
+# %% ../../nbs/scale/74_race.ipynb #rc00001b
 def run_entries(
     folder,       # of one text: its runs are SCALE/NAME-SEED
     entries:dict, # from `read_entries`
@@ -110,31 +114,38 @@ def race_of(
     def result(x): return [x[s]["stages"][x[s]["result"]] for s in seeds]
     def nats(bpb): return bpb*math.log(2)*BYTES_PER_TOKEN # per token of the challenge's tokenizer
     a, b = result(ours), result(theirs)
+    def stages(x):
+        names = x[seeds[0]]["stages"]
+        return {n: sum(x[s]["stages"][n] for s in seeds)/len(seeds) for n in names}
     def both(key): return {n: max(x[s][key] for s in seeds) for n,x in (("ours", ours),
         ("theirs", theirs))}
     lead = nats(sum(b)/len(b) - sum(a)/len(a))
     p = record_test([nats(x) for x in a], [nats(x) for x in b]) if len(seeds) > 1 else None
     return dict(seeds=seeds, ours=a, theirs=b, lead_nats=lead, p=p,
         audited=all(x[s]["audit"] for s in seeds for x in (ours, theirs)),
-        bytes=both("total"), tokens=both("tokens"), flops=both("flops"), seconds=both("seconds"))
+        stages=dict(ours=stages(ours), theirs=stages(theirs)), bytes=both("total"),
+        tokens=both("tokens"), flops=both("flops"), seconds=both("seconds"))
+
+
+# %% ../../nbs/scale/74_race.ipynb #rc00001a
+def _finished(folder, name):
+    "What is kept of the finished runs of an entry, by seed, with the bytes of their scripts."
+    kept = {}
+    for run_folder in folder.glob(f"*/{name}-[0-9]*"):
+        if not (report := read_json(run_folder/"report.json")).get("complete"): continue
+        code = script_bytes(load_recipe(run_folder/"recipe.json"))
+        kept[report["seed"]] = kept_of(run_folder) | dict(total=report["bytes_artifact"]+code)
+    return kept
 
 def gather_races(
     runs,        # folder with one folder for each text
     plan,        # nbs/scale/race.yaml
 )->dict: # races, for JSON
     "Compare what is finished."
-    from pgolf.submit.script import script_bytes # only here: it reads the whole package
-    entries, races = read_entries(plan)
-    out = []
+    out, (_, races) = [], read_entries(plan)
     for text in sorted(p for p in Path(runs).iterdir() if p.is_dir()):
-        def found(name):
-            done = [p for p in text.glob(f"*/{name}-[0-9]*")
-                if read_json(p/"report.json").get("complete")]
-            kept = [kept_of(p) | dict(total=Report.load(p/"report.json").bytes_artifact
-                + script_bytes(load_recipe(p/"recipe.json"))) for p in done]
-            return {k["seed"]: k for k in kept}
         for race in races:
-            ours, theirs = found(race["ours"]), found(race["rival"])
+            ours, theirs = _finished(text, race["ours"]), _finished(text, race["rival"])
             if not ours.keys() & theirs.keys(): continue
             out.append(dict(text=text.name, **race) | race_of(ours, theirs))
     return dict(races=out)
