@@ -26,7 +26,8 @@ def own_notebooks(
     folder = Path(folder or notebooks_folder())
     found = {n.stem:n for n in folder.glob("*.ipynb")}
     own = {n:found[n] for n in (*RECIPES, *MILESTONES, *VARIANTS) if n in found}
-    if not own: raise ValueError(f"no run notebooks pr*.ipynb in {folder}: name it with --notebooks")
+    if not own:
+        raise ValueError(f"no run notebooks pr*.ipynb in {folder}: name it with --notebooks")
     return own
 
 # %% ../../nbs/scale/70_notebook.ipynb #05a3b601

@@ -119,6 +119,7 @@ def count_rows(
             p[row] = (1-w)*p[row] + w*counts
     return p.log()
 
+# %% ../../nbs/score/43a_counts.ipynb #cn00001d
 def count_shares(
     nll:Tensor,    # (n,) nats of every target, as the model gives them
     tokens:Tensor, # (n+1,) int64 ids in the order of scoring

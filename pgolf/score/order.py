@@ -142,6 +142,7 @@ class CountWatch(Watch):
         out[at[here]] = nll[here]
         return replace(scores, nll=out)
 
+# %% ../../nbs/score/44e_order.ipynb #ex44e035
 def turns(
     tokens:Tensor, # (n+1,) ids of the text
     docs:int,      # documents side by side in a queue; 0: no queue
@@ -153,6 +154,7 @@ def turns(
     if not docs: return spans
     return [spans[i] for batch in length_queue([b-a+1 for a, b in spans], docs) for i in batch]
 
+# %% ../../nbs/score/44e_order.ipynb #ex44e036
 def last_words(
     recipe,        # sections `stages`, `lora`, `score` and `tilt`
     tokens:Tensor, # (n+1,) ids of the text
@@ -222,6 +224,7 @@ def queue_evaluation(
     return Evaluation(a.scorer, len(a.about[0].base_bytes), a.bos, a.distributions, None, a.embed,
         log=a.log)
 
+# %% ../../nbs/score/44e_order.ipynb #ex44e037
 def tilted_evaluation(
     ev:Evaluation,    # with distributions
     tilt:TiltConfig,  # hints that count, or counts

@@ -217,6 +217,7 @@ def _adapt(r):
     if s.use_tilt: lines = _tilted(r, lines)
     return dict(adapt="".join(f"    {l}\n" for l in lines))
 
+# %% ../../nbs/submit/61_script.ipynb #ex61c002
 def _by_chunks(s):
     "Learning from chunks, in the order of the text."
     lines = ["learner = Learner(model, TTT, ranks, SCORE.eval_compile)"]
