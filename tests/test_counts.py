@@ -1,4 +1,9 @@
 "Counts of what followed before: causal, normalised, and the same through every door."
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +14,7 @@ from pgolf.score.order import CountWatch, last_words, turns
 from pgolf.score.tilt import TiltConfig
 from pgolf.score.windows import Scores
 from pgolf.submit.script import make_code, script
+from pgolf.systems.pipeline import run, start
 from pgolf.systems.recipe import load_recipe
 from pgolf.systems.recipes import at_scale, get_recipe
 
@@ -87,3 +93,22 @@ def test_the_script_counts_and_leaves_hints_out():
     assert make_code(birdie).sizes()["lines"] < 1500
     alone = script(birdie.but(use_ttt=False))
     assert "CountWatch(turns(text[0], 0))" in alone and "def learn_all" not in alone
+
+
+@pytest.mark.slow
+def test_the_packed_script_ends_on_the_same_score(novels, tmp_path):
+    "Trained, squeezed and counted by the script alone."
+    r = at_scale(get_recipe("birdie"), "tiny").but(iterations=4, samples=4, ttt_phases=0,
+        ttt_lora_chunk_tokens=64)
+    report = run(start(r, novels, tmp_path/"run", "cpu", 2048, progress=False))
+    (tmp_path/"train_gpt.py").write_text(make_code(r).packed)
+    flat = tmp_path/"flat"
+    flat.mkdir()
+    for p in (*novels.train_shards, *novels.val_shards, novels.tokenizer_path): shutil.copy(p, flat)
+    done = subprocess.run([sys.executable, "train_gpt.py", "flat", "--eval-tokens", "2048",
+        "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    rows = [json.loads(line.removeprefix("score ")) for line in done.stdout.splitlines()
+        if line.startswith("score ")]
+    found = {row["stage"]: row["val_bpb"] for row in rows}
+    assert found["tilted"] == pytest.approx(report.bpb("tilted"), abs=1e-9)
+    assert found["tilted"] < found["adapted"]
