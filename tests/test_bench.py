@@ -257,6 +257,7 @@ def test_memory_counts_what_is_alive_at_once():
         100).mul(2)) == 4000
 
 
+@pytest.mark.slow
 def test_growth_follows_flops_and_memory_the_batch():
     points = growth.bench_growth(make_case("pr610", "tiny", quick=True))
     for axis in growth.AXES:

@@ -58,6 +58,7 @@ def runs(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_one_process_to_the_bit(runs):
     "Windows and documents: each is graded by one process, the others add nothing."
     [one] = runs[1]
@@ -66,6 +67,7 @@ def test_scores_are_those_of_one_process_to_the_bit(runs):
             for stage in ("sliding", "documents"): assert np.array_equal(rank[stage], one[stage])
 
 
+@pytest.mark.slow
 def test_adaptation_shares_its_gradient(runs):
     "Rows of a batch over ranks, of which four get none at times: scores to 1e-6, weights alike."
     [one] = runs[1]
@@ -78,6 +80,7 @@ def test_adaptation_shares_its_gradient(runs):
             assert np.array_equal(rank["temperatures"], one["temperatures"])
 
 
+@pytest.mark.slow
 def test_hessians_are_those_of_all_batches(runs):
     [one] = runs[1]
     names = [k for k in one if k.startswith("H ")]

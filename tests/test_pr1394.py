@@ -255,6 +255,7 @@ def test_brotli_stores_what_it_is_given_and_best_leaves_it_out():
         with pytest.raises(ArtifactError): unpack(data[:i]+bytes([data[i]^1])+data[i+1:])
 
 
+@pytest.mark.slow
 def test_a_tiny_run_ends_in_an_audited_score(novels, tmp_path):
     r = at_scale(PR1394, "tiny").but(iterations=12, warmup_steps=0)
     job = pipeline.start(r, novels, tmp_path/"run", "cpu", 512, progress=False)
