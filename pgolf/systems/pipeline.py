@@ -24,8 +24,7 @@ from .ownership import (_kept, check_data, claim, fingerprint, release,
                                      remember_data)
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
-from ..squeeze.lowrank import (check_additions, flatten_corrections, load_codes,
-                                   squeeze_state)
+from ..squeeze.lowrank import flatten_corrections, load_codes, squeeze_state
 from ..train.frontier import DecayTaper
 from ..train.listeners import Checkpointer, MetricsLog, OrderSwitch, Progress
 from ..squeeze.quant import LateQAT, set_eval_quant
@@ -43,9 +42,8 @@ from ..game.tokenizer import tokenizer_id
 
 # %% ../../nbs/systems/52_pipeline.ipynb #3c25f564
 from ..score.phased import ADAPTATIONS
-from ..squeeze.rate import rate_fitter as fitter
-from ..score.order import HintWatch, check_tilt, window_hints
-from ..score.tilt import strong_hints
+from ..squeeze.rate import check_rounding, rate_fitter as fitter
+from ..score.order import check_tilt, last_words, window_hints
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -146,7 +144,7 @@ def check_recipe(recipe):
     check_schedules(recipe.optim.groups)
     first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
     for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
-    check_additions(recipe.quant, recipe.stages.use_gptq)
+    check_rounding(recipe.quant, recipe.gptq, recipe.stages.use_gptq)
     check_tilt(recipe)
     if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
 
@@ -413,19 +411,19 @@ def score_adapting(job, model):
 # %% ../../nbs/systems/52_pipeline.ipynb #ex52c001
 def _hints(job):
     "What the text says beforehand, heard while it is scored."
-    r = job.recipe
-    return HintWatch(strong_hints(_val_tokens(job), r.tilt), job.ranks, r.score.eval_temperature)
+    return last_words(job.recipe, _val_tokens(job), job.ranks)
 
 def _tilted(job, scores, hints):
     "The row of a score with hints."
-    return grade(job, "tilted", "the same, with hints from the text so far",
+    return grade(job, "tilted", "the same, with hints or counts of the text so far",
         lambda t,b: hints.raised(scores, t, job.recipe.tilt))
 
 def score_tilted(job, model, sliding):
     "Grade windows with hints from the text."
     hints,r = _hints(job), job.recipe
-    hints.p = window_hints(model, _val_tokens(job), job.dataset.byte_tables(), r.score, hints.hint,
-        job.ranks)
+    if not r.tilt.tilt_strengths:
+        hints.p = window_hints(model, _val_tokens(job), job.dataset.byte_tables(), r.score,
+            hints.hint, job.ranks)
     return _tilted(job, sliding, hints)
 
 def _val_tokens(job):
