@@ -34,7 +34,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def trial(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    return lambda name: mutations.Trial(folder, name)
+    made = []
+    def make(name): return made.append(mutations.Trial(folder, name)) or made[-1]
+    yield make
+    for t in made: t.restore()
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -85,7 +88,8 @@ def test_a_child_that_dies_is_a_failure(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(mutations, "SEEDS", tmp_path)
     monkeypatch.setitem(TARGETS, "report", TARGETS["report"]._replace(read=lambda p: os.abort()))
     until = time.monotonic()+600
-    told, failures = mutations.batch(folder, 0, ["report"], until, set())
+    trials = dict(report=mutations.Trial(folder, "report"))
+    told, failures = mutations.batch(trials, 0, until, set())
     assert [f[:2] for f in failures] == [["report", "dies of SIGABRT"]]
     assert told["rows"] == [["report", "failed", 1]] and len(list(tmp_path.iterdir())) == 1
 

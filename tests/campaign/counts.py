@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import subprocess
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT/"nbs"/"results"/"campaign.json"
 EMPTY = dict(kills=0, mutated_files=0, losses=0, hours=0., sittings=[], rows={}, found=[])
+PLANNED = dict(kills=500, mutated_files=1_000_000)
 HEADS = ("kills", "mutated_files", "losses")  # sums over all rows, which stand at the top
 
 
@@ -58,6 +60,13 @@ def found(row, what, path=RESULTS):
     with changing(path) as counts:
         if any(f["what"] == what for f in counts["found"]): return
         counts["found"].append(dict(date=date.today().isoformat(), row=row, what=what, mended=""))
+
+
+def commit():
+    "Of this checkout, or nothing."
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+        cwd=ROOT)
+    return done.stdout.strip()
 
 
 def sat(seconds, commit="", path=RESULTS):

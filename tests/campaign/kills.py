@@ -282,10 +282,11 @@ def main():
     options.add_argument("--counts", type=Path, default=counts.RESULTS)
     given = options.parse_args()
     server.loaded()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        furnish(Path(folder))
+    with small.folder() as folder:
+        furnish(folder)
         began = time.monotonic()
-        n = campaign(Path(folder), given.seconds, given.seed, given.only, given.counts)
+        n = campaign(folder, given.seconds, given.seed, given.only, given.counts)
+        counts.sat(time.monotonic()-began, counts.commit(), given.counts)
         print(f"{n:,} kills in {time.monotonic()-began:.0f} s")
 
 

@@ -5,12 +5,12 @@ import gc
 import resource
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import counts  # noqa: E402
 import guard  # noqa: E402
+import small  # noqa: E402
 from odd import SYSTEMS, note  # noqa: E402
 from targets import TARGETS, furnish  # noqa: E402
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--counts", type=Path, default=counts.RESULTS)
     given = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        furnish(Path(folder))
-        readers(Path(folder), given.counts)
+    with small.folder() as folder:
+        furnish(folder)
+        readers(folder, given.counts)
         plans(given.counts)

@@ -1,6 +1,9 @@
 """The smallest things that are whole: a dataset, a model, a finished run, a submission folder."""
 import os
+import shutil
 import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,21 @@ TARGETS = 128
 # the same for commands that take no settings, over a vocabulary of 1,024
 SCALES["least"] = replace(SCALES["tiny"], num_layers=3, model_dim=32, bigram_vocab_size=16,
     seq_len=32, batch_tokens=64, iterations=6, stride=16, samples=2, eval_tokens=TARGETS)
+
+
+def roomy(least=2**29):
+    "A folder in memory with so much room, or nothing: many small files are quicker there."
+    place = Path("/dev/shm")
+    fit = place.is_dir() and os.access(place, os.W_OK) and shutil.disk_usage(place).free > least
+    return place if fit else None
+
+
+@contextmanager
+def folder():
+    "A passing folder for a sitting, which others may look into."
+    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-", dir=roomy()) as path:
+        Path(path).chmod(0o755)
+        yield Path(path)
 
 
 def recipe(name="pr610", **more):
