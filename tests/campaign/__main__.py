@@ -1,4 +1,5 @@
-"""The campaign, kills and mutations, whichever is behind: `python tests/campaign --hours 1`, or `make campaign`.
+"""The campaign, kills and mutations, whichever is behind: `python tests/campaign --hours 1`, or
+`make campaign`.
 
 `--rows surroundings odd repeat memory` does these once instead, in a few minutes of a quiet core.
 It may be stopped at any moment; what it did is in nbs/results/campaign.json, to which the next
@@ -39,7 +40,8 @@ def sitting(hours, seed, turn, path):
             began, name = time.monotonic(), behind(path)
             module, trials = rows[name]
             more = dict(known=known) if module is mutations else {}
-            n = module.campaign(folder/name, min(turn, left), seed, path=path, trials=trials, **more)
+            n = module.campaign(folder/name, min(turn, left), seed, path=path, trials=trials,
+                **more)
             print(f"{n:,} {name.replace('_', ' ')}", flush=True)
             counts.sat(time.monotonic()-began, at, path)
             seed += 1000

@@ -15,7 +15,8 @@ STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spaw
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
     "os.truncate", "os.chmod", "os.chown", "os.setxattr", "shutil.rmtree", "shutil.move"}
 OWN = tuple(str(Path(p).resolve()) for p in (sys.prefix, sys.base_prefix, ROOT/"pgolf",
-    ROOT/"tests", "/proc", "/sys", "/dev/null", "/dev/urandom", "/usr/share", "/usr/lib", "/lib", "/etc/localtime"))
+    ROOT/"tests", "/proc", "/sys", "/dev/null", "/dev/urandom", "/usr/share", "/usr/lib", "/lib",
+    "/etc/localtime"))
 NO_MEMORY = re.compile(r"MemoryError|bad_alloc|allocate memory|Unable to allocate", re.I)
 
 

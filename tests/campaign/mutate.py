@@ -270,7 +270,8 @@ def as_safetensors(rand, a, b):
 # ---- compressed files
 
 PRESSES = dict(zlib=(zlib.compress, zlib.decompress), gzip=(gzip.compress, gzip.decompress),
-    zstd=(FIRST.compress, zstandard.decompress), xz=(lambda data: lzma.compress(data, preset=0), lzma.decompress))
+    zstd=(FIRST.compress, zstandard.decompress),
+    xz=(lambda data: lzma.compress(data, preset=0), lzma.decompress))
 
 
 def under(press, inner):

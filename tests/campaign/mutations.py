@@ -72,14 +72,16 @@ class Trial:
         with open(self.place, "wb") as f: f.write(data)
     def restore(self): self.put(self.whole)
     def mutant(self, rand):
-        "A new file, and the name of the mutation."
-        kind = rand.choice(list(self.target.kinds))
-        a, b = rand.choice(self.pool), rand.choice(self.start)
-        try: return kind, self.target.kinds[kind](rand, a, b)
-        except Exception: return "raw", self.target.kinds.get("raw", lambda *_: a[:-1])(rand, a, b)
+        "A new file, and the name of the mutation; not each fits what was kept."
+        for _ in range(9):
+            kind = rand.choice(list(self.target.kinds))
+            a, b = rand.choice(self.pool), rand.choice(self.start)
+            try: return kind, self.target.kinds[kind](rand, a, b)
+            except Exception: continue
+        return "noise", rand.randbytes(rand.randrange(99))
     def learn(self, data, said):
-        """Keep a file that made the reader say something new: its mutants go on from there. What was
-        new, or nothing."""
+        """Keep a file that made the reader say something new: its mutants go on from there. Gives
+        what was new, or nothing."""
         new = classed(f"{said} {self.words[:600]}")
         if new in self.heard: return ""
         self.heard.add(new)
