@@ -119,8 +119,8 @@ def lines(base):
     plan = ["batch", "pr610", "pr576", *many, data, "--scale", "tiny", "--eval-tokens",
         small.TARGETS, *own]
     repeat = ["reproduce", *many, str(base/"wide"), "--scale", "least"]
-    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "60000",
-        "--code-bytes", "20000", "--min-numel", "64", "--device", "cpu"]
+    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "50000",
+        "--code-bytes", "20000", "--min-numel", "1000", "--device", "cpu"]
     score = ["score", "run", "--corpus", data, "--save", "scores.npz", "--stride", "2", "--quiet",
         "--device", "cpu"]
     build = ["data", "build", "made", "--train", str(base/"train.jsonl"), "--val",

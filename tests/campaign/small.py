@@ -16,9 +16,9 @@ from pgolf.systems.recipes import SCALES, at_scale, get_recipe  # noqa: E402
 
 # three blocks of width 32, rows of 32 tokens, six steps with a checkpoint after each
 SMALL = dict(vocab_size=320, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1,
-    bigram_vocab_size=16, train_seq_len=32, eval_seq_len=32, eval_stride=16, iterations=6,
-    train_batch_tokens=64, num_spans=2, warmup_steps=0, checkpoint_every=1, samples=2,
-    ttt_chunk_tokens=64, xsa_last_n=1, codec="zstd", zstd_level=1)
+    bigram_vocab_size=16, bigram_dim=16, ve_dim=16, train_seq_len=32, eval_seq_len=32,
+    eval_stride=16, iterations=6, train_batch_tokens=64, num_spans=2, warmup_steps=0,
+    checkpoint_every=1, samples=2, ttt_chunk_tokens=64, xsa_last_n=1, codec="zstd", zstd_level=1)
 TARGETS = 128
 # the same for commands that take no settings, over a vocabulary of 1,024
 SCALES["least"] = replace(SCALES["tiny"], num_layers=3, model_dim=32, bigram_vocab_size=16,
