@@ -156,7 +156,22 @@ def from_columns(
     n, r, c = _SHAPE.unpack(streams[0])
     if (size := n*r*c) > limit: raise ValueError(f"{size} codes, more than the {limit} expected")
     if not size: return np.zeros((n, r, c), np.int8)
-    blob = from_brotli(streams[1], size).tobytes()
-    lists = from_brotli(streams[2], 2*n*r).tobytes() if streams[2] else b""
-    return np.stack(ungroup_blob(blob, [(r, c)]*n, lists))
+    codes = from_brotli(streams[1], size)
+    lists = from_brotli(streams[2], 2*n*r) if streams[2] else None
+    if codes.size != size or lists is not None and lists.size != 2*n*r:
+        raise ValueError(f"{codes.size} codes for {n} matrices of {r} x {c}, or a list too short")
+    codes = codes.view(np.int8).reshape(n, c, r).transpose(0, 2, 1)
+    if lists is None: return np.ascontiguousarray(codes)
+    return _put_back(codes, lists.view("<u2").reshape(n, r))
+
+def _put_back(codes, order):
+    "Rows where they were; a million at once, since a hostile shape has as many matrices as codes."
+    (n, r, _), out = codes.shape, np.empty_like(codes, order="C")
+    step = max(1, 2**20//r)
+    for i in range(0, n, step):
+        rows = order[i:i+step].astype(np.int64)
+        if (np.sort(rows, 1) != np.arange(r)).any():
+            raise ValueError(f"the list of a matrix with {r} rows does not name each row once")
+        np.put_along_axis(out[i:i+step], rows[:, :, None], codes[i:i+step], 1)
+    return out
 
