@@ -120,7 +120,7 @@ def own_data(
     if not (about := read_json(folder/"data.json")): return None
     with reading(folder/"data.json", "a note of a run's data", "name the data with --corpus"):
         check_kinds(about, dict.fromkeys(("name","path","near","fingerprint"), str), "it")
-    places = [p for p in (Path(about["path"]), folder/about["near"]) if _is_there(p)]
+    places = [p for p in (Path(about["path"]), folder/about["near"]) if _is_folder(p)]
     if not places and about["name"] == "austen_sp1024": data = austen()
     elif not places:
         raise ValueError(f"{folder} was run on {about['name']} in {about['path']}, which is not"
@@ -131,7 +131,7 @@ def own_data(
             " with --corpus")
     return data
 
-def _is_there(path):
+def _is_folder(path):
     "Whether it is a folder; what cannot be a name is none."
     try: return path.is_dir()
     except (OSError, ValueError): return False
