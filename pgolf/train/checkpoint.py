@@ -45,8 +45,8 @@ def read_checkpoint(
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
-            f"{path}: truncated or not a checkpoint ({e}); resume an earlier one or start anew"
-        ) from e
+            f"{path}: truncated or not a checkpoint ({str(e)[:200]}); resume an earlier one or"
+            " start anew") from e
     if meta is None:
         raise CheckpointError(
             f"{path}: a safetensors file, but not a checkpoint of pgolf;"
