@@ -21,10 +21,13 @@ import small  # noqa: E402
 import surroundings  # noqa: E402
 
 
+HEAD = dict(kills="kills", mutations="mutated_files")
+
+
 def behind(path):
     "Which of the two is further from what is planned."
     c = counts.read(path)
-    return min(counts.PLANNED, key=lambda k: c[k]/counts.PLANNED[k])
+    return min(("kills", "mutations"), key=lambda k: c[HEAD[k]]/counts.PLANNED[k])
 
 
 def sitting(hours, seed, turn, path):
@@ -32,7 +35,7 @@ def sitting(hours, seed, turn, path):
     server.loaded()
     until, at, known = time.monotonic()+3600*hours, counts.commit(), set()
     with small.folder() as folder:
-        rows = dict(kills=(kills, {}), mutated_files=(mutations, {}))
+        rows = dict(kills=(kills, {}), mutations=(mutations, {}))
         for name, (module, _) in rows.items():
             (folder/name).mkdir()
             module.furnish(folder/name)
@@ -42,7 +45,7 @@ def sitting(hours, seed, turn, path):
             more = dict(known=known) if module is mutations else {}
             n = module.campaign(folder/name, min(turn, left), seed, path=path, trials=trials,
                 **more)
-            print(f"{n:,} {name.replace('_', ' ')}", flush=True)
+            print(f"{n:,} {HEAD[name].replace('_', ' ')}", flush=True)
             counts.sat(time.monotonic()-began, at, path)
             seed += 1000
 
