@@ -96,16 +96,16 @@ def scenes(base):
     run, plan, repeat, squeeze, score, build = lines(base)
     return {
         "run": Scene(run, 12, share=4),
-        "run, 2 ranks": Scene([*run, "--nproc", "2"], 22, share=2),
-        "run over a finished run": Scene([*run, "--overwrite"], 12, "run", with_other_run, .6),
-        "batch": Scene(plan, 28, share=1),
-        "batch, 2 ranks": Scene([*plan, "--nproc", "2"], 44, share=.5),
+        "run, 2 ranks": Scene([*run, "--nproc", "2"], 22, share=3),
+        "run over a finished run": Scene([*run, "--overwrite"], 12, "run", with_other_run, 1),
+        "batch": Scene(plan, 28, share=1.5),
+        "batch, 2 ranks": Scene([*plan, "--nproc", "2"], 44, share=.7),
         "reproduce": Scene(repeat, 14, share=1),
-        "squeeze": Scene(squeeze, 1, before=with_run, share=1.5),
+        "squeeze": Scene(squeeze, 1, before=with_run, share=.5),
         "squeeze over a result": Scene([*squeeze, "--overwrite"], 1, "run/squeezed.pgolf",
-            with_result, .6),
-        "score": Scene(score, 1, before=with_run, share=1.5),
-        "data build": Scene(build, 2, share=1.5),
+            with_result, .4),
+        "score": Scene(score, 1, before=with_run, share=2),
+        "data build": Scene(build, 2, share=2),
     }
 
 
@@ -119,8 +119,8 @@ def lines(base):
     plan = ["batch", "pr610", "pr576", *many, data, "--scale", "tiny", "--eval-tokens",
         small.TARGETS, *own]
     repeat = ["reproduce", *many, str(base/"wide"), "--scale", "least"]
-    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "50000",
-        "--code-bytes", "20000", "--min-numel", "1000", "--device", "cpu"]
+    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "84000",
+        "--code-bytes", "20000", "--min-numel", "5000", "--device", "cpu"]
     score = ["score", "run", "--corpus", data, "--save", "scores.npz", "--stride", "2", "--quiet",
         "--device", "cpu"]
     build = ["data", "build", "made", "--train", str(base/"train.jsonl"), "--val",

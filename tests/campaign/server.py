@@ -2,6 +2,7 @@
 kill is cheap. What is run is the command itself, from its arguments to its exit code; only how new
 processes come about differs: ranks, runs of a batch and notebooks are forks, too."""
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -207,6 +208,7 @@ def loaded():
     import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
     torch.set_num_threads(1)
+    gc.freeze()  # what is there is not looked through, and so not copied, in every fork
     size = pipeline.code_bytes()  # of the package, which stays as it is
     pipeline.code_bytes = lambda: size
     for module in (running, submitting): module.script_bytes = lambda recipe: 20_000  # only told
