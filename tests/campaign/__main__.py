@@ -62,7 +62,10 @@ def once(rows, seed, path):
         if "surroundings" in rows: surroundings.campaign(base/"surroundings", seed, path)
         if "odd" in rows: odd.odd(base/"odd", path)
         if "repeat" in rows: odd.repeat(base/"repeat", path)
-        if "memory" in rows: memory.readers(base/"memory", path), memory.plans(path)
+        if "memory" in rows:
+            memory.readers(base/"memory", path)
+            memory.plans(path)
+            memory.scored(base/"memory", path)
     counts.sat(time.monotonic()-began, counts.commit(), path)
 
 

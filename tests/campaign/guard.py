@@ -93,8 +93,9 @@ def judge(read, exact, errors, path, data, folder=None, seconds=SECONDS):
     except TooLong as e: return f"hangs: {e}"
     except BaseException as e: value, error = None, e
     if seen: return f"does more than read: {seen[0]}"
-    if error is None: return "read" if exact(data, value) else "reads what is not in the file"
-    return _refusal(error, errors, path)
+    if error is not None: return _refusal(error, errors, path)
+    try: return "read" if exact(data, value) else "reads what is not in the file"
+    except Exception as e: return f"is read where the oracle fails: {type(e).__name__}"
 
 
 def _refusal(error, errors, path):
