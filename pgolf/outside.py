@@ -62,11 +62,13 @@ def inside(
     name, # of a file, as a list of files has it
 )->str: # the same
     "Raise for a name that leads out of its folder."
-    path = PurePosixPath(name) if isinstance(name, str) else None
-    odd = path is None or path.is_absolute() or {"..", ""} & {*name.replace("\\", "/").split("/")}
-    if odd or "\0" in name or ":" in name or len(name)>400:
+    path = PurePosixPath(name if isinstance(name, str) else "/")
+    odd = path.is_absolute() or {"..", ""} & {*name.replace("\\", "/").split("/")}
+    if odd or "\0" in name or ":" in name or len(name)>400 or any(map(_too_long, path.parts)):
         raise ValueError(f"{str(name)[:60]!r} is not the name of a file inside of the folder")
     return name
+
+def _too_long(part): return len(part.encode("utf-8", "surrogatepass"))>255 # for a file system
 
 # %% ../nbs/01d_outside.ipynb #bc1c89f1
 MOST = 2**30 # bytes of arrays that a file may unpack to

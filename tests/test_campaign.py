@@ -34,7 +34,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def trial(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    return lambda name: mutations.Trial(folder, name)
+    made = []
+    def make(name): return made.append(mutations.Trial(folder, name)) or made[-1]
+    yield make
+    for t in made: t.restore()
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -80,14 +83,48 @@ def test_a_reader_that_does_wrong_is_seen(word, tmp_path):
     assert word in said and said not in CLEAN
 
 
+def test_an_oracle_that_fails_is_a_failure(tmp_path):
+    (tmp_path/"file").write_bytes(b"x")
+    said = guard.judge(len, lambda *_: 1/0, (ValueError,), tmp_path/"file", b"x")
+    assert said.startswith("TypeError")  # len of a path
+    said = guard.judge(str, lambda *_: 1/0, (ValueError,), tmp_path/"file", b"x")
+    assert said == "is read where the oracle fails: ZeroDivisionError"
+
+
 def test_a_child_that_dies_is_a_failure(folder, monkeypatch, tmp_path):
     import os
     monkeypatch.setattr(mutations, "SEEDS", tmp_path)
     monkeypatch.setitem(TARGETS, "report", TARGETS["report"]._replace(read=lambda p: os.abort()))
     until = time.monotonic()+600
-    told, failures = mutations.batch(folder, 0, ["report"], until, set())
+    trials = dict(report=mutations.Trial(folder, "report"))
+    told, failures = mutations.batch(trials, 0, until, set())
     assert [f[:2] for f in failures] == [["report", "dies of SIGABRT"]]
     assert told["rows"] == [["report", "failed", 1]] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_child_learns_the_next_one_goes_on_from(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(mutations, "SEEDS", tmp_path)
+    monkeypatch.setattr(mutations, "BATCH", 100)
+    t = mutations.Trial(folder, "report")
+    first = len(t.pool)
+    told, failures = mutations.batch(dict(report=t), 0, time.monotonic()+600, set())
+    assert not failures and sum(n for *_, n in told["rows"]) == 100
+    assert len(t.heard) > 2 and len(t.pool) == first+min(mutations.KEPT, len(t.heard))
+    assert t.path.read_bytes() == t.whole
+
+
+def test_moments_move_to_where_a_command_lives():
+    import kills
+    t = object.__new__(kills.Trial)
+    t.seconds, t.writes, t.stages = 9., 100, 12
+    for way, death in (("time", {}), ("write", dict(writes=7)), ("stage", dict(stage=3))):
+        t.survived(way, 2., death)
+        t.survived(way, 8., {k: 10*n for k, n in death.items()})  # an older, slower command
+    assert (t.seconds, t.writes, t.stages) == (2., 7, 3)
+    rand = random.Random(0)
+    for way, seconds, death in (kills.moment(rand, t) for _ in range(200)):
+        assert death.get("writes", 1) in range(1, 8) and death.get("stage", 1) in (1, 2, 3)
+        assert way != "time" or seconds <= 2.1
 
 
 def test_counts_add_up_over_sittings(tmp_path):

@@ -46,12 +46,14 @@ def squeezed(novels, tmp_path_factory):
         rate=export(rate=.3))
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_rate_takes_fewer_bytes(squeezed):
     sizes = {k: job.report.bytes_artifact for k, (job, _) in squeezed.items()}
     assert sizes["rate"] < sizes["plain"]
     assert all(job.artifact.stat().st_size == sizes[k] for k, (job, _) in squeezed.items())
 
 
+@pytest.mark.slow
 def test_steps_of_columns_come_back_from_the_file(squeezed):
     job, codes = squeezed["both"]
     back, model = load_codes(job.artifact)[0], read_artifact(job.artifact).state_dict()

@@ -119,14 +119,27 @@ def read_plan(
     if not path.is_file(): raise FileNotFoundError(f"no plan {path}: give a file that lists runs")
     parse = tomllib.loads if path.suffix == ".toml" else yaml.safe_load
     try: data = parse(path.read_text())
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is no {path.suffix[1:].upper()}: {e}") from None
+    if _is_long(data): raise ValueError(f"{path} is too long for a plan: write what repeats once")
     if isinstance(data, list): data = dict(runs=data)
     if not isinstance(data, dict) or not isinstance(data.get("runs"), list):
         raise ValueError(f"{path}: a plan has a list of recipes, like runs: [pr610, pr576]")
     _check_keys(data, KEYS - {"name"} | {"runs", "out"}, path)
-    if "overrides" in more: more["overrides"] = data.get("overrides", {}) | more["overrides"]
+    own = data.get("overrides", {})
+    if "overrides" in more:
+        more["overrides"] = own | more["overrides"] if isinstance(own, dict) else own
     return make_plan(**dict(where=str(path)) | data | more)
+
+def _is_long(value, most=100_000):
+    "Whether a value is long when it is written out: names in YAML may repeat what they stand for."
+    stack = [value]
+    while stack and most > 0:
+        v = stack.pop()
+        most -= 1+len(v) if isinstance(v, (str, list, dict)) else 1
+        if isinstance(v, (list, dict)): stack.extend(v)
+        if isinstance(v, dict): stack.extend(v.values())
+    return most <= 0
 
 # %% ../../nbs/scale/69_runs.ipynb #5960ad9c
 def state_of(

@@ -361,7 +361,7 @@ def read_weights(
         with safe_open(path, "pt") as f: state = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise ValueError(
-            f"{path}: cannot be read as safetensors ({e});"
+            f"{path}: cannot be read as safetensors ({str(e)[:200]});"
             " give the folder of a run, or a safetensors file") from None
     kept = {k.removeprefix("averaged/"): t for k,t in state.items() if k.startswith("averaged/")}
     if not (state := kept or state): raise ValueError(f"{path}: holds no tensors")

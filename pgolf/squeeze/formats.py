@@ -91,7 +91,7 @@ def _check_zip(data, limit):
             plain = stored and sum(m.file_size for m in members) <= limit
             bad = z.testzip() if plain else None
     except Exception as e: # zipfile raises a dozen types
-        raise FormatError(f"a damaged or truncated torch-saved file ({e})") from None
+        raise FormatError(f"a damaged or truncated torch-saved file ({str(e)[:200]})") from None
     if not plain:
         raise FormatError(
             f"its zip has compressed members, or more than limit={limit} bytes:"

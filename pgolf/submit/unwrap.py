@@ -321,7 +321,8 @@ def _inwards(p, inner, r, folder, depth):
 def _follow(p, other, folder, name, depth):
     "Go on with a file that the script runs."
     path = folder and folder/other
-    there = path and path.is_file() and not path.is_symlink() # a link may lead anywhere
+    try: there = path and path.is_file() and not path.is_symlink() # a link may lead anywhere
+    except OSError: there = False # no file can have such a name
     if other==name or not there or path.stat().st_size>LIMIT:
         return p.unseen.append(f"{name} runs {other}, which is not there to be read")
     if other in p.followed: return p.unseen.append(f"{name} runs {other} again")

@@ -120,16 +120,27 @@ def own_data(
     if not (about := read_json(folder/"data.json")): return None
     with reading(folder/"data.json", "a note of a run's data", "name the data with --corpus"):
         check_kinds(about, dict.fromkeys(("name","path","near","fingerprint"), str), "it")
-    places = [p for p in (Path(about["path"]), folder/about["near"]) if p.is_dir()]
+    places = [p for p in (Path(about["path"]), folder/about["near"]) if _is_folder(p)]
     if not places and about["name"] == "austen_sp1024": data = austen()
     elif not places:
         raise ValueError(f"{folder} was run on {about['name']} in {about['path']}, which is not"
             " there any more: name the data with --corpus")
-    else: data = open_dataset(places[0])
+    else: data = _opened(places[0], folder)
     if fingerprint(data) != about["fingerprint"]:
         raise ValueError(f"{folder} was run on other data than {data.path} holds now: name its data"
             " with --corpus")
     return data
+
+def _is_folder(path):
+    "Whether it is a folder; what cannot be a name is none."
+    try: return path.is_dir()
+    except (OSError, ValueError): return False
+
+def _opened(place, folder):
+    "A dataset; an error says who named it."
+    try: return open_dataset(place)
+    except (ValueError, FileNotFoundError) as e:
+        raise ValueError(f"{folder}: the data of its run: {e}; or name others with --corpus") from e
 
 # %% ../../nbs/systems/51_ownership.ipynb #aa0e29f7
 def same_data(known, dataset, who):

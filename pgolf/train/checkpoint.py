@@ -45,8 +45,8 @@ def read_checkpoint(
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
-            f"{path}: truncated or not a checkpoint ({e}); resume an earlier one or start anew"
-        ) from e
+            f"{path}: truncated or not a checkpoint ({str(e)[:200]}); resume an earlier one or"
+            " start anew") from e
     if meta is None:
         raise CheckpointError(
             f"{path}: a safetensors file, but not a checkpoint of pgolf;"
@@ -104,10 +104,11 @@ def curve_before(
     "The curve that a checkpoint keeps: of a run that was killed there is no other."
     kept = read_json(path)
     if not state.exists(): return kept
-    digits = dict(losses=5, seconds=3, lr_scales=17)
+    digits = dict(losses=5, seconds=3) # as the JSON has them; rates stay as they are
     found = {k.removeprefix("curve/"):t.tolist() for k,t in read_checkpoint(state)[0].items()
         if k.startswith("curve/")}
-    return kept | {k:[round(x, digits[k]) for x in v] for k,v in found.items()}
+    return kept | {k:[round(x, digits[k]) if k in digits else x for x in v]
+        for k,v in found.items()}
 
 # %% ../../nbs/train/24_checkpoint.ipynb #63e5e37d
 def _stateful(listeners):

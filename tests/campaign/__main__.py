@@ -1,13 +1,12 @@
-"""The campaign, kills and mutations in turn: `python tests/campaign --hours 1`, or `make campaign`.
+"""The campaign, kills and mutations, whichever is behind: `python tests/campaign --hours 1`, or
+`make campaign`.
 
 `--rows surroundings odd repeat memory` does these once instead, in a few minutes of a quiet core.
 It may be stopped at any moment; what it did is in nbs/results/campaign.json, to which the next
 sitting adds."""
 import argparse
 import random
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,31 +17,35 @@ import memory  # noqa: E402
 import mutations  # noqa: E402
 import odd  # noqa: E402
 import server  # noqa: E402
+import small  # noqa: E402
 import surroundings  # noqa: E402
 
 
-def commit():
-    "Of this checkout, or nothing."
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-        cwd=Path(__file__).parent)
-    return done.stdout.strip()
+HEAD = dict(kills="kills", mutations="mutated_files")
+
+
+def behind(path):
+    "Which of the two is further from what is planned."
+    c = counts.read(path)
+    return min(("kills", "mutations"), key=lambda k: c[HEAD[k]]/counts.PLANNED[k])
 
 
 def sitting(hours, seed, turn, path):
-    "Kills for one turn, mutations for the next, until the time is over."
+    "Turns of kills or of mutations, whichever is behind, until the time is over."
     server.loaded()
-    until, at = time.monotonic()+3600*hours, commit()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        places = Path(folder)/"kills", Path(folder)/"mutations"
-        for place, module in zip(places, (kills, mutations)):
-            place.mkdir()
-            module.furnish(place)
-        trials, known = {}, set()
+    until, at, known = time.monotonic()+3600*hours, counts.commit(), set()
+    with small.folder() as folder:
+        rows = dict(kills=(kills, {}), mutations=(mutations, {}))
+        for name, (module, _) in rows.items():
+            (folder/name).mkdir()
+            module.furnish(folder/name)
         while (left := until-time.monotonic()) > 0:
-            began = time.monotonic()
-            n = kills.campaign(places[0], min(turn, left), seed, path=path, trials=trials)
-            m = mutations.campaign(places[1], min(turn, left), seed, path=path, known=known)
-            print(f"{n} kills, {m:,} files", flush=True)
+            began, name = time.monotonic(), behind(path)
+            module, trials = rows[name]
+            more = dict(known=known) if module is mutations else {}
+            n = module.campaign(folder/name, min(turn, left), seed, path=path, trials=trials,
+                **more)
+            print(f"{n:,} {HEAD[name].replace('_', ' ')}", flush=True)
             counts.sat(time.monotonic()-began, at, path)
             seed += 1000
 
@@ -50,9 +53,8 @@ def sitting(hours, seed, turn, path):
 def once(rows, seed, path):
     "The rows that are gone through from end to end."
     server.loaded()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        base = Path(folder)
-        base.chmod(0o755)  # for another user's attempts
+    began = time.monotonic()
+    with small.folder() as base:  # which another user's attempts reach
         for name in rows:
             (base/name).mkdir()
             if name == "surroundings": kills.furnish(base/name)
@@ -60,14 +62,18 @@ def once(rows, seed, path):
         if "surroundings" in rows: surroundings.campaign(base/"surroundings", seed, path)
         if "odd" in rows: odd.odd(base/"odd", path)
         if "repeat" in rows: odd.repeat(base/"repeat", path)
-        if "memory" in rows: memory.readers(base/"memory", path), memory.plans(path)
+        if "memory" in rows:
+            memory.readers(base/"memory", path)
+            memory.plans(path)
+            memory.scored(base/"memory", path)
+    counts.sat(time.monotonic()-began, counts.commit(), path)
 
 
 def main():
     options = argparse.ArgumentParser(prog="campaign", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--hours", type=float, default=1.)
-    options.add_argument("--turn", type=float, default=120., help="seconds of kills, then of files")
+    options.add_argument("--turn", type=float, default=120., help="seconds of kills, or of files")
     options.add_argument("--seed", type=int, help="default: another one each time")
     options.add_argument("--rows", nargs="*", default=[],
         choices=["surroundings", "odd", "repeat", "memory"])

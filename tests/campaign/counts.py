@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import subprocess
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT/"nbs"/"results"/"campaign.json"
 EMPTY = dict(kills=0, mutated_files=0, losses=0, hours=0., sittings=[], rows={}, found=[])
+# each way with each command; each text and each rate with each system; and so on
+PLANNED = {"kills": 500, "mutations": 1_000_000, "surroundings": 38, "odd texts": 56,
+    "odd numbers": 28, "repeatability": 35, "memory": 37}
 HEADS = ("kills", "mutated_files", "losses")  # sums over all rows, which stand at the top
 
 
@@ -31,6 +35,7 @@ def changing(path=RESULTS):
     with _locked(path.parent):
         counts = read(path)
         yield counts
+        counts["planned"] = PLANNED
         write(path, counts)
 
 
@@ -50,7 +55,8 @@ def add(row, what, path=RESULTS, **numbers):
         for k, n in numbers.items():
             line[k] = max(line.get(k, 0), n) if k.startswith("most_") else line.get(k, 0)+n
         for k in HEADS: counts[k] += numbers.get(k, 0)
-        line["last"] = date.today().isoformat()
+        line["last"] = today = date.today().isoformat()
+        line.setdefault("first", today)
 
 
 def found(row, what, path=RESULTS):
@@ -58,6 +64,13 @@ def found(row, what, path=RESULTS):
     with changing(path) as counts:
         if any(f["what"] == what for f in counts["found"]): return
         counts["found"].append(dict(date=date.today().isoformat(), row=row, what=what, mended=""))
+
+
+def commit():
+    "Of this checkout, or nothing."
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+        cwd=ROOT)
+    return done.stdout.strip()
 
 
 def sat(seconds, commit="", path=RESULTS):

@@ -96,16 +96,16 @@ def scenes(base):
     run, plan, repeat, squeeze, score, build = lines(base)
     return {
         "run": Scene(run, 12, share=4),
-        "run, 2 ranks": Scene([*run, "--nproc", "2"], 22, share=2),
-        "run over a finished run": Scene([*run, "--overwrite"], 12, "run", with_other_run, .6),
-        "batch": Scene(plan, 28, share=1),
-        "batch, 2 ranks": Scene([*plan, "--nproc", "2"], 44, share=.5),
+        "run, 2 ranks": Scene([*run, "--nproc", "2"], 22, share=3),
+        "run over a finished run": Scene([*run, "--overwrite"], 12, "run", with_other_run, 1),
+        "batch": Scene(plan, 28, share=1.5),
+        "batch, 2 ranks": Scene([*plan, "--nproc", "2"], 44, share=.7),
         "reproduce": Scene(repeat, 14, share=1),
-        "squeeze": Scene(squeeze, 1, before=with_run, share=1.5),
+        "squeeze": Scene(squeeze, 1, before=with_run, share=.5),
         "squeeze over a result": Scene([*squeeze, "--overwrite"], 1, "run/squeezed.pgolf",
-            with_result, .6),
-        "score": Scene(score, 1, before=with_run, share=1.5),
-        "data build": Scene(build, 2, share=1.5),
+            with_result, .4),
+        "score": Scene(score, 1, before=with_run, share=2),
+        "data build": Scene(build, 2, share=2),
     }
 
 
@@ -119,8 +119,8 @@ def lines(base):
     plan = ["batch", "pr610", "pr576", *many, data, "--scale", "tiny", "--eval-tokens",
         small.TARGETS, *own]
     repeat = ["reproduce", *many, str(base/"wide"), "--scale", "least"]
-    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "60000",
-        "--code-bytes", "20000", "--min-numel", "64", "--device", "cpu"]
+    squeeze = ["squeeze", "run", "--corpus", data, "--samples", "2", "--budget", "84000",
+        "--code-bytes", "20000", "--min-numel", "5000", "--device", "cpu"]
     score = ["score", "run", "--corpus", data, "--save", "scores.npz", "--stride", "2", "--quiet",
         "--device", "cpu"]
     build = ["data", "build", "made", "--train", str(base/"train.jsonl"), "--val",
@@ -164,6 +164,7 @@ class Trial:
     "A scene with the result of a command that nobody disturbed."
     def __init__(self, base, name):
         self.base, self.name, self.scene = base, name, scenes(base)[name]
+        self.writes, self.stages = 100, self.scene.stages
         work = self.prepare()
         self.kept = bits(work/self.scene.keeps) if self._is_folder(work) else self._file(work)
         began = time.monotonic()
@@ -178,6 +179,11 @@ class Trial:
         return work
     def start(self, work, **death):
         return server.Command(self.scene.args, work, work.with_suffix(".said"), **death)
+    def survived(self, way, seconds, death):
+        "A fresh command ended before its time: later ones die earlier."
+        if way == "time": self.seconds = min(self.seconds, seconds)
+        if way == "write": self.writes = max(2, min(self.writes, death["writes"]))
+        if way == "stage": self.stages = max(1, min(self.stages, death["stage"]))
     def said(self, work): return work.with_suffix(".said").read_text()[-600:]
     def _is_folder(self, work): return (work/self.scene.keeps).is_dir() and self.scene.keeps
     def _file(self, work):
@@ -200,19 +206,21 @@ def moment(rand, trial):
     "When the next command dies: (seconds until it is killed, what it is told)."
     way = rand.choice(["time", "time", "stage", "write"])
     if way == "time": return way, rand.uniform(0, 1.05*trial.seconds), {}
-    if way == "write": return way, server.HANG, dict(writes=int(10**rand.uniform(0, 2)))
-    stage = rand.randrange(trial.scene.stages)+1
-    return way, server.HANG, dict(stage=stage, wait=rand.uniform(0, trial.seconds/4))
+    if way == "write": return way, server.HANG, dict(writes=int(trial.writes**rand.random()))
+    stage = rand.randrange(trial.stages)+1
+    return way, server.HANG, dict(stage=stage, wait=rand.uniform(0, trial.seconds/8))
 
 
 def attempt(rand, trial, done):
-    "Kill a command once to five times, let it end, and say what was lost; nothing, if all is well."
+    "Kill a command once to eight times, let it end; what was lost, or nothing if all is well."
     work = trial.prepare()
     try:
-        for _ in range(rand.choice([1, 1, 2, 3, 5])):
+        for i in range(rand.choice([1, 2, 3, 5, 8])):
             way, seconds, death = moment(rand, trial)
-            command = trial.start(work, **death)
-            if command.wait(seconds): return finished(trial, work, command)
+            command, began = trial.start(work, **death), time.monotonic()
+            if command.wait(seconds):
+                if i == 0: trial.survived(way, time.monotonic()-began, death)
+                return finished(trial, work, command)
             command.kill(alone=way == "time" and rand.random() < .2)
             done[way] = done.get(way, 0)+1
             if bad := [b for b in half_written(work) if not b.startswith(".")]:
@@ -282,10 +290,11 @@ def main():
     options.add_argument("--counts", type=Path, default=counts.RESULTS)
     given = options.parse_args()
     server.loaded()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        furnish(Path(folder))
+    with small.folder() as folder:
+        furnish(folder)
         began = time.monotonic()
-        n = campaign(Path(folder), given.seconds, given.seed, given.only, given.counts)
+        n = campaign(folder, given.seconds, given.seed, given.only, given.counts)
+        counts.sat(time.monotonic()-began, counts.commit(), given.counts)
         print(f"{n:,} kills in {time.monotonic()-began:.0f} s")
 
 

@@ -1,18 +1,27 @@
-"""Memory: readers do not grow over fifty repetitions, plans of every system at full size stay below
-24 GB. `python tests/campaign/memory.py`."""
+"""Memory: readers do not grow over fifty repetitions; plans of every system at full size, and the
+scoring of models of full size, stay below 24 GB. `python tests/campaign/memory.py`.
+
+Training and squeezing at full size would take a CPU hours, and are not tried here."""
 import argparse
 import gc
 import resource
 import subprocess
 import sys
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import counts  # noqa: E402
 import guard  # noqa: E402
+import small  # noqa: E402
 from odd import SYSTEMS, note  # noqa: E402
 from targets import TARGETS, furnish  # noqa: E402
+
+from pgolf.files import write_json  # noqa: E402
+from pgolf.model.gpt import GPT, stored  # noqa: E402
+from pgolf.squeeze.artifact import save_artifact  # noqa: E402
+from pgolf.squeeze.gptq import quantize_state  # noqa: E402
+from pgolf.systems.recipes import get_recipe  # noqa: E402
 
 MOST, GROWTH = 24*10**9, 8*10**6  # bytes of a command; of a reader over 40 repetitions
 
@@ -47,21 +56,46 @@ def readers(base, path):
     note("memory", "all readers in one process under 1 GB", wrong, path)
 
 
+def limited(what, words, path):
+    "A command of pgolf under the limit, and the most that one of them took."
+    done = subprocess.run([sys.executable, "-m", "pgolf.cli", *words, "--device", "cpu"],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST)))
+    counts.add("memory", what, path,
+        most_bytes=1024*resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    note("memory", what, done.stderr[-200:] if done.returncode else "", path)
+
+
 def plans(path):
-    "`pgolf plan` of each system at full size, under the limit."
+    "`pgolf plan` of each system at full size."
     for s in SYSTEMS:
-        done = subprocess.run([sys.executable, "-m", "pgolf.cli", "plan", s, "--scale", "full",
-            "--device", "cpu"], capture_output=True, text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST)))
-        note("memory", "plans at full size under 24 GB", done.stderr[-200:]
-            if done.returncode else "", path)
+        limited("plans at full size under 24 GB", ["plan", s, "--scale", "full"], path)
+
+
+def full_model(folder, recipe):
+    "An artifact of full size: the weights that training begins with, rounded without GPTQ."
+    folder.mkdir()
+    codes = quantize_state(GPT(recipe.model).state_dict(), recipe.quant)
+    meta = dict(recipe=recipe.name, scale=recipe.scale, model=stored(recipe.model))
+    save_artifact(folder/"model.pgolf", codes, meta, 1)
+    write_json(folder/"recipe.json", asdict(recipe))
+
+
+def scored(base, path):
+    "`pgolf score` of models of full size over the vocabulary that the embedded text has."
+    for s in SYSTEMS:
+        if (recipe := get_recipe(s)).model.vocab_size != 1024: continue
+        full_model(base/s, recipe)
+        limited("models of full size scored under 24 GB", ["score", str(base/s), "--corpus",
+            "austen", "--tokens", "4096", "--stride", "2048", "--quiet"], path)
 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--counts", type=Path, default=counts.RESULTS)
     given = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        furnish(Path(folder))
-        readers(Path(folder), given.counts)
+    with small.folder() as folder:
+        furnish(folder)
+        readers(folder, given.counts)
         plans(given.counts)
+        scored(folder, given.counts)

@@ -4,13 +4,16 @@ and a gigabyte; nothing is executed, and no file is touched outside of the folde
 `python tests/campaign/mutations.py --seconds 60 --seed 7` tries files for a minute. The work is
 done in children that may die; what they were reading when they died is a failure as well."""
 import argparse
+import base64
 import hashlib
 import json
+import mmap
 import os
 import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -24,11 +27,14 @@ sys.path.insert(0, str(HERE))
 import counts  # noqa: E402
 import guard  # noqa: E402
 import psutil  # noqa: E402
+import small  # noqa: E402
 from targets import TARGETS, Target, furnish  # noqa: E402
 
 SEEDS = HERE/"seeds"  # failures, each as small as it became, kept for tests/test_campaign.py
-BATCH = 5000          # files of one child
-KEPT = 40             # files of a target that were kept because something new was said of them
+BATCH = 20_000        # files of one child
+STREAK = 25           # files of one target in a row, before its sound file is put back
+KEPT = 60             # files of a target that were kept because something new was said of them
+SPACE = 2**24         # bytes for the file that is being read
 
 
 def slug(name): return re.sub(r"\W+", "-", name)
@@ -46,7 +52,7 @@ class Trial:
         self.folder, self.name, self.path = folder, name, Path(folder)/self.target.file
         self.start = [self.path.read_bytes()] if name.partition(",")[0] != "published" else []
         self.start += self.target.more(folder)
-        self.whole = self.path.read_bytes()
+        self.whole, self.place = self.path.read_bytes(), str(self.path)
         self.pool, self.heard, self.words = list(self.start), set(), ""
     def judge(self, data):
         "Outcome of one file, which lies there for the reader alone."
@@ -57,22 +63,30 @@ class Trial:
             except BaseException as e:
                 self.words = f"{type(e).__name__}: {e}"
                 raise
-        self.path.write_bytes(data)
-        try: said = guard.judge(read, t.exact, t.errors, self.path, data, self.folder)
-        finally: self.path.write_bytes(self.whole)
-        return "leaves a file behind" if Path("executed").exists() else said
+        self.put(data)
+        said = guard.judge(read, t.exact, t.errors, self.path, data, self.folder)
+        if not os.path.exists("executed"): return said
+        os.remove("executed")
+        return "leaves a file behind"
+    def put(self, data):
+        with open(self.place, "wb") as f: f.write(data)
+    def restore(self): self.put(self.whole)
     def mutant(self, rand):
-        "A new file, and the name of the mutation."
-        kind = rand.choice(list(self.target.kinds))
-        a, b = rand.choice(self.pool), rand.choice(self.start)
-        try: return kind, self.target.kinds[kind](rand, a, b)
-        except Exception: return "raw", self.target.kinds.get("raw", lambda *_: a[:-1])(rand, a, b)
+        "A new file, and the name of the mutation; not each fits what was kept."
+        for _ in range(9):
+            kind = rand.choice(list(self.target.kinds))
+            a, b = rand.choice(self.pool), rand.choice(self.start)
+            try: return kind, self.target.kinds[kind](rand, a, b)
+            except Exception: continue
+        return "noise", rand.randbytes(rand.randrange(99))
     def learn(self, data, said):
-        "Keep a file that made the reader say something new: its mutants go on from there."
-        new = classed(f"{said} {self.words}")
-        if new in self.heard: return
+        """Keep a file that made the reader say something new: its mutants go on from there. Gives
+        what was new, or nothing."""
+        new = classed(f"{said} {self.words[:600]}")
+        if new in self.heard: return ""
         self.heard.add(new)
         if len(self.pool) < KEPT+len(self.start) and len(data) < 10**6: self.pool.append(data)
+        return new
 
 
 def smaller(trial, data, said, tries=100):
@@ -96,27 +110,60 @@ def keep(trial, data, said):
     return name
 
 
-def child(folder, seed, names, until, results, known):
+class Reading:
+    "What a child reads just now, in memory that its parent sees; each file is a sign of life."
+    def __init__(self): self.memory, self.turn = mmap.mmap(-1, SPACE), 0
+    def note(self, name, data):
+        text, self.turn = name.encode()+b"\0"+data[:SPACE-100], self.turn+1
+        self.memory[16:16+len(text)] = text
+        self.memory[:16] = struct.pack("<QQ", self.turn, len(text))
+    def sign(self): return self.memory[:8]
+    def last(self):
+        "Name of the target and the file, or nothing."
+        turn, size = struct.unpack("<QQ", self.memory[:16])
+        name, _, data = self.memory[16:16+size].partition(b"\0")
+        return (name.decode(), data) if turn else None
+
+
+def child(trials, seed, until, results, reading, known):
     "Judge files until the time is over; write counts now and then, failures as they come."
-    os.chdir(folder)
+    names = list(trials)
+    os.chdir(trials[names[0]].folder)
     warnings.simplefilter("ignore")
     guard.install()
     rand, done = random.Random(seed), Counter()
-    trials:dict[str, Trial] = {}
-    shares = [TARGETS[n].share for n in names]
-    for i in range(BATCH):
-        if time.monotonic() > until: break
-        name = rand.choices(names, shares)[0]
-        if name not in trials: trials[name] = Trial(folder, name)
-        trial = trials[name]
-        _, data = trial.mutant(rand)
-        (results/"now").write_bytes(trial.name.encode()+b"\0"+data)
-        said = trial.judge(data)
-        trial.learn(data, said)
-        done[trial.name, said if said in ("read", "refused") else "failed"] += 1
-        if said not in ("read", "refused"): _note(trial, data, said, results, known)
-        if i % 50 == 0 or time.monotonic() > until: _tell(results, done)
-    _tell(results, done)
+    shares = [t.target.share for t in trials.values()]
+    for _ in range(BATCH//STREAK):
+        trial = trials[rand.choices(names, shares)[0]]
+        for _ in range(STREAK):
+            if time.monotonic() > until: break
+            data = trial.mutant(rand)[1]
+            reading.note(trial.name, data)
+            said = trial.judge(data)
+            if new := trial.learn(data, said): _learned(trial, new, data, results)
+            done[trial.name, said if said in ("read", "refused") else "failed"] += 1
+            if said not in ("read", "refused"): _note(trial, data, said, results, known)
+        trial.restore()
+        _tell(results, done)
+
+
+def _learned(trial, new, data, results):
+    "Tell the parent, whose next child goes on from there."
+    kept = base64.b64encode(data).decode() if data is trial.pool[-1] else ""
+    with open(results/"learned", "a") as f: f.write(json.dumps([trial.name, new, kept])+"\n")
+
+
+def _remember(trials, results):
+    "What a child has learned, for the next one."
+    for name, new, kept in _lines(results/"learned"):
+        trials[name].heard.add(new)
+        if kept: trials[name].pool.append(base64.b64decode(kept))
+
+
+def _lines(path):
+    "JSON values, one a line; of a file that may not be there, or end in the middle."
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(s) for s in text[:text.rfind("\n")+1].splitlines()]
 
 
 def _note(trial, data, said, results, known):
@@ -137,40 +184,44 @@ def _tell(results, done):
     os.replace(results/"counts.new", results/"counts")
 
 
-def batch(folder, seed, names, until, known):
+def batch(trials, seed, until, known):
     "One child from its start to its end: its counts, and what failed."
-    results = Path(tempfile.mkdtemp(prefix="results-"))
+    results, reading = Path(tempfile.mkdtemp(prefix="results-", dir=small.roomy())), Reading()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            child(folder, seed, names, until, results, known)
+            child(trials, seed, until, results, reading, known)
             code = 0
         except BaseException: traceback.print_exc()
         finally: os._exit(code)
-    died = _wait(pid, results)
+    died, last = _wait(pid, reading), reading.last()
     told = json.loads((results/"counts").read_text()) if (results/"counts").exists() else {}
-    failures = [json.loads(s) for s in (results/"failures").read_text().splitlines()] if (
-        results/"failures").exists() else []
-    if died and not (results/"now").exists():
-        raise RuntimeError(f"a child of the campaign {died} before it had read a file")
-    if died:
-        name, _, data = (results/"now").read_bytes().partition(b"\0")
-        file = f"{slug(name.decode())}.{hashlib.sha256(data).hexdigest()[:8]}"
-        (SEEDS/file).write_bytes(data)
-        failures.append([name.decode(), died, "", file, died])
-        told.setdefault("rows", []).append([name.decode(), "failed", 1])
+    failures = _lines(results/"failures")
+    _remember(trials, results)
     shutil.rmtree(results)
+    for t in trials.values(): t.restore()
+    if died and not last:
+        raise RuntimeError(f"a child of the campaign {died} before it had read a file")
+    if died: _dead(died, *last, told, failures)
     return told, failures
 
 
-def _wait(pid, results):
+def _dead(how, name, data, told, failures):
+    "The file that a child was reading when it died is a failure, and a seed."
+    file = f"{slug(name)}.{hashlib.sha256(data).hexdigest()[:8]}"
+    (SEEDS/file).write_bytes(data)
+    failures.append([name, how, "", file, f"{name}: {how}"])
+    told.setdefault("rows", []).append([name, "failed", 1])
+
+
+def _wait(pid, reading):
     "Wait for a child, and end one that hangs; how it died, or nothing."
     mark, since = None, (0., 0.)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done: break
-        now = (results/"now").stat().st_mtime_ns if (results/"now").exists() else 0
+        now = reading.sign()
         spent = sum(psutil.Process(pid).cpu_times()[:2]), time.monotonic()
         if now != mark: mark, since = now, spent
         if spent[0]-since[0] > guard.HANG or spent[1]-since[1] > 20*guard.HANG:
@@ -193,12 +244,13 @@ def count(told, failures, path):
         print(f"FAILED {name}: {said}; {words}; seeds/{file}", flush=True)
 
 
-def campaign(folder, seconds, seed, names=None, path=counts.RESULTS, known=None):
+def campaign(folder, seconds, seed, names=None, path=counts.RESULTS, known=None, trials=None):
     "Try files for so many seconds."
-    names, until, tried = names or list(TARGETS), time.monotonic()+seconds, 0
-    known = set() if known is None else known
+    until, tried = time.monotonic()+seconds, 0
+    known, trials = set() if known is None else known, {} if trials is None else trials
+    for n in names or TARGETS: trials[n] = trials.get(n) or Trial(folder, n)
     while time.monotonic() < until:
-        told, failures = batch(folder, seed, names, until, known)
+        told, failures = batch(trials, seed, until, known)
         known.update(f[-1] for f in failures)
         count(told, failures, path)
         tried += sum(n for *_, n in told.get("rows", []))
@@ -213,10 +265,11 @@ def main():
     options.add_argument("--only", nargs="*", choices=list(TARGETS))
     options.add_argument("--counts", type=Path, default=counts.RESULTS)
     given = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="pgolf-campaign-") as folder:
-        furnish(Path(folder))
+    with small.folder() as folder:
+        furnish(folder)
         began = time.monotonic()
         n = campaign(folder, given.seconds, given.seed, given.only, given.counts)
+        counts.sat(time.monotonic()-began, counts.commit(), given.counts)
         print(f"{n:,} files in {time.monotonic()-began:.0f} s")
 
 

@@ -2,6 +2,7 @@
 kill is cheap. What is run is the command itself, from its arguments to its exit code; only how new
 processes come about differs: ranks, runs of a batch and notebooks are forks, too."""
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -20,13 +21,13 @@ import papermill  # noqa: E402
 import psutil  # noqa: E402
 
 from pgolf import cli  # noqa: E402
-from pgolf.command import submitting  # noqa: E402
+from pgolf.command import running, submitting  # noqa: E402
 from pgolf.game import data as game_data  # noqa: E402
 from pgolf.scale import batch  # noqa: E402
 from pgolf.score import compare  # noqa: E402
 from pgolf.systems import launch, ownership, page, pipeline  # noqa: E402
 
-HANG = 300  # seconds until what should have ended is killed
+HANG = 3000  # seconds until what should have ended is killed; long, for a machine with other work
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 # what a command goes through: where a stage begins
 STAGES = [(pipeline, "train_here"), (pipeline, "squeeze_here"), (pipeline, "grade"),
@@ -207,6 +208,8 @@ def loaded():
     import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
     torch.set_num_threads(1)
+    gc.freeze()  # what is there is not looked through, and so not copied, in every fork
     size = pipeline.code_bytes()  # of the package, which stays as it is
     pipeline.code_bytes = lambda: size
+    for module in (running, submitting): module.script_bytes = lambda recipe: 20_000  # only told
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

@@ -4,7 +4,9 @@ import io
 import json
 import struct
 import sys
+import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from pgolf.scale.runs import read_plan  # noqa: E402
 from pgolf.score.compare import load_scores  # noqa: E402
 from pgolf.squeeze.artifact import ArtifactError, load_artifact, peek  # noqa: E402
 from pgolf.squeeze.budget import open_checkpoint  # noqa: E402
+from pgolf.squeeze.coders import CODECS  # noqa: E402
 from pgolf.squeeze.formats import FormatError, read_published  # noqa: E402
 from pgolf.submit import doctor  # noqa: E402
 from pgolf.systems.ownership import own_data  # noqa: E402
@@ -33,6 +36,7 @@ from pgolf.systems.report import Report, by_system, scoreboard  # noqa: E402
 from pgolf.train.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 
 WORDS = (ValueError, FileNotFoundError)
+RECIPE = small.recipe()
 
 
 class Target(NamedTuple):
@@ -55,9 +59,9 @@ def shard_is(data, value):
 
 def arrays_are(data, value):
     "Arrays of a zip are those read, and so is the text beside them."
-    there = dict(m.members_of(data))
-    a = {n: np.lib.format.read_array(io.BytesIO(there[f"{n}.npy"])) for n in ("nll", "bytes",
-        "target", "position", "kind", "about")}
+    names = ("nll", "bytes", "target", "position", "kind", "about")
+    with zipfile.ZipFile(io.BytesIO(data)) as z:  # others may be damaged
+        a = {n: np.lib.format.read_array(io.BytesIO(z.read(f"{n}.npy"))) for n in names}
     about = json.loads(str(a["about"]))
     s = value.scores
     pairs = ((a["nll"], s.nll), (a["bytes"], s.bytes), (a["target"], value.target),
@@ -114,11 +118,16 @@ def whole_dataset(path):
     return data, data.byte_tables(), data.val_tokens(), data.train_tokens(99)
 
 
+@cache
+def job_of(run):
+    "A finished run, opened once."
+    return start(RECIPE, open_dataset(run.parent/"data"), run, "cpu", small.TARGETS,
+        progress=False)
+
+
 def run_scores(path):
     "Scores of a finished run, read back."
-    job = start(small.recipe(), open_dataset(path.parent.parent/"data"), path.parent, "cpu",
-        small.TARGETS, progress=False)
-    return kept_scores(job)
+    return kept_scores(job_of(path.parent))
 
 
 def examined(path):
@@ -138,6 +147,13 @@ ZIP = dict(raw=m.raw, array=m.as_npz, about=m.as_about)
 SAVED = dict(raw=m.raw, saved=m.as_saved)
 
 
+def bare_tokenizer(folder):
+    "The tokenizer without its 240,000 bytes of rules for characters: what is left is its pieces."
+    fields = m.fields_of((folder/"data"/"tokenizers"/"data.model").read_bytes())
+    def bare(value): return m.message([f for f in m.fields_of(value) if f[0] != 2])
+    return [m.message([(n, kind, bare(v) if n == 3 else v) for n, kind, v in fields])]*3
+
+
 def published_files(layouts, press):
     "The published layouts, of a small model of each system, under one compressor."
     def make(_):
@@ -155,47 +171,48 @@ def published_files(layouts, press):
 def of_published(press):
     kinds = SAVED if press == "none" else dict(raw=m.raw, inside=m.under(press, m.as_saved))
     return Target("published.bin", kinds, read_published, weights_are, (FormatError,),
-        published_files(list(published.WRITERS), press), .4)
+        published_files(list(published.WRITERS), press), dict(none=1, xz=.3).get(press, .5))
 
 
 TARGETS = {
     "artifact": Target("run/model.pgolf", container.KINDS, both, artifact_is, (ArtifactError,),
-        lambda _: [container.example(c) for c in ("zstd", "rans", "best")], 6),
+        lambda _: [container.example(c) for c in CODECS], 10),
     "artifact, model": Target("run/model.pgolf", dict(header=container.header), read_artifact,
         anything, (ArtifactError,), share=.5),
     "shard": Target("data/datasets/data/data_val_000000.bin", dict(raw=m.raw, shard=m.as_shard),
-        lambda p: read_shard(p, 320), shard_is, share=4),
+        lambda p: read_shard(p, 320), shard_is, share=8),
     "shard of a dataset": Target("data/datasets/data/data_val_000000.bin",
-        dict(raw=m.raw, shard=m.as_shard), whole_dataset, anything),
-    "manifest": Target("data/manifest.json", JSON, whole_dataset, anything),
-    "checksums": Target("data/checksums.json", JSON, whole_dataset, anything),
+        dict(raw=m.raw, shard=m.as_shard), whole_dataset, anything, share=.5),
+    "manifest": Target("data/manifest.json", JSON, whole_dataset, anything, share=8),
+    "checksums": Target("data/checksums.json", JSON, whole_dataset, anything, share=.5),
     "tokenizer": Target("data/tokenizers/data.model", dict(raw=m.raw, message=m.as_message),
-        tokenizer, anything, share=2),
-    "scores": Target("scores.npz", ZIP, load_scores, arrays_are, share=2),
+        tokenizer, anything, more=bare_tokenizer, share=2),
+    "scores": Target("scores.npz", ZIP, load_scores, arrays_are, share=5),
     "scores of a run": Target("run/scores.npz", dict(raw=m.raw, array=m.as_npz), run_scores,
         anything, share=.3),
-    "report": Target("run/report.json", JSON, board, report_is, share=4),
-    "recipe": Target("run/recipe.json", JSON, load_recipe, anything, share=2),
-    "data of a run": Target("run/data.json", JSON, own_data, anything),
+    "report": Target("run/report.json", JSON, board, report_is, share=10),
+    "recipe": Target("run/recipe.json", JSON, load_recipe, anything, share=8),
+    "data of a run": Target("run/data.json", JSON, own_data, anything, share=8),
     "checkpoint": Target("run/checkpoint.safetensors", dict(raw=m.raw, tensors=m.as_safetensors),
-        read_checkpoint, checkpoint_is, (CheckpointError,), share=4),
+        read_checkpoint, checkpoint_is, (CheckpointError,), share=2),
     "weights": Target("run/weights.safetensors", dict(raw=m.raw, tensors=m.as_safetensors),
-        lambda p: open_checkpoint(p, small.recipe().model), anything),
+        lambda p: open_checkpoint(p, RECIPE.model), anything),
     "published": of_published("none"),
     "published, zlib": of_published("zlib"),
     "published, zstd": of_published("zstd"),
     "published, xz": of_published("xz"),
-    "claims of a submission": Target("folder/submission.json", JSON, examined, anything, share=.3),
+    "claims of a submission": Target("folder/submission.json", JSON, examined, anything, share=.7),
     "script of a submission": Target("folder/train_gpt.py", dict(raw=m.raw, source=m.as_source),
-        examined, anything, share=.5),
+        examined, anything, share=.7),
     "log of a submission": Target("folder/train.log", dict(raw=m.raw, lines=m.as_lines),
-        examined, anything, share=.3),
+        examined, anything, share=.7),
     "plan of runs": Target("plan.yaml", dict(raw=m.raw, lines=m.as_lines), read_plan, anything,
-        more=lambda _: [b"[pr610, pr576]", b"runs: &a [pr610, {recipe: pr576}]\nseeds: [1]"]),
+        more=lambda _: [b"[pr610, pr576]", b"runs: &a [pr610, {recipe: pr576}]\nseeds: [1]"],
+        share=8),
     "documents": Target("docs.jsonl", dict(raw=m.raw, lines=m.as_lines),
-        lambda p: read_documents([p]), anything),
+        lambda p: read_documents([p]), anything, share=6),
     "documents, gzip": Target("docs.jsonl.gz", dict(raw=m.raw, lines=m.under("gzip", m.as_lines)),
-        lambda p: read_documents([p]), anything, share=.5),
+        lambda p: read_documents([p]), anything, share=6),
 }
 
 
