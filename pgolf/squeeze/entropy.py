@@ -367,8 +367,7 @@ def encode(
     symbols = np.asarray(symbols)
     if not 1 <= groups <= GROUPS: raise EntropyError(f"groups={groups} not in 1..{GROUPS}")
     if symbols.dtype.name not in DTYPES:
-        raise EntropyError(
-            f"symbols: type {symbols.dtype}; convert them to one of {', '.join(DTYPES)}")
+        raise EntropyError(f"symbols: type {symbols.dtype}; take one of {', '.join(DTYPES)}")
     head = _varint(DTYPES.index(symbols.dtype.name), symbols.ndim, *symbols.shape)
     if not symbols.size: return head
     low = int(symbols.min())
@@ -494,7 +493,8 @@ def from_brotli(
         while not reader.is_finished() and len(out) <= limit:
             more = reader.process(rest, output_buffer_limit=2**20)
             if not (more or rest): raise EntropyError("cut short")
-            out, rest = out+more, b""
+            out += more
+            rest = b""
     except brotli.error as e: raise EntropyError(str(e)) from None
     if len(out) > limit: raise EntropyError(f"more than the {limit} bytes expected")
-    return np.frombuffer(bytes(out), np.uint8)
+    return np.frombuffer(out, np.uint8)
