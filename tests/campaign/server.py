@@ -28,6 +28,7 @@ from pgolf.score import compare  # noqa: E402
 from pgolf.systems import launch, ownership, page, pipeline  # noqa: E402
 
 HANG = 3000  # seconds until what should have ended is killed; long, for a machine with other work
+ORPHANS = 60  # seconds that they may go on, or wait for a rank that was never started
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 # what a command goes through: where a stage begins
 STAGES = [(pipeline, "train_here"), (pipeline, "squeeze_here"), (pipeline, "grade"),
@@ -189,12 +190,12 @@ class Command:
     def kill(self, alone=False):
         "Kill it, and all that it has started unless they may go on, and wait until they are gone."
         os.kill(self.pid, signal.SIGKILL)
-        code = self.end()
+        code, until = self.end(), time.monotonic()+ORPHANS*alone
         while left := psutil.Process().children(recursive=True):
-            for p in left if not alone else ():
+            for p in left if time.monotonic() >= until else ():
                 try: p.send_signal(signal.SIGKILL)
                 except psutil.NoSuchProcess: pass
-            psutil.wait_procs(left, timeout=HANG)
+            psutil.wait_procs(left, timeout=1)
         return code
     def end(self):
         "Its exit code, negative after a signal."
