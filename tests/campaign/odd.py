@@ -53,8 +53,7 @@ def odd_dataset(base, folder, tokens):
 
 def words(system, data, out, *more):
     "A run of a system, as words of the command."
-    known = {k.rpartition(".")[2] for k in small.recipe(system).settings()}
-    own = {k: v for k, v in small.SMALL.items() if k in known}
+    own = small.own(small.at_scale(small.get_recipe(system), "tiny"))
     return ["run", system, "--scale", "tiny", "--corpus", str(data), "--out", out,
         "--eval-tokens", small.TARGETS, "--quiet", "--device", "cpu", *small.as_options(own), *more]
 

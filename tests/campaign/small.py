@@ -41,10 +41,16 @@ def folder():
 
 
 def recipe(name="pr610", **more):
-    "A recipe at that size; settings that it has not are left out."
+    "A recipe at that size."
     r = at_scale(get_recipe(name), "tiny")
-    known = {k.rpartition(".")[2] for k in r.settings()}
-    return r.but(**{k: v for k, v in (SMALL | more).items() if k in known})
+    return r.but(**own(r) | more)
+
+
+def own(r):
+    "The small settings that a recipe has; a part that it leaves out stays out."
+    known = {k.rpartition(".")[2]: v for k, v in r.settings().items()}
+    parts = ("ve_dim", "bigram_dim", "bigram_vocab_size")
+    return {k: v for k, v in SMALL.items() if k in known and (known[k] or k not in parts)}
 
 
 def as_options(settings):
