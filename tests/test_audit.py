@@ -291,6 +291,7 @@ def finished(novels, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_command_prints_the_table_and_writes_the_verdict(finished, novels, main):
     code, said, err = main("audit", finished, "--data", novels.path)
     assert code == 0, err
@@ -302,6 +303,7 @@ def test_command_prints_the_table_and_writes_the_verdict(finished, novels, main)
     assert code == 0 and "not applicable" in said
 
 
+@pytest.mark.slow
 def test_command_fails_on_a_touched_up_report(finished, novels, main):
     path = finished/"report.json"
     kept = path.read_text()
@@ -314,6 +316,7 @@ def test_command_fails_on_a_touched_up_report(finished, novels, main):
         (finished/"audit.json").read_text())["passed"]
 
 
+@pytest.mark.slow
 def test_record_command(main, finished):
     code, said, _ = main("record", "--new", 2.0100, 2.0111, 2.0105, "--old", 2.0180, 2.0190, 2.0201)
     assert code == 0 and "record" in said and "yes" in said

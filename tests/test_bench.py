@@ -12,6 +12,9 @@ import torch
 from pgolf.speed import bench
 from pgolf.speed import growth
 from pgolf.speed import peer as peer_module
+from pgolf.command.measuring import told
+from pgolf.files import find_results
+from pgolf.command.options import as_table
 from pgolf.speed.timing import Row, bench_figure, bench_table, peak_memory, read_bench
 from pgolf.speed.bench import BENCHES, make_case, run_benches
 from pgolf.speed.peer import bench_peer, call_by_name, load_peer, peer_bench, profile_peer
@@ -257,6 +260,7 @@ def test_memory_counts_what_is_alive_at_once():
         100).mul(2)) == 4000
 
 
+@pytest.mark.slow
 def test_growth_follows_flops_and_memory_the_batch():
     points = growth.bench_growth(make_case("pr610", "tiny", quick=True))
     for axis in growth.AXES:
@@ -298,3 +302,14 @@ def test_the_command_measures_and_writes(main, tmp_path):
         tmp_path/"b.json")["quick"]
     code, _, err = main("bench", "--only", "nothing")
     assert code == 1 and "choose among" in err
+
+
+def test_a_terminal_of_100_columns_shows_every_bench_whole():
+    "The committed measurements, whose notes and ratios are long; each thing has its line."
+    rows = read_bench(find_results()/"bench-cpu.json")["rows"]
+    for name in {r["bench"] for r in rows}:
+        part = [r for r in rows if r["bench"] == name]
+        text = as_table(*told(part))
+        assert max(map(len, text.splitlines())) <= 100, name
+        assert all(f"{1e3*r['seconds']:,.3g}" in text for r in part)
+        assert all(any(column) for column in zip(*told(part)[0]))

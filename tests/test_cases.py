@@ -236,6 +236,7 @@ def test_no_command_takes_data_of_another_tokenizer(main, done, twin, tmp_path):
     assert contents(done) == before and {p.name for p in tmp_path.iterdir()} == {"done", "a.pgolf"}
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_its_own_data(coarse, main, done, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sliding = next(r for r in json.loads((done/"report.json").read_text())["rows"]

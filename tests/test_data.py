@@ -38,6 +38,7 @@ def test_byte_tables_equal_the_published_ones(shared, golden):
 
 
 # a lone surrogate is left out: no UTF-8 file can hold one
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)),
     max_size=80) | st.text("ab \t\n\0▁é½ﬁ😀\u200b\u3000", max_size=80))
@@ -134,6 +135,7 @@ def test_austen_is_the_same_every_time(novels, tmp_path):
 def _build(path): return austen(path).vocab_size
 
 
+@pytest.mark.slow
 def test_concurrent_builders_share_one_dataset(tmp_path):
     path = tmp_path/"data"/"austen_sp1024"
     with CLEAN.Pool(2) as pool: assert pool.map(_build, [path]*2) == [1024, 1024]

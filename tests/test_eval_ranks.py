@@ -12,6 +12,7 @@ import sys
 import numpy as np, torch
 from pgolf.game.bpb import ByteTables
 from pgolf.model.gpt import GPT, ModelConfig
+from pgolf.score import phased
 from pgolf.score.lora import LoRAConfig, score_documents
 from pgolf.score.ttt import Learner, TTTConfig, score_with
 from pgolf.score.windows import ScoreConfig, score
@@ -36,6 +37,15 @@ out = dict(sliding=score(model, text, tables, 32, 16, 8, ranks=ranks).nll,
     adapted=score_with(learner, text, tables, windows).nll,
     documents=score_documents(model, text, tables, windows,
         LoRAConfig(ttt_lora_chunk_tokens=32, ttt_lora_docs=2, ttt_lora_lr=.01), ranks=ranks).nll)
+def noted(model, *args, real=phased.learn_all):
+    "A pause, and the weights that it leaves."
+    real(model, *args)
+    out["paused"] = torch.cat([p.detach().flatten() for p in model.parameters()])
+phased.learn_all = noted
+out["queue"] = phased.score_phased(model, text, tables, ScoreConfig(32, 32),
+    LoRAConfig(ttt_lora_rank=2, ttt_lora_chunk_tokens=8, ttt_lora_docs=2, ttt_lora_lr=.01),
+    phased.PhasedConfig(ttt_phases=1, ttt_phase_docs=3, ttt_phase_lr=.01,
+        ttt_phase_chunk_tokens=128, ttt_phase_seq_len=32), ranks=ranks).nll
 batches = text[:1024].view(-1, 32).split(2)
 out |= {"H "+n: H for n, H in collect_hessians(model, batches, tables=True, ranks=ranks).items()}
 out["weights"] = torch.cat([p.detach().flatten() for p in learner.model.parameters()])
@@ -58,6 +68,7 @@ def runs(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_one_process_to_the_bit(runs):
     "Windows and documents: each is graded by one process, the others add nothing."
     [one] = runs[1]
@@ -66,6 +77,7 @@ def test_scores_are_those_of_one_process_to_the_bit(runs):
             for stage in ("sliding", "documents"): assert np.array_equal(rank[stage], one[stage])
 
 
+@pytest.mark.slow
 def test_adaptation_shares_its_gradient(runs):
     "Rows of a batch over ranks, of which four get none at times: scores to 1e-6, weights alike."
     [one] = runs[1]
@@ -78,6 +90,23 @@ def test_adaptation_shares_its_gradient(runs):
             assert np.array_equal(rank["temperatures"], one["temperatures"])
 
 
+@pytest.mark.slow
+def test_the_queue_is_shared_by_batches(runs):
+    """Each target once, the same on every rank, and one set of weights after a pause; the first
+    batch of all is learnt by the first rank as one process does, later ones have other factors."""
+    [one] = runs[1]
+    assert (one["queue"] > 0).all()
+    for world in (2, 4):
+        for rank in runs[world]:
+            assert np.array_equal(rank["queue"], runs[world][0]["queue"])
+            assert np.array_equal(rank["paused"], runs[world][0]["paused"])
+        alike = rank["queue"] == one["queue"]
+        assert (rank["queue"] > 0).all() and 2*169 <= alike.sum() < alike.size
+        np.testing.assert_allclose(rank["queue"], one["queue"], atol=1.)
+        np.testing.assert_allclose(rank["paused"], one["paused"], atol=5e-3)
+
+
+@pytest.mark.slow
 def test_hessians_are_those_of_all_batches(runs):
     [one] = runs[1]
     names = [k for k in one if k.startswith("H ")]

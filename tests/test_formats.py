@@ -372,6 +372,7 @@ def test_fuzzed_dictionaries_raise_the_one_error():
     assert read < 70, "a kept tensor may be anything, but most changes must show"
 
 
+@pytest.mark.slow
 def test_bombs_are_bounded_in_memory_and_time():
     "In a process of its own, since the peak of memory is the process's."
     code = """if 1:
@@ -452,6 +453,7 @@ def test_import_names_what_does_not_fit(main, tmp_path):
     assert code == 1 and "none.ptz: cannot be read (No such file or directory)" in err
 
 
+@pytest.mark.slow
 def test_an_imported_model_is_scored_like_a_trained_one(main, tmp_path, novels):
     cfg = write_tiny(tmp_path/"model.ptz", "pr610-as-run")
     where = ("--recipe", "pr610-as-run", "--scale", "tiny", "--out", tmp_path/"run")

@@ -7,6 +7,7 @@ from conftest import ROOT
 from pgolf.scale import measured
 from pgolf.scale.measured import (difference, down_the_road, gather, main, reads, read_runs,
     road_steps)
+from pgolf.scale.runs import read_plan
 from pgolf.systems.recipes import at_scale, get_recipe
 from pgolf.systems.report import Report
 from pgolf.systems.road import MILESTONES
@@ -67,7 +68,6 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
 
 
 def test_a_later_sitting_makes_what_is_not_kept(tmp_path, capsys):
-    from pgolf.scale.runs import read_plan
     plan = tmp_path/"plan.yaml"
     plan.write_text("scale: mini\nseeds: [1, 2]\nruns:\n- launch\n"
         "- {recipe: pr50, name: pr50-own, overrides: {eval_stride: 16}}\n")
@@ -116,15 +116,31 @@ def test_repeats_cost_from_their_start_on():
     assert cost[0] < cost[1] < cost[2] and cost[1] == pytest.approx((cost[0]+cost[2])/2)
 
 
-def test_what_is_committed_are_runs_of_the_road():
-    found = read_runs(KEPT)
+SIZES = dict(mini=(200, 16_384, 409_600), pocket=(250, 65_536, 1_024_000))
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_what_is_committed_are_runs_of_the_road(scale):
+    found, (steps, targets, whole) = read_runs(KEPT, scale), SIZES[scale]
     for name, seeds in found.items():
         assert name.removesuffix("-own") in MILESTONES
         recipe = get_recipe(name.removesuffix("-own"))
         for seed, one in seeds.items():
             assert one["seed"] == seed and one["recipe"] == recipe.name and one["audit"]
             assert one["result"] == recipe.claims[-1].stage
-            assert one["steps"] == 200 and one["targets"] == 16_384
+            assert one["steps"] == steps and one["targets"] == targets
     tokens = {one["tokens"] for name, seeds in found.items() for one in seeds.values()
         if not name.endswith("-own")}
-    assert tokens <= {409_600}  # equal steps and equal tokens
+    assert tokens <= {whole}  # equal steps and equal tokens
+
+
+def test_the_pocket_plan_has_the_ends_the_great_and_the_ten_largest_steps():
+    found = read_plan(ROOT/"nbs"/"scale"/"road-pocket.yaml")
+    names = {r.label for r in found}
+    steps = {n: measured.published_bpb(n)-measured.published_bpb(m.parent)
+        for n, m in MILESTONES.items() if m.parent}
+    largest = sorted(steps, key=steps.get)[:10]
+    ends = {"launch", "pr1394", "pr1855", "pr2135"}
+    assert names == ends | {*largest} | {MILESTONES[n].parent for n in largest}
+    assert {r.scale for r in found} == {"pocket"} and len(found) == 3*len(names)
+    assert all(r.resolve() for r in found)

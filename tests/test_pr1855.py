@@ -4,13 +4,14 @@ run to an audited score."""
 
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import golden_steps
+from golden_steps import LIMITS
 from pgolf.game.loaders import cumulative_lengths, segment_starts
 from pgolf.game.shards import write_shard
 from pgolf.model.gpt import GPT, ModelConfig, count_parameters
@@ -22,13 +23,11 @@ from pgolf.systems.recipes import at_scale, parent_of
 from pgolf.systems.summit import PR1855
 from pgolf.systems.verdict import audit_run
 from pgolf.train import loop
-from pgolf.train.averaging import EMA
 from pgolf.train.device import Ranks
 from pgolf.train.frontier import DecayTaper, from_banks, to_banks
 from pgolf.train.listeners import OrderSwitch
-from pgolf.train.loop import TrainConfig, make_loader, train
+from pgolf.train.loop import make_loader, train
 from pgolf.train.muon import Muon, make_optimizers
-from pgolf.train.schedule import ScheduleConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,44 +126,12 @@ class Rows:
         return [(span[None, :-1], span[None, 1:], cu, self.longest)]
 
 
-class Norms:
-    "Norm of the gradient before clipping, each step."
-    def __init__(self): self.seen = []
-    def after_step(self, run): self.seen.append(run.grad_norm)
-
-
-def twelve(g, optim={}, momentum=None, clip=None, switch=.5, decay=None, model={}, **rows):
-    "Losses, clipping norms, norms of the changes, and those of the average's; faults if asked for."
-    h, m = json.loads(str(g["hyper"])), build(g, "param0/")
+def distances(g, model={}, rows={}, **faults):
+    "Of twelve steps, with faults if asked for."
+    m = build(g, "param0/")
     for name, value in model.items(): setattr(m, name, value)
-    start = {n: t.clone() for n, t in in_banks(m.state_dict()).items()}
-    cfg = TrainConfig(train_batch_tokens=h["batch"]*h["seq_len"], train_seq_len=h["seq_len"],
-        num_spans=1, warmup_steps=0, grad_clip_norm=h["grad_clip"] if clip is None else clip)
-    flat = ScheduleConfig(iterations=h["steps"], warmdown_iters=0, muon_momentum=momentum or
-        h["momentum"], muon_momentum_warmup_steps=0)
-    optims = make_optimizers(m, replace(PR1855.optim, **optim))
-    norms, average = Norms(), EMA(h["ema_decay"] if decay is None else decay)
-    done = train(m, Rows(g, h, **rows), optims, flat, cfg, [*([OrderSwitch(switch)] if switch
-        else []), average, norms])
-    def moved(state): return {n: (t-start[n]).norm().item() for n, t in in_banks(state).items()}
-    return done.losses, norms.seen, moved(m.state_dict()), moved(average.weights())
-
-
-def off(got, want): return np.abs(np.array(got)/want - 1).max()
-
-
-def median_off(moved, g, key):
-    want = {n: float(g[f"{key}/{n}"]) for n in moved}
-    return np.median([abs(moved[n]/w - 1) for n, w in want.items() if w > 0])
-
-
-def distances(g, **faults):
-    losses, norms, moved, averaged = twelve(g, **faults)
-    return dict(losses=off(losses, g["losses"]), clip_norms=off(norms, g["clip_norms"]),
-        delta=median_off(moved, g, "delta_norm"), ema=median_off(averaged, g, "ema_delta_norm"))
-
-
-LIMITS = dict(losses=1.2e-4, clip_norms=3e-4, delta=1.2e-3)
+    rows = Rows(g, json.loads(str(g["hyper"])), **rows)
+    return golden_steps.distances(g, m, rows, PR1855.optim, named=in_banks, **faults)
 
 
 def test_hyperparameters_and_groups_are_the_recipes(g):
@@ -196,18 +163,18 @@ def test_twelve_steps_are_the_published_ones(g):
 
 
 FAULTS = {
-    "no decay of scalars": dict(optim=dict(adam_weight_decay=0.)),
-    "no decay in Muon": dict(optim=dict(muon_weight_decay=0.)),
-    "no decay of the table": dict(optim=dict(table_weight_decay=0.)),
-    "rows as they are": dict(optim=dict(even_rows=False)),
-    "one triple for all steps": dict(optim=dict(polar=False)),
+    "no decay of scalars": dict(changes=dict(adam_weight_decay=0.)),
+    "no decay in Muon": dict(changes=dict(muon_weight_decay=0.)),
+    "no decay of the table": dict(changes=dict(table_weight_decay=0.)),
+    "rows as they are": dict(changes=dict(even_rows=False)),
+    "one triple for all steps": dict(changes=dict(polar=False)),
     "no clipping": dict(clip=0.),
     "momentum 0.95": dict(momentum=.95),
-    "beta2 0.95": dict(optim=dict(beta2=.95)),
+    "beta2 0.95": dict(changes=dict(beta2=.95)),
     "repeats a step early": dict(switch=5/12),
     "repeats never": dict(switch=.999),
-    "no borders of documents": dict(bos=-1),
-    "longer segments": dict(longest=96),
+    "no borders of documents": dict(rows=dict(bos=-1)),
+    "longer segments": dict(rows=dict(longest=96)),
     "one stream": dict(model=dict(lanes=None)),
 }
 

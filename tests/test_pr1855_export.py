@@ -184,6 +184,7 @@ def test_a_fault_in_the_evaluation_shows(z, model, sine, fault):
     assert run(z, model, part, lora, phased)[1] > 4e-4
 
 
+@pytest.mark.slow
 def test_ranks_share_the_batches_and_each_gets_all_scores(z, model, sine, monkeypatch):
     "Two ranks one after the other; the sum of what each has scored is the whole, each target once."
     monkeypatch.setattr("pgolf.score.phased.dist.all_reduce", lambda t: t)
@@ -275,6 +276,7 @@ def finished(cased, tmp_path_factory):
     return job, pipeline.run(job)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_adapts_by_length_and_ends_in_an_audited_score(finished, cased):
     job, report = finished
     assert [r["stage"] for r in report.rows][-3:] == ["sliding", "adapted", "tilted"]
@@ -288,6 +290,7 @@ def test_a_tiny_run_adapts_by_length_and_ends_in_an_audited_score(finished, case
         assert found["D7"]["status"] == "passed" and "in the text" in found["D7"]["detail"]
 
 
+@pytest.mark.slow
 def test_its_artifact_holds_corrections_and_comes_back(finished):
     job, _ = finished
     codes, meta = load_codes(job.artifact)
@@ -303,6 +306,7 @@ def test_its_artifact_holds_corrections_and_comes_back(finished):
         assert torch.equal(got, want.to(got.dtype)), n
 
 
+@pytest.mark.slow
 def test_a_target_aware_hint_fails_the_audit(finished, cased):
     job, _ = finished
     model = pipeline.read_artifact(job.artifact)

@@ -118,6 +118,7 @@ def test_two_ranks_train_as_one_and_rank_zero_alone_writes(done):
     np.testing.assert_allclose(rest["losses"], a["losses"][5:], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_of_unequal_speed_agree_on_clock_and_rate(done):
     """The slower clock counts for both: twelve steps of half a second, though the faster has
     counted half."""

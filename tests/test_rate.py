@@ -6,11 +6,13 @@ import torch
 
 from pgolf.model.gpt import GPT
 from pgolf.squeeze.artifact import ArtifactError, pack, unpack
-from pgolf.squeeze.gptq import GPTQConfig, factor, gptq, gptq_fit, hessian_error
+from pgolf.squeeze.gptq import (GPTQConfig, factor, gptq, gptq_fit, hessian_error,
+                                quantize_state)
 from pgolf.squeeze.lowrank import load_codes
-from pgolf.squeeze.quant import Grid, Quantized
-from pgolf.squeeze.rate import rate_fit
-from pgolf.systems.pipeline import read_artifact, squeeze_here, start
+from pgolf.squeeze.quant import Grid, QuantConfig, Quantized
+from pgolf.squeeze.rate import rate_fit, rate_fitter
+from pgolf.systems.pipeline import check_recipe, read_artifact, squeeze_here, start
+from pgolf.systems.plan import estimate_bytes
 from pgolf.systems.recipes import at_scale, get_recipe
 from pgolf.train.checkpoint import write_checkpoint
 
@@ -44,12 +46,14 @@ def squeezed(novels, tmp_path_factory):
         rate=export(rate=.3))
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_rate_takes_fewer_bytes(squeezed):
     sizes = {k: job.report.bytes_artifact for k, (job, _) in squeezed.items()}
     assert sizes["rate"] < sizes["plain"]
     assert all(job.artifact.stat().st_size == sizes[k] for k, (job, _) in squeezed.items())
 
 
+@pytest.mark.slow
 def test_steps_of_columns_come_back_from_the_file(squeezed):
     job, codes = squeezed["both"]
     back, model = load_codes(job.artifact)[0], read_artifact(job.artifact).state_dict()
@@ -111,3 +115,25 @@ def test_a_file_whose_columns_do_not_fit_is_refused():
     good = replace(q, columns=torch.tensor([0, 8, -8, 4], dtype=torch.int8))
     back = unpack(pack({"w": good}))[0]["w"].dequantize()
     assert torch.allclose(back, torch.tensor([1, 2, .5, 2**.5]).expand(3, 4))
+
+
+def test_nobody_ignores_the_settings(squeezed):
+    "Plain GPTQ refuses them and says what to give; without Hessians a recipe is refused at once."
+    state = {"w": numbers(8, 16)}
+    quant = QuantConfig(rules=((".*", GRID),), keep_numel=0)
+    for asked in (GPTQConfig(rate=.1), GPTQConfig(column_steps=True)):
+        with pytest.raises(ValueError, match="fit=rate_fitter"):
+            quantize_state(state, quant, asked, {"w": hessian(16)})
+        with pytest.raises(ValueError, match="fit=rate_fitter"):
+            gptq_fit(state["w"][None], hessian(16)[None], GRID, asked)
+        q = quantize_state(state, quant, asked, {"w": hessian(16)}, rate_fitter(asked))["w"]
+        assert (q.columns is not None) == asked.column_steps
+    recipe = squeezed["both"][0].recipe
+    with pytest.raises(ValueError, match="set use_gptq, or rate=0"):
+        check_recipe(recipe.but(use_gptq=False, use_ttt=False))
+
+
+def test_a_plan_counts_what_prices_save():
+    recipe = at_scale(get_recipe("pr1855"), "pocket")
+    def size(**settings): return sum(b for *_, b in estimate_bytes(recipe.but(**settings)))
+    assert size(rate=.1) < size() < size(column_steps=True) < size() + 40_000

@@ -301,6 +301,7 @@ def test_compile_falls_back_where_there_is_no_compiler(shard, monkeypatch):
     assert not res.compiled and "compile: off, no compiler on the PATH" in text.getvalue()
 
 
+@pytest.mark.slow
 def test_late_qat_compiles_in_the_warm_up_and_takes_effect(shard):
     able, why = can_compile("cpu")
     if not able: pytest.skip(why)
@@ -325,6 +326,7 @@ def test_late_qat_compiles_in_the_warm_up_and_takes_effect(shard):
     assert eager[:4] == plain[:4] and abs(eager[4] - plain[4]) > 1e-2
 
 
+@pytest.mark.slow
 def test_compiled_runs_of_many_models_do_not_use_up_the_recompile_limit(shard, monkeypatch):
     able, why = can_compile("cpu")
     if not able: pytest.skip(why)

@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['AuditSystem', 'AuditStage', 'Places', 'New', 'Old', 'ReportStage', 'Margin', 'TextBytes', 'Scored', 'Other', 'Save',
            'Stride', 'SeqLen', 'Tokens', 'Documents', 'Temperature', 'Compile', 'Systems', 'Only', 'Quick', 'Peer',
-           'Compiled', 'Measurements', 'Figure', 'Yes', 'audit', 'ManyValues', 'record', 'score', 'ask_peer', 'bench']
+           'Compiled', 'Measurements', 'Figure', 'Yes', 'audit', 'ManyValues', 'record', 'score', 'ask_peer', 'bench',
+           'told']
 
 # %% ../../nbs/command/87_measuring.ipynb #cf870003
-import hashlib, sys
+import hashlib, sys, textwrap
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -24,7 +27,7 @@ from ..systems.pipeline import read_artifact
 from ..train.device import pick_device
 from ..systems.verdict import (audit_run, check_tokenizer, data_for, open_subject,
                                    verdict_line, verdict_rows)
-from ..speed.timing import bench_figure, bench_table
+from ..speed.timing import bench_cells, bench_figure
 from ..speed.bench import BENCHES, run_benches
 from ..speed.growth import SECTIONS
 from ..speed.peer import peer_bench
@@ -245,6 +248,25 @@ def bench(
     out["command"] = _bench_line(quick, system, only, scale)
     _show_benches(out, json, figure)
 
+# %% ../../nbs/command/87_measuring.ipynb #t01d0000
+def _shown(row):
+    "A measured thing in the six columns of a terminal; the file has the quartiles as well."
+    _, _, what, ms, _, cpu, rate, used, peak, _, note = bench_cells(row)
+    share = f"{row['ratio']:.3g} x" if row["ratio"] is not None else ""
+    more = [share and f"of {row['against']}", note, used and f"{used} of a matrix product",
+        peak and f"peak {peak} bytes"]
+    return [what, f"{ms} ms", f"{cpu} ms", rate, share, "; ".join(filter(None, more))]
+
+def told(
+    rows, # of one bench, as `run_benches` returns them
+)->tuple[list,list]: # cells and headers
+    "What a terminal shows of a bench: columns that say nothing are left out."
+    heads = ["what", "wall", "processor", "per second", "ratio", "note"]
+    lines = [_shown(row) for row in rows]
+    kept = [j for j,column in enumerate(zip(*lines)) if any(column)]
+    return [[line[j] for j in kept] for line in lines], [heads[j] for j in kept]
+
+
 # %% ../../nbs/command/87_measuring.ipynb #4519e17c
 def _bench_line(quick, system, only, scale):
     "The command, as it can be given again."
@@ -253,8 +275,10 @@ def _bench_line(quick, system, only, scale):
 
 def _show_benches(out, json, figure):
     "Machine and table; numbers and figure where files are named for them."
-    print(", ".join(f"{k} {v}" for k,v in out["machine"].items()), "",
-        bench_table(out["rows"]), sep="\n")
+    print(textwrap.fill(", ".join(f"{k} {v}" for k,v in out["machine"].items()), 100))
+    for (name, of), rows in groupby(out["rows"], itemgetter("bench", "system")):
+        print(f"\n{name}, {of}")
+        print_table(*told(rows))
     if json: write_json(json, out)
     if figure: bench_figure(out["rows"], figure)
     say_next("--json FILE keeps the numbers, --peer train_gpt.py times a published script beside"

@@ -17,6 +17,7 @@ from ..squeeze.artifact import MAGIC
 from ..squeeze.budget import SqueezeConfig, bits_table, open_checkpoint, squeeze_model
 from ..squeeze.calibration import calibration_windows
 from ..squeeze.formats import LIMIT, describe, fitting, import_weights, read_published
+from ..squeeze.rate import rate_fitter
 from ..systems.ownership import keep_free
 from ..systems.ownership import MADE
 from ..systems.pipeline import read_artifact
@@ -140,6 +141,8 @@ def squeeze(
     r = _recipe_beside(checkpoint, recipe, scale)
     keep_free(out := out or _folder(checkpoint)/"squeezed.pgolf", overwrite)
     code = script_bytes(r) if code_bytes is None else code_bytes
+    if rate_fitter(r.gptq): say(f"rate and column_steps of {r.name} count in `pgolf run` alone: here"
+        " each matrix gets the step that the budget leaves it")
     model,ids,meta = _subject(checkpoint, r, corpus, samples)
     with resumable("nothing is written; the same command starts again"):
         s = squeeze_model(model.to(pick_device(device)), budget-code, ids,

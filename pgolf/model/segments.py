@@ -8,7 +8,6 @@ __all__ = ['attend_cut', 'flash_varlen', 'torch_varlen', 'varlen_for', 'attend_f
 # %% ../../nbs/model/14_segments.ipynb #se000003
 import importlib
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,8 +22,10 @@ def attend_cut(
     cu:Tensor, # (n,) int32 cumulative lengths, 0 first, T last, T repeated as padding
 )->Tensor: # (1, T, H, D)
     "Causal attention within segments, one after the other."
-    ends = pairwise(cu.unique().tolist())
-    return torch.cat([attend(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in ends], 1)
+    lengths = [n for n in cu.diff().tolist() if n]
+    # split, not slices: the gradient of a slice is as long as the whole row
+    pieces = zip(*(t.split(lengths, 1) for t in (q, k, v)))
+    return torch.cat([attend(*piece) for piece in pieces], 1)
 
 # %% ../../nbs/model/14_segments.ipynb #se000012
 def _varlen_of(module, name):

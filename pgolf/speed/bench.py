@@ -27,6 +27,7 @@ from ..train.device import Ranks, best_dtype, keep_memory
 from ..squeeze.entropy import decode, encode, entropy
 from ..model.gpt import GPT, flops_per_token
 from ..squeeze.gptq import dequantize_state, quantize_state
+from ..squeeze.rate import rate_fitter
 from ..squeeze.calibration import collect_hessians
 from ..train.listeners import MetricsLog, Progress
 from ..train.muon import Muon, make_optimizers, orthogonal_update
@@ -325,7 +326,7 @@ def bench_gptq(case:Case)->list[Row]:
     windows = ids(case, n*case.seq_len).view(n, -1).split(16)
     hessians,state = collect_hessians(model, windows), model.state_dict()
     s = case.time(3, calibration=lambda: collect_hessians(model, windows),
-        gptq=lambda: quantize_state(state, r.quant, r.gptq, hessians),
+        gptq=lambda: quantize_state(state, r.quant, r.gptq, hessians, rate_fitter(r.gptq)),
         nearest=lambda: quantize_state(state, r.quant))
     return [case.row("gptq", "Hessians", s["calibration"], f"{n} x {case.seq_len} tokens",
             work=n*case.seq_len, unit="tokens"),

@@ -37,6 +37,7 @@ from .peer import peer_bench
 from ..squeeze.budget import squeeze_model
 from ..squeeze.calibration import collect_hessians
 from ..squeeze.gptq import quantize_state
+from ..squeeze.rate import rate_fitter
 from ..systems.pipeline import Job, make_average, make_listeners
 from ..systems.recipes import RECIPES, at_scale, get_recipe
 from ..systems.report import Report
@@ -209,10 +210,11 @@ def ask_squeeze(card:Card, say:Answers):
     hessians = collect_hessians(model, windows.split(4))
     wait_for(card.device)
     say("Calibration on 8 windows?", f"{len(hessians)} matrices")
-    there = quantize_state(model.state_dict(), r.quant, r.gptq, hessians)
+    fit = rate_fitter(r.gptq)
+    there = quantize_state(model.state_dict(), r.quant, r.gptq, hessians, fit)
     say("GPTQ of the whole model?", "done on " + card.device)
     home = {n: t.cpu() for n, t in model.state_dict().items()}
-    here = quantize_state(home, r.quant, r.gptq, {n: h.cpu() for n, h in hessians.items()})
+    here = quantize_state(home, r.quant, r.gptq, {n: h.cpu() for n, h in hessians.items()}, fit)
     same = share_of_codes(there, here)
     say("Are its codes a CPU's?", f"{same:.3%} of them", share=same)
     bits = 16_000_000 if card.scale == "full" else 60_000

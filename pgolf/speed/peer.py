@@ -19,6 +19,7 @@ from .growth import profile_phases
 from ..model.gpt import GPT,ModelConfig
 from ..squeeze.formats import load_published,published_name
 from ..squeeze.gptq import dequantize_state,hessian_error,quantize_state
+from ..squeeze.rate import rate_fitter
 from ..squeeze.calibration import collect_hessians
 from ..train.muon import Muon
 from ..squeeze.quant import Grid,first_match,quantize
@@ -392,7 +393,8 @@ def _peer_gptq(case, fn, m):
         return dict(W=w, H=m.hessians[n].clone(), clip_range=m.grid[n].hi)
     def theirs():
         return {n:_their_values(call_by_name(fn, offers(n, w))) for n,w in m.state.items()}
-    def ours(): return quantize_state(m.state, quant, described.gptq, m.hessians)
+    cfg, fit = described.gptq, rate_fitter(described.gptq)
+    def ours(): return quantize_state(m.state, quant, cfg, m.hessians, fit)
     off = m.error(dequantize_state(ours()))/m.error(theirs())
     return _pair(case, "GPTQ", ours, theirs, f"Hessian error {off:.3f} of theirs", **_work(m))
 

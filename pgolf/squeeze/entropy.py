@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'TABLES', 'DTYPES', 'LEVELS', 'EntropyError', 'entropy', 'normalise', 'published_cdf', 'decode_published',
-           'group_rows', 'encode', 'decode', 'squeeze', 'to_brotli', 'from_brotli']
+           'code_lengths', 'group_rows', 'kinds', 'encode', 'decode', 'squeeze', 'to_brotli', 'from_brotli']
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #cb3b4cf7
 import math
@@ -164,11 +164,10 @@ def _pull(x, words, tables, values, n, place=None):
 # %% ../../nbs/squeeze/33_entropy.ipynb #e1273649
 def _check_end(x, left):
     if left or (x != 2**16).any():
-        raise EntropyError(
-            f"{left} words are left, or a lane is not back where it began: damaged")
+        raise EntropyError(f"{left} words are left, or a lane is not back where it began: damaged")
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #aa7814ee
-def _lengths(counts):
+def code_lengths(counts):
     "(..., A) counts -> bits per symbol, in steps of 1/256; one never seen counts as half a one."
     p = counts+.5
     return np.round(-256*np.log2(p/p.sum(-1, keepdims=True)))/256
@@ -181,7 +180,7 @@ def _regroup(counts, labels, k, rounds):
     "Move each row of `counts` (R, ..., A) to the group that makes it shortest, `rounds` times."
     flat = counts.reshape(len(counts), math.prod(counts.shape[1:]))
     for _ in range(rounds if k > 1 else 0):
-        lengths = _lengths(_totals(counts, labels, k)).reshape(k, -1)
+        lengths = code_lengths(_totals(counts, labels, k)).reshape(k, -1)
         before, labels = labels, (flat @ lengths.T).argmin(1)
         if (labels == before).all(): break
     return labels
@@ -193,7 +192,7 @@ def group_rows(
 )->np.ndarray: # (R,) group of each row, 0..k-1
     "Sort rows into groups that are short to code with one table each."
     counts = np.asarray(counts, np.float64)
-    order = (counts @ _lengths(counts.sum(0))).argsort(kind="stable")
+    order = (counts @ code_lengths(counts.sum(0))).argsort(kind="stable")
     labels = np.empty(len(counts), np.int64)
     labels[order] = np.arange(len(counts))*k//max(1, len(counts))
     return _regroup(counts, labels, k, rounds)
@@ -215,8 +214,7 @@ def _read(data, at, n):
         for shift in range(0, 36, 7):
             if at == len(data): raise EntropyError(f"header ends at byte {at}: truncated")
             if shift == 35:
-                raise EntropyError(
-                    f"header: number before byte {at} has more than 35 bits: damaged")
+                raise EntropyError(f"header: number before byte {at} has over 35 bits: damaged")
             v, at = v | (data[at] & 127) << shift, at+1
             if data[at-1] < 128: break
         out.append(v)
@@ -243,8 +241,7 @@ def _read_table(data, at, size, bits):
         else:
             (run,), at = _read(data, at, 1)
             if run >= size-len(out):
-                raise EntropyError(
-                    f"table: run of {run+1} zeros beyond the {size} symbols: damaged")
+                raise EntropyError(f"table: {run+1} zeros in a row, of {size} symbols: damaged")
             out += [0]*(run+1)
     if sum(out) != 2**bits:
         raise EntropyError(f"table: frequencies sum to {sum(out)}, not {2**bits}: damaged")
@@ -324,8 +321,13 @@ def _choose(matrices, size, groups):
     return f[rows], g[columns]
 
 # %% ../../nbs/squeeze/33_entropy.ipynb #c45711d5
-def _settle(matrices, size, rows, columns):
-    "Move rows, then columns, to where all symbols make them shortest; give labels and counts."
+def kinds(
+    matrices,   # (m, r, c) whole numbers from 0 on
+    size:int,   # of the alphabet
+    groups:int, # kinds of rows and of columns, at most
+)->tuple: # kind of each row, (m*r,), and of each column; (kinds, kinds, size) counts
+    "Sort rows, then columns, to where all symbols make them shortest."
+    rows, columns = _choose(matrices, size, groups)
     m, r, c = matrices.shape
     k, l = int(rows.max())+1, int(columns.max())+1
     if k == l == 1: return rows, columns, np.bincount(matrices.ravel(), minlength=size)[None, None]
@@ -343,7 +345,7 @@ def _settle(matrices, size, rows, columns):
 # %% ../../nbs/squeeze/33_entropy.ipynb #18313366
 def _plan(matrices, size, groups):
     "Groups for `matrices` (m, r, c): header, table of each symbol (or None), tables."
-    rows, columns, counts = _settle(matrices, size, *_choose(matrices, size, groups))
+    rows, columns, counts = kinds(matrices, size, groups)
     k, l = int(rows.max())+1, int(columns.max())+1
     counts = counts[:k, :l].reshape(k*l, size)
     counts[:, 0] += ~counts.any(1)                      # a pair of groups that never meet
@@ -492,8 +494,7 @@ def from_brotli(
         while not reader.is_finished() and len(out) <= limit:
             more = reader.process(rest, output_buffer_limit=2**20)
             if not (more or rest): raise EntropyError("cut short")
-            out += more
-            rest = b""
+            out, rest = out+more, b""
     except brotli.error as e: raise EntropyError(str(e)) from None
     if len(out) > limit: raise EntropyError(f"more than the {limit} bytes expected")
-    return np.frombuffer(out, np.uint8)
+    return np.frombuffer(bytes(out), np.uint8)

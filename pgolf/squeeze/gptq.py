@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTQConfig', 'damped_cholesky', 'column_order', 'Factor', 'factor', 'gptq', 'hessian_error', 'refit_scale',
-           'gptq_fit', 'quantize_state', 'dequantize_state', 'quant_errors']
+           'gptq_fit', 'refitted', 'quantize_state', 'dequantize_state', 'quant_errors']
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #625f5adc
 from collections.abc import Callable
@@ -189,11 +189,14 @@ def gptq(
     scale:Tensor,   # (N, r or 1, 1) or (r or 1, 1) float32 step, fixed during the pass
     grid:Grid,      # range of the codes
     cfg:GPTQConfig=GPTQConfig(),
+    # (column, targets (N, 1, r) in steps, out): puts their codes into `out`; None: the nearest
+    choose:Callable|None=None,
 )->Tensor: # codes, shape of W, float32 whole numbers
     "Round column by column; the columns still free absorb each error."
     if W.dim() == 2:
-        return gptq(W[None], H[None] if isinstance(H, Tensor) else H, scale[None], grid, cfg)[0]
-    return _rounded(W, _factors(W, H, cfg), scale, grid, cfg).float()
+        H = H[None] if isinstance(H, Tensor) else H
+        return gptq(W[None], H, scale[None], grid, cfg, choose)[0]
+    return _rounded(W, _factors(W, H, cfg), scale, grid, cfg, choose).float()
 
 def _rounded(W, factors, scale, grid, cfg, choose=None):
     "The pass, (N, r, n) to codes of the same shape, int8."
@@ -257,15 +260,29 @@ def gptq_fit(
     cfg:GPTQConfig, # order, search, refit
 )->tuple[Tensor,Tensor]: # codes (N, r, n) int8, and steps (N, r or 1, 1) float32
     "Choose the steps, round, and refit the steps where asked."
+    _plain_only(cfg)
     factors = _factors(W, H, cfg)
     if cfg.search == "hessian" and grid.rule == "uniform" and grid.scale_per == "row":
         codes,scale = _search_rows(W, factors, grid, cfg)
     else:
         scale = pentanary(W)[1] if grid.rule == "pentanary" else search_scale(W, grid)
         codes = _rounded(W, factors, scale, grid, cfg)
-    return codes, _refitted(W, codes, scale, factors, grid, cfg) if cfg.refit else scale
+    return codes, refitted(W, codes, scale, factors, grid, cfg) if cfg.refit else scale
 
-def _refitted(W, codes, scale, factors, grid, cfg):
+def _plain_only(cfg):
+    "Raise for what only `rate_fit` can do."
+    if cfg.rate or cfg.column_steps:
+        raise ValueError(f"rate={cfg.rate}, column_steps={cfg.column_steps}: plain GPTQ has neither;"
+            " give quantize_state fit=rate_fitter(cfg), of pgolf.squeeze.rate")
+
+def refitted(
+    W:Tensor,       # (N, r, n) weights
+    codes:Tensor,   # (N, r, n) whole numbers
+    scale:Tensor,   # (N, r or 1, 1) steps used in the pass
+    factors:list,   # N factors
+    grid:Grid,      # floor of the steps
+    cfg:GPTQConfig, # `refit`
+)->Tensor: # (N, r or 1, 1)
     "Steps that suit the codes."
     under = torch.stack([f.H for f in factors]) if cfg.refit == "hessian" else None
     return refit_scale(W, codes.float(), scale, under, grid)
@@ -304,6 +321,7 @@ def quantize_state(
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
     if gptq_cfg and not hessians:
         raise ValueError("gptq_cfg is given but hessians are not: call collect_hessians first")
+    if gptq_cfg and not fit: _plain_only(gptq_cfg)
     hessians = hessians or {}
     if gptq_cfg is None: return {n: _plain(n, t, cfg, hessians.get(n)) for n,t in state.items()}
     done,known = {},{}

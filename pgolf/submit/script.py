@@ -205,15 +205,16 @@ def _squeeze(r):
 
 
 # %% ../../nbs/submit/61_script.ipynb #ex61c001
-def _adapt(s):
+def _adapt(r):
     "Lines that score once more, learning from what has been scored, or with hints from the text."
+    s = r.stages
     if s.use_ttt and s.adaptation=="chunks": lines = _by_chunks(s)
     elif s.use_ttt:
         watch = ", watch=hints" if s.use_tilt else ""
         lines = ['scores = grade(ranks, "adapted", lambda t,b: score_phased(model, t, b, SCORE, '
             f'LORA, PHASED, ranks=ranks{watch}), *text)']
     else: lines = []
-    if s.use_tilt: lines = _tilted(lines)
+    if s.use_tilt: lines = _tilted(r, lines)
     return dict(adapt="".join(f"    {l}\n" for l in lines))
 
 def _by_chunks(s):
@@ -223,10 +224,12 @@ def _by_chunks(s):
     return [*lines,
         'grade(ranks, "adapted", lambda t,b: score_with(learner, t, b, SCORE), *text)']
 
-def _tilted(lines):
-    "The same and once more, with hints."
+def _tilted(r, lines):
+    "The same and once more, with hints or counts."
     first = "hints = HintWatch(strong_hints(text[0], TILT), ranks, SCORE.eval_temperature)"
-    if not lines: lines = ["hints.p = window_hints(model, *text, SCORE, hints.hint, ranks)"]
+    docs = "LORA.ttt_lora_docs" if r.stages.use_ttt else 0
+    if r.tilt.tilt_strengths: first = f"hints = CountWatch(turns(text[0], {docs}))"
+    elif not lines: lines = ["hints.p = window_hints(model, *text, SCORE, hints.hint, ranks)"]
     return [first, *lines,
         'grade(ranks, "tilted", lambda t,b: hints.raised(scores, t, TILT), *text)']
 
@@ -249,7 +252,7 @@ def entry_script(
         if n not in _left_out(s)]
     text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
         seed=recipe.train.seed, sections="\n".join(sections),
-        **_average(s), **_squeeze(recipe), **_adapt(s))
+        **_average(s), **_squeeze(recipe), **_adapt(recipe))
     return f"{_find_imports(text, package)}\n{text}"
 
 # %% ../../nbs/submit/61_script.ipynb #e8dd8d1f
@@ -354,7 +357,7 @@ UNUSED |= _each({
 UNUSED |= _each({
     "gptq_fit": lambda r: not r.stages.use_gptq,
     "_search_rows": lambda r: r.gptq.search=="plain",
-    "_refitted refit_scale": lambda r: not r.gptq.refit,
+    "refitted refit_scale": lambda r: not r.gptq.refit,
     "sample_tokens": lambda r: r.gptq.windows!="self",
     "_with_tables": lambda r: not r.gptq.tables,
     "pentanary": lambda r: "pentanary" not in repr(r),

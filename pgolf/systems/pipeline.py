@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
-from ..outside import read_arrays, reading
+from ..outside import read_arrays
 
 # %% ../../nbs/systems/52_pipeline.ipynb #18845ae1
 from ..squeeze.artifact import ArtifactError, save_artifact
@@ -24,8 +24,7 @@ from .ownership import (_kept, check_data, claim, fingerprint, release,
                                      remember_data)
 from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
-from ..squeeze.lowrank import (check_additions, flatten_corrections, load_codes,
-                                   squeeze_state)
+from ..squeeze.lowrank import flatten_corrections, load_codes, squeeze_state
 from ..train.frontier import DecayTaper
 from ..train.listeners import Checkpointer, MetricsLog, OrderSwitch, Progress
 from ..squeeze.quant import LateQAT, set_eval_quant
@@ -43,9 +42,8 @@ from ..game.tokenizer import tokenizer_id
 
 # %% ../../nbs/systems/52_pipeline.ipynb #3c25f564
 from ..score.phased import ADAPTATIONS
-from ..squeeze.rate import rate_fitter as fitter
-from ..score.order import HintWatch, check_tilt, window_hints
-from ..score.tilt import strong_hints
+from ..squeeze.rate import check_rounding, rate_fitter as fitter
+from ..score.order import check_tilt, last_words, window_hints
 
 # %% ../../nbs/systems/52_pipeline.ipynb #12858813
 @dataclass
@@ -146,7 +144,7 @@ def check_recipe(recipe):
     check_schedules(recipe.optim.groups)
     first = replace(recipe.quant, rules=recipe.stages.first_rules or recipe.quant.rules)
     for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
-    check_additions(recipe.quant, recipe.stages.use_gptq)
+    check_rounding(recipe.quant, recipe.gptq, recipe.stages.use_gptq)
     check_tilt(recipe)
     if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
 
@@ -413,19 +411,19 @@ def score_adapting(job, model):
 # %% ../../nbs/systems/52_pipeline.ipynb #ex52c001
 def _hints(job):
     "What the text says beforehand, heard while it is scored."
-    r = job.recipe
-    return HintWatch(strong_hints(_val_tokens(job), r.tilt), job.ranks, r.score.eval_temperature)
+    return last_words(job.recipe, _val_tokens(job), job.ranks)
 
 def _tilted(job, scores, hints):
     "The row of a score with hints."
-    return grade(job, "tilted", "the same, with hints from the text so far",
+    return grade(job, "tilted", "the same, with hints or counts of the text so far",
         lambda t,b: hints.raised(scores, t, job.recipe.tilt))
 
 def score_tilted(job, model, sliding):
     "Grade windows with hints from the text."
     hints,r = _hints(job), job.recipe
-    hints.p = window_hints(model, _val_tokens(job), job.dataset.byte_tables(), r.score, hints.hint,
-        job.ranks)
+    if not r.tilt.tilt_strengths:
+        hints.p = window_hints(model, _val_tokens(job), job.dataset.byte_tables(), r.score,
+            hints.hint, job.ranks)
     return _tilted(job, sliding, hints)
 
 def _val_tokens(job):
@@ -480,12 +478,12 @@ def kept_scores(
     release(job.out)
     tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     n_bytes = job.dataset.byte_tables().count(tokens[:-1], tokens[1:])
-    def one(r):
+    out = {}
+    kept = read_arrays(job.out/"scores.npz", [r["stage"] for r in job.report.rows])
+    for r in job.report.rows:
         nll = torch.from_numpy(kept[r["stage"]]).double()
-        return Scores(nll, n_bytes[:len(nll)], len(n_bytes), r["legal"])
-    with reading(path := job.out/"scores.npz", "what this run scored", "run it again"):
-        kept = read_arrays(path, [r["stage"] for r in job.report.rows])
-        return {r["stage"]: one(r) for r in job.report.rows}
+        out[r["stage"]] = Scores(nll, n_bytes[:len(nll)], len(n_bytes), r["legal"])
+    return out
 
 # %% ../../nbs/systems/52_pipeline.ipynb #220d4e2f
 def run(

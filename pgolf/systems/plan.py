@@ -41,13 +41,22 @@ def saved_bytes(
 def entropy_bits(
     grid:Grid, # codes and steps
     columns:int, # of the matrix
+    rate:float=0., # squared steps that are worth a bit, where it counts in the rounding
     rows:int=64, # sampled
 )->float: # bits per weight
     "Order-0 entropy of the codes of Gaussian rows, steps not floored."
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    codes = quantize(W, replace(grid, scale_floor=0.)).codes
-    p = codes.unique(return_counts=True)[1]/codes.numel()
+    q = quantize(W, replace(grid, scale_floor=0.))
+    codes, p = _shares(q.codes)
+    for _ in range(3 if rate else 0):
+        paid = ((W/q.scale.float())[..., None] - codes).square() - rate*p.log2()
+        codes, p = _shares(codes[paid.argmin(-1)])
     return -(p*p.log2()).sum().item()
+
+def _shares(codes):
+    "Codes in use, and the share of each."
+    used, count = codes.unique(return_counts=True)
+    return used, count/codes.numel()
 
 
 # %% ../../nbs/systems/53_plan.ipynb #ex53c001
@@ -69,7 +78,7 @@ def estimate_bytes(
     with torch.device("meta"): state = GPT(recipe.model).state_dict()
     rows:dict[tuple,tuple] = {}
     for name,t in state.items():
-        kind,size = _stored(recipe.quant.grid(name, t), t, recipe.stages.codec)
+        kind,size = _stored(recipe.quant.grid(name, t), t, recipe)
         n,b = rows.get((family(name), kind), (0, 0))
         rows[family(name), kind] = n+t.numel(), b+size
     if recipe.quant.lqer_top: rows["corrections","2 and 4 bits"] = _terms(recipe.quant, state)
@@ -77,11 +86,14 @@ def estimate_bytes(
 
 
 # %% ../../nbs/systems/53_plan.ipynb #ex53c002
-def _stored(grid, t, codec):
+def _stored(grid, t, recipe):
     "How a tensor is stored, and the bytes that takes: codes by their entropy, steps in float16."
     if not isinstance(grid, Grid): return str(grid).removeprefix("torch."), t.numel()*grid.itemsize
-    bits = entropy_bits(grid, t.shape[1])*container_factor(codec, grid)
-    return f"{grid.lo}..{grid.hi}", t.numel()*bits/8+2*len(t)
+    c, calibrated = recipe.gptq, recipe.stages.use_gptq
+    bits = entropy_bits(grid, t.shape[1], c.rate if calibrated else 0.)
+    bits *= container_factor(recipe.stages.codec, grid)
+    side = 2*len(t) + t.shape[1]*(calibrated and c.column_steps)
+    return f"{grid.lo}..{grid.hi}", t.numel()*bits/8+side
 
 def _terms(q, state):
     "Numbers and bytes of the corrections, of the largest matrices: these have the most error."

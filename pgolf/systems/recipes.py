@@ -8,6 +8,7 @@ __all__ = ['RECIPES', 'VARIANTS', 'SCALES', 'PARENTS', 'get_recipe', 'Scale', 's
 # %% ../../nbs/systems/50_recipes.ipynb #31feb3d9
 import difflib
 from dataclasses import dataclass, replace
+from .birdie import BIRDIE
 from .great import PR1394
 from .published import (PR576, PR576_AS_RUN, PR598, PR598_AS_RUN, PR601, PR601_AS_RUN,
                                      PR601_BH10240, PR601_V0, PR610, PR610_AS_RUN, PR1123,
@@ -27,7 +28,7 @@ RECIPES = {r.name:r for r in (
     PR1394, # description and run agree
     PR1855, # likewise
 )}
-VARIANTS = {r.name:r for r in (PR601_V0, PR601_BH10240)}
+VARIANTS = {r.name:r for r in (PR601_V0, PR601_BH10240, BIRDIE)} # the last is our own
 
 # %% ../../nbs/systems/50_recipes.ipynb #50646baf
 def get_recipe(
@@ -215,7 +216,7 @@ def _shrink_queue(s, r, stretch):
 PARENTS = {n:m.parent for n,m in MILESTONES.items()} | {
     name: name.removesuffix("-as-run") if name.endswith("-as-run") else "pr610"
     for name in RECIPES if name != "pr610"} | dict.fromkeys(VARIANTS, "pr601") | {
-    "pr1855": "pr1394"}
+    "pr1855": "pr1394", "birdie": "pr1855"}
 
 def parent_of(
     recipe:Recipe, # at its scale
