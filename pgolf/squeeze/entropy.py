@@ -494,7 +494,8 @@ def from_brotli(
         while not reader.is_finished() and len(out) <= limit:
             more = reader.process(rest, output_buffer_limit=2**20)
             if not (more or rest): raise EntropyError("cut short")
-            out, rest = out+more, b""
+            out += more
+            rest = b""
     except brotli.error as e: raise EntropyError(str(e)) from None
     if len(out) > limit: raise EntropyError(f"more than the {limit} bytes expected")
-    return np.frombuffer(bytes(out), np.uint8)
+    return np.frombuffer(out, np.uint8)

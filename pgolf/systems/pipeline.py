@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
-from ..outside import read_arrays
+from ..outside import read_arrays, reading
 
 # %% ../../nbs/systems/52_pipeline.ipynb #18845ae1
 from ..squeeze.artifact import ArtifactError, save_artifact
@@ -478,12 +478,12 @@ def kept_scores(
     release(job.out)
     tokens = job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
     n_bytes = job.dataset.byte_tables().count(tokens[:-1], tokens[1:])
-    out = {}
-    kept = read_arrays(job.out/"scores.npz", [r["stage"] for r in job.report.rows])
-    for r in job.report.rows:
+    def one(r):
         nll = torch.from_numpy(kept[r["stage"]]).double()
-        out[r["stage"]] = Scores(nll, n_bytes[:len(nll)], len(n_bytes), r["legal"])
-    return out
+        return Scores(nll, n_bytes[:len(nll)], len(n_bytes), r["legal"])
+    with reading(path := job.out/"scores.npz", "what this run scored", "run it again"):
+        kept = read_arrays(path, [r["stage"] for r in job.report.rows])
+        return {r["stage"]: one(r) for r in job.report.rows}
 
 # %% ../../nbs/systems/52_pipeline.ipynb #220d4e2f
 def run(
