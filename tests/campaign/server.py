@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,13 @@ def call(args):
     return 0
 
 
+def session():
+    "A session of one's own, which Linux schedules as a group: as nice as its process."
+    os.setsid()
+    with suppress(OSError):  # not there, or not at once
+        if os.nice(0) > 0: Path("/proc/self/autogroup").write_text(str(os.nice(0)))
+
+
 def forked(work):
     "The id of a child that does some work and ends with its result."
     pid = os.fork()
@@ -135,7 +143,7 @@ class Child:
     "In the place of a process that a batch starts."
     def __init__(self, command, stdout=None, **_):
         def work():
-            os.setsid()
+            session()
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
             return call(words_of(command))
@@ -172,7 +180,7 @@ class Command:
     def __init__(self, args, folder, log, before=None, **death):
         self.read, write = os.pipe()
         def work():
-            os.setsid()
+            session()
             os.chdir(folder)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for fd in (1, 2): os.dup2(out, fd)
@@ -206,6 +214,7 @@ class Command:
 def loaded():
     "Load what commands load later, take one thread, and adopt orphans, before the first fork."
     import matplotlib.pyplot  # noqa: F401
+    import encodings.utf_8_sig  # noqa: F401, another user may not read Python's own files
     import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
     torch.set_num_threads(1)
