@@ -161,7 +161,8 @@ def unpack_shards(
 )->Dataset:
     "Make a dataset of compressed shards."
     folder, out, tokenizer = Path(folder), Path(out), Path(tokenizer)
-    found = sorted(folder.glob("*_train_*.bin.zst"))[:train] + sorted(folder.glob("*_val_*.bin.zst"))
+    shards, val = (sorted(folder.glob(f"*_{s}_*.bin.zst")) for s in ("train", "val"))
+    found = shards[:train] + val
     if len(found) <= train or not tokenizer.is_file(): raise ValueError(f"{folder}: give a folder"
         f" with shards NAME_train_*.bin.zst and NAME_val_*.bin.zst, and their tokenizer"
         f" ({tokenizer})")
