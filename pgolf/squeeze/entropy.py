@@ -491,9 +491,8 @@ def from_brotli(
     reader, out, rest = brotli.Decompressor(), bytearray(), bytes(data)
     try:
         while not reader.is_finished() and len(out) <= limit:
-            more = reader.process(rest, output_buffer_limit=2**20)
+            out += (more := reader.process(rest, output_buffer_limit=2**20))
             if not (more or rest): raise EntropyError("cut short")
-            out += more
             rest = b""
     except brotli.error as e: raise EntropyError(str(e)) from None
     if len(out) > limit: raise EntropyError(f"more than the {limit} bytes expected")

@@ -21,6 +21,7 @@ import server  # noqa: E402
 import small  # noqa: E402
 import nbformat  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from conftest import half_written  # noqa: E402
 
 from pgolf.train.checkpoint import read_checkpoint  # noqa: E402
@@ -46,7 +47,8 @@ def lines_of(path):
 def tensors_of(path):
     tensors, meta = read_checkpoint(path)
     tensors.pop("curve/seconds", None)
-    return sorted((n, t.numpy().tobytes()) for n, t in tensors.items()), timeless(meta)
+    plain = {n: t.contiguous().reshape(-1).view(torch.uint8) for n, t in tensors.items()}
+    return sorted((n, t.numpy().tobytes()) for n, t in plain.items()), timeless(meta)
 
 
 def arrays_of(path):

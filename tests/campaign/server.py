@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from pgolf.score import compare  # noqa: E402
 from pgolf.systems import launch, ownership, page, pipeline  # noqa: E402
 
 HANG = 3000  # seconds until what should have ended is killed; long, for a machine with other work
+ORPHANS = 60  # seconds that they may go on, or wait for a rank that was never started
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 # what a command goes through: where a stage begins
 STAGES = [(pipeline, "train_here"), (pipeline, "squeeze_here"), (pipeline, "grade"),
@@ -95,6 +97,13 @@ def call(args):
     return 0
 
 
+def session():
+    "A session of one's own, which Linux schedules as a group: as nice as its process."
+    os.setsid()
+    with suppress(OSError):  # not there, or not at once
+        if os.nice(0) > 0: Path("/proc/self/autogroup").write_text(str(os.nice(0)))
+
+
 def forked(work):
     "The id of a child that does some work and ends with its result."
     pid = os.fork()
@@ -134,7 +143,7 @@ class Child:
     "In the place of a process that a batch starts."
     def __init__(self, command, stdout=None, **_):
         def work():
-            os.setsid()
+            session()
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
             return call(words_of(command))
@@ -171,7 +180,7 @@ class Command:
     def __init__(self, args, folder, log, before=None, **death):
         self.read, write = os.pipe()
         def work():
-            os.setsid()
+            session()
             os.chdir(folder)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for fd in (1, 2): os.dup2(out, fd)
@@ -189,12 +198,12 @@ class Command:
     def kill(self, alone=False):
         "Kill it, and all that it has started unless they may go on, and wait until they are gone."
         os.kill(self.pid, signal.SIGKILL)
-        code = self.end()
+        code, until = self.end(), time.monotonic()+ORPHANS*alone
         while left := psutil.Process().children(recursive=True):
-            for p in left if not alone else ():
+            for p in left if time.monotonic() >= until else ():
                 try: p.send_signal(signal.SIGKILL)
                 except psutil.NoSuchProcess: pass
-            psutil.wait_procs(left, timeout=HANG)
+            psutil.wait_procs(left, timeout=1)
         return code
     def end(self):
         "Its exit code, negative after a signal."
@@ -205,6 +214,7 @@ class Command:
 def loaded():
     "Load what commands load later, take one thread, and adopt orphans, before the first fork."
     import matplotlib.pyplot  # noqa: F401
+    import encodings.utf_8_sig  # noqa: F401, another user may not read Python's own files
     import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
     torch.set_num_threads(1)

@@ -41,10 +41,17 @@ def folder():
 
 
 def recipe(name="pr610", **more):
-    "A recipe at that size; settings that it has not are left out."
+    "A recipe at that size."
     r = at_scale(get_recipe(name), "tiny")
-    known = {k.rpartition(".")[2] for k in r.settings()}
-    return r.but(**{k: v for k, v in (SMALL | more).items() if k in known})
+    return r.but(**own(r) | more)
+
+
+def own(r):
+    "The small settings that a recipe has; a part that it leaves out stays out."
+    known = {k.rpartition(".")[2]: v for k, v in r.settings().items()}
+    parts = ("ve_dim", "bigram_dim", "bigram_vocab_size")
+    wanted = SMALL | dict(ttt_lora_chunk_tokens=16)
+    return {k: v for k, v in wanted.items() if k in known and (known[k] or k not in parts)}
 
 
 def as_options(settings):
@@ -58,11 +65,11 @@ def texts(chapters=4, characters=3000):
     return [t[:characters] for t in train[:chapters]], [t[:900] for t in val[:2]]
 
 
-def dataset(path, vocab_size=320):
+def dataset(path, vocab_size=320, **more):
     "The dataset in a folder, made if it is not there."
     if (path/"manifest.json").exists(): return open_dataset(path)
     own = texts() if vocab_size == 320 else texts(12, 6000)
-    return build_dataset(*own, path, vocab_size=vocab_size)
+    return build_dataset(*own, path, vocab_size=vocab_size, **more)
 
 
 def finished(path, data, name="pr610", **more):
