@@ -8,15 +8,15 @@ from conftest import CLEAN, ROOT
 from scratch import watch
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
-SLOW = {"adaptation", "artifact", "audit", "averaging", "batch", "bench", "budget", "calibration",
-        "card", "caseops", "claims", "cli", "compare", "data", "device", "effects", "embeddings",
-        "entropy", "evaluation", "evidence", "flatten", "formats", "gpt", "gptq", "great",
-        "growth", "listeners", "loaders", "loop", "lora", "lowrank", "machines", "muon",
-        "notebook", "order", "ownership", "page", "peer", "phased", "pipeline", "plan",
-        "published", "quant", "queue", "rate", "reach", "recipes", "record", "road", "ruled",
-        "rulings", "running", "schedule", "script", "sdclip", "segments", "slurm", "softcap",
-        "streams", "submission", "submitting", "summit", "tilt", "tokenizer", "ttt", "unwrap",
-        "verdict", "windows"}
+SLOW = {"adaptation", "artifact", "audit", "averaging", "batch", "bench", "birdie", "budget",
+        "calibration", "card", "caseops", "claims", "cli", "compare", "counts", "data", "device",
+        "effects", "embeddings", "entropy", "evaluation", "evidence", "flatten", "formats", "gpt",
+        "gptq", "great", "growth", "listeners", "loaders", "loop", "lora", "lowrank", "machines",
+        "muon", "notebook", "order", "ownership", "page", "peer", "phased", "pipeline", "plan",
+        "published", "quant", "queue", "race", "rate", "reach", "recipes", "record", "road",
+        "ruled", "rulings", "running", "schedule", "script", "sdclip", "segments", "slurm",
+        "softcap", "streams", "submission", "submitting", "summit", "tilt", "tokenizer", "ttt",
+        "unwrap", "verdict", "windows"}
 CHAPTERS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb")
                   # those are runs: `make reproduce`
                   if p.parent.name not in ("runs", ".ipynb_checkpoints"))

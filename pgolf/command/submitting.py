@@ -141,8 +141,6 @@ def squeeze(
     r = _recipe_beside(checkpoint, recipe, scale)
     keep_free(out := out or _folder(checkpoint)/"squeezed.pgolf", overwrite)
     code = script_bytes(r) if code_bytes is None else code_bytes
-    if rate_fitter(r.gptq): say(f"rate and column_steps of {r.name} count in `pgolf run` alone: here"
-        " each matrix gets the step that the budget leaves it")
     model,ids,meta = _subject(checkpoint, r, corpus, samples)
     with resumable("nothing is written; the same command starts again"):
         s = squeeze_model(model.to(pick_device(device)), budget-code, ids,
@@ -162,6 +160,8 @@ def _say_squeezed(out, data, code, budget, recipe):
 # %% ../../nbs/command/88_submitting.ipynb #cf88000a
 def _subject(checkpoint, r, corpus, samples):
     "Model, tokens to calibrate on, and what the artifact shall say of itself."
+    if rate_fitter(r.gptq): say(f"rate and column_steps of {r.name} count in `pgolf run` alone:"
+        " here each matrix gets the step that the budget leaves it")
     data = None if corpus == "none" else data_for(checkpoint, corpus)
     if data and (note := check_tokenizer(checkpoint, data)): say(note)
     model = (read_artifact(checkpoint) if _is_artifact(checkpoint)

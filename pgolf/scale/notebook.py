@@ -9,7 +9,7 @@ __all__ = ['notebooks_folder', 'own_notebooks', 'notebook_of', 'execute', 'tidy'
 import asyncio, difflib, re, signal, sys
 from pathlib import Path
 import pgolf
-from ..systems.recipes import RECIPES
+from ..systems.recipes import RECIPES, VARIANTS
 from ..systems.road import MILESTONES
 
 # %% ../../nbs/scale/70_notebook.ipynb #51e9a7a7
@@ -24,10 +24,11 @@ def own_notebooks(
 )->dict[str,Path]: # system -> run notebook, in the book's order
     "The run notebooks of the systems."
     folder = Path(folder or notebooks_folder())
-    found = {n.stem:n for n in folder.glob("pr*.ipynb")}
-    if not found:
+    found = {n.stem:n for n in folder.glob("*.ipynb")}
+    own = {n:found[n] for n in (*RECIPES, *MILESTONES, *VARIANTS) if n in found}
+    if not own:
         raise ValueError(f"no run notebooks pr*.ipynb in {folder}: name it with --notebooks")
-    return {n:found[n] for n in (*RECIPES, *MILESTONES) if n in found}
+    return own
 
 # %% ../../nbs/scale/70_notebook.ipynb #05a3b601
 def notebook_of(

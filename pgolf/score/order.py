@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..game.bpb import ByteTables
 from .audit import Evaluation, Finding, UpdateLog
-from .counts import count_rows, counted
+from .counts import count_rows, count_shares, counted
 from .lora import LoRAConfig
-from .phased import PhasedConfig, Watch, joined, score_phased
+from .phased import PhasedConfig, Watch, score_phased
 from .queue import left_to_right, length_queue
 from .tilt import TiltConfig, strong_hints, tilt_rows, tilted
 from .windows import ScoreConfig, Scores, document_starts, stream
@@ -132,17 +132,17 @@ class CountWatch(Watch):
     ): self.spans = spans
     def raised(self, scores, tokens, cfg)->Scores:
         "Scores with the counts of what followed before."
-        tokens = torch.as_tensor(tokens).long()
-        # each document with the token behind it, which the next one begins with once more
+        tokens, end = torch.as_tensor(tokens).long(), self.spans[-1][1]
         at = torch.cat([torch.arange(*s) for s in self.spans])
-        there = torch.cat([torch.arange(a, b+1) < b for a, b in self.spans])[:-1]
-        nll = torch.zeros(len(there), dtype=torch.float64)
-        nll[there] = scores.nll[at].double()
-        nll = counted(nll, joined(tokens, self.spans), cfg.tilt_strengths, cfg.tilt_discounts)
-        out = torch.empty_like(scores.nll, dtype=torch.float64)
-        out[at] = nll[there]
+        turned = torch.cat([tokens[at], tokens[end:end+1]])
+        nll = counted(scores.nll[at], turned, cfg.tilt_contexts)
+        out = scores.nll.double().clone()
+        # behind the text's last document another one begins here: that target is left as it was
+        here = (at < len(tokens)-2) | (at == end-1)
+        out[at[here]] = nll[here]
         return replace(scores, nll=out)
 
+# %% ../../nbs/score/44e_order.ipynb #ex44e035
 def turns(
     tokens:Tensor, # (n+1,) ids of the text
     docs:int,      # documents side by side in a queue; 0: no queue
@@ -154,13 +154,14 @@ def turns(
     if not docs: return spans
     return [spans[i] for batch in length_queue([b-a+1 for a, b in spans], docs) for i in batch]
 
+# %% ../../nbs/score/44e_order.ipynb #ex44e036
 def last_words(
     recipe,        # sections `stages`, `lora`, `score` and `tilt`
     tokens:Tensor, # (n+1,) ids of the text
     ranks:Ranks=Ranks(), # processes that share the work
 )->HintWatch|CountWatch: # listens while the text is scored; `raised` has the last word
     "What the text says of itself: hints or counts, as the recipe has it."
-    if not recipe.tilt.tilt_strengths:
+    if not recipe.tilt.tilt_contexts:
         return HintWatch(strong_hints(tokens, recipe.tilt), ranks, recipe.score.eval_temperature)
     return CountWatch(turns(tokens, recipe.lora.ttt_lora_docs if recipe.stages.use_ttt else 0))
 
@@ -223,20 +224,24 @@ def queue_evaluation(
     return Evaluation(a.scorer, len(a.about[0].base_bytes), a.bos, a.distributions, None, a.embed,
         log=a.log)
 
+# %% ../../nbs/score/44e_order.ipynb #ex44e037
 def tilted_evaluation(
     ev:Evaluation,    # with distributions
-    tilt:TiltConfig,  # hints that count
+    tilt:TiltConfig,  # hints that count, or counts
     hints=strong_hints, # (tokens, tilt) -> (n,) int64, -1 for none
 )->Evaluation:
     "The same evaluation with hints from the text, or with its counts."
-    def rows(x, at):
-        logp = ev.distributions(x, at)
-        if (s := tilt.tilt_strengths):
-            return count_rows(logp, x, torch.as_tensor(at), s, tilt.tilt_discounts)
-        return tilt_rows(logp, hints(x, tilt)[at], tilt.tilt_boost)
+    if tilt.tilt_contexts: return _counted_evaluation(ev, tilt.tilt_contexts)
+    def rows(x, at): return tilt_rows(ev.distributions(x, at), hints(x, tilt)[at], tilt.tilt_boost)
     def scorer(x):
         at = torch.arange(len(x)-1)
         return rows(x, at.tolist())[at, x[1:]]
     return replace(ev, scorer=scorer, distributions=rows,
         weights=lambda x, at: hints(x, tilt)[at].double()[:, None])
 
+def _counted_evaluation(ev, contexts):
+    def alone(x): return -ev.scorer(x)
+    def rows(x, at):
+        return count_rows(ev.distributions(x, at), alone(x), x, torch.as_tensor(at), contexts)
+    return replace(ev, scorer=lambda x: -counted(alone(x), x, contexts), distributions=rows,
+        weights=lambda x, at: count_shares(alone(x), x, contexts)[at])

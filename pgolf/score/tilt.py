@@ -59,9 +59,7 @@ class TiltConfig:
     tilt_order:int=16         # tokens of a pair: context and the next one
     tilt_confidence:float=.8  # smallest that counts
     tilt_boost:float=2.625    # added to the logit of the hint
-    # counts instead of hints: weight of the model against what followed 1, 2, ... tokens; (): hints
-    tilt_strengths:tuple=()
-    tilt_discounts:tuple=()   # taken off each count, one for each strength
+    tilt_contexts:int=0       # counts instead: tokens of their longest context; 0: hints
     def __post_init__(self):
         if not 2 <= self.tilt_order <= 16:
             raise ValueError(f"tilt_order={self.tilt_order} not in 2..16")
@@ -69,15 +67,8 @@ class TiltConfig:
             raise ValueError(f"tilt_confidence={self.tilt_confidence} must be in 0..1")
         if not math.isfinite(self.tilt_boost):
             raise ValueError(f"tilt_boost={self.tilt_boost} must be finite")
-        for f in ("tilt_strengths", "tilt_discounts"): # JSON gives lists
-            object.__setattr__(self, f, tuple(getattr(self, f)))
-        if len(self.tilt_strengths) != len(self.tilt_discounts):
-            raise ValueError(f"tilt_discounts={self.tilt_discounts} must be as many as"
-                f" tilt_strengths={self.tilt_strengths}")
-        if not all(0 <= d < 1 for d in self.tilt_discounts):
-            raise ValueError(f"tilt_discounts={self.tilt_discounts} must be in [0, 1)")
-        if not all(0 <= s < math.inf for s in self.tilt_strengths):
-            raise ValueError(f"tilt_strengths={self.tilt_strengths}: finite and not negative")
+        if not 0 <= self.tilt_contexts <= 16:
+            raise ValueError(f"tilt_contexts={self.tilt_contexts} not in 0..16")
 
 def strong_hints(
     tokens:Tensor,  # (n+1,) ids in the order of the text

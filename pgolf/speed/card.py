@@ -37,12 +37,14 @@ from .peer import peer_bench
 from ..squeeze.budget import squeeze_model
 from ..squeeze.calibration import collect_hessians
 from ..squeeze.gptq import quantize_state
-from ..squeeze.rate import rate_fitter
 from ..systems.pipeline import Job, make_average, make_listeners
 from ..systems.recipes import RECIPES, at_scale, get_recipe
 from ..systems.report import Report
 from ..train.device import can_compile, wait_for
 from ..train.loop import make_loader, train
+
+# %% ../../nbs/speed/83_card.ipynb #83ca2001
+from ..squeeze.rate import rate_fitter
 
 # %% ../../nbs/speed/83_card.ipynb #83ca0005
 @dataclass(frozen=True)

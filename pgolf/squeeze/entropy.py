@@ -367,8 +367,7 @@ def encode(
     symbols = np.asarray(symbols)
     if not 1 <= groups <= GROUPS: raise EntropyError(f"groups={groups} not in 1..{GROUPS}")
     if symbols.dtype.name not in DTYPES:
-        raise EntropyError(
-            f"symbols: type {symbols.dtype}; convert them to one of {', '.join(DTYPES)}")
+        raise EntropyError(f"symbols: type {symbols.dtype}; take one of {', '.join(DTYPES)}")
     head = _varint(DTYPES.index(symbols.dtype.name), symbols.ndim, *symbols.shape)
     if not symbols.size: return head
     low = int(symbols.min())

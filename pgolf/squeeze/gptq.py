@@ -269,11 +269,12 @@ def gptq_fit(
         codes = _rounded(W, factors, scale, grid, cfg)
     return codes, refitted(W, codes, scale, factors, grid, cfg) if cfg.refit else scale
 
+# %% ../../nbs/squeeze/31_gptq.ipynb #ra310003
 def _plain_only(cfg):
     "Raise for what only `rate_fit` can do."
     if cfg.rate or cfg.column_steps:
-        raise ValueError(f"rate={cfg.rate}, column_steps={cfg.column_steps}: plain GPTQ has neither;"
-            " give quantize_state fit=rate_fitter(cfg), of pgolf.squeeze.rate")
+        raise ValueError(f"rate={cfg.rate}, column_steps={cfg.column_steps}: plain GPTQ has"
+            " neither; give quantize_state fit=rate_fitter(cfg), of pgolf.squeeze.rate")
 
 def refitted(
     W:Tensor,       # (N, r, n) weights

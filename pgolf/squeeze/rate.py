@@ -98,6 +98,7 @@ def rate_fit(
     stored = [store(c.cpu(), s.cpu()) for c, s in zip(codes, scale)]
     return [replace(q, columns=w if w is None else w.cpu()) for q, w in zip(stored, widths)]
 
+# %% ../../nbs/squeeze/39_rate.ipynb #ra00001d
 def rate_fitter(
     cfg:GPTQConfig, # of a recipe
 )->Callable|None: # for `quantize_state`

@@ -217,6 +217,7 @@ def _adapt(r):
     if s.use_tilt: lines = _tilted(r, lines)
     return dict(adapt="".join(f"    {l}\n" for l in lines))
 
+# %% ../../nbs/submit/61_script.ipynb #ex61c002
 def _by_chunks(s):
     "Learning from chunks, in the order of the text."
     lines = ["learner = Learner(model, TTT, ranks, SCORE.eval_compile)"]
@@ -228,7 +229,7 @@ def _tilted(r, lines):
     "The same and once more, with hints or counts."
     first = "hints = HintWatch(strong_hints(text[0], TILT), ranks, SCORE.eval_temperature)"
     docs = "LORA.ttt_lora_docs" if r.stages.use_ttt else 0
-    if r.tilt.tilt_strengths: first = f"hints = CountWatch(turns(text[0], {docs}))"
+    if r.tilt.tilt_contexts: first = f"hints = CountWatch(turns(text[0], {docs}))"
     elif not lines: lines = ["hints.p = window_hints(model, *text, SCORE, hints.hint, ranks)"]
     return [first, *lines,
         'grade(ranks, "tilted", lambda t,b: hints.raised(scores, t, TILT), *text)']

@@ -26,8 +26,7 @@ BIRDIE = PR1855.child("birdie", "#1855's training, rounded by rate, with counts 
         ("^tok_emb", Grid(-127, 127, sigmas=14.2)),
     ),
     lqer_top=0, # its bytes buy more as finer steps
-    # evaluation: after the adapters, counts of what followed one, two and three tokens
+    # evaluation: after the adapters, counts of what followed up to four tokens
     use_tilt=True,
-    tilt_strengths=(1024., 2., 2.),
-    tilt_discounts=(0., .9, .8),
+    tilt_contexts=4,
 )

@@ -214,8 +214,7 @@ TILT = dict(
     tilt_order="tokens of a hint and its context",
     tilt_confidence="confidence of a hint that counts",
     tilt_boost="boost of a hint",
-    tilt_strengths="weight of the model against counts, by length of context",
-    tilt_discounts="discount of a count, by length of context",
+    tilt_contexts="tokens of the longest context that counts (0: hints)",
 )
 
 # %% ../../nbs/systems/46_phrases.ipynb #3c639084

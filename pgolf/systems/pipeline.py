@@ -421,7 +421,7 @@ def _tilted(job, scores, hints):
 def score_tilted(job, model, sliding):
     "Grade windows with hints from the text."
     hints,r = _hints(job), job.recipe
-    if not r.tilt.tilt_strengths:
+    if not r.tilt.tilt_contexts:
         hints.p = window_hints(model, _val_tokens(job), job.dataset.byte_tables(), r.score,
             hints.hint, job.ranks)
     return _tilted(job, sliding, hints)

@@ -272,8 +272,6 @@ FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how 
     "groups": (_group, GROUPS),
     "ttt_lr_mult": (_number(0, pair=True), r"[('mlp\.proj', 3.0)]"),
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
-    "tilt_strengths": (_number(0), "(256.0, 16.0)"),
-    "tilt_discounts": (_number(0), "(0.5, 0.8)"),
     "ttt_places": (_place, "('q', 'k', 'v')"),
     **{n: (_rule, RULES) for n in ("rules", "small_rules", "qat_rules", "first_rules",
         "eval_rules", "ttt_rules")},
