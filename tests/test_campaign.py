@@ -122,9 +122,9 @@ def test_moments_move_to_where_a_command_lives():
         t.survived(way, 8., {k: 10*n for k, n in death.items()})  # an older, slower command
     assert (t.seconds, t.writes, t.stages) == (2., 7, 3)
     rand = random.Random(0)
-    for way, seconds, death in (kills.moment(rand, t) for _ in range(200)):
+    for way, when, death in (kills.moment(rand, t) for _ in range(200)):
         assert death.get("writes", 1) in range(1, 8) and death.get("stage", 1) in (1, 2, 3)
-        assert way != "time" or seconds <= 2.1
+        assert way != "time" or when <= 2.1
 
 
 def test_counts_add_up_over_sittings(tmp_path):

@@ -15,13 +15,12 @@ from ..files import atomic_write, read_json, write_json
 from ..game.data import Dataset, open_dataset
 from .measured import kept_of
 from ..score.record import BYTES_PER_TOKEN, record_test
-from ..systems.ownership import own_data
 from ..systems.pipeline import run, start
 from ..systems.recipe import Recipe, diff, load_recipe
 from ..systems.recipes import at_scale, get_recipe
 from ..submit.script import script_bytes
 from ..systems.report import Report
-from ..systems.verdict import audit_run
+from ..systems.verdict import audit_run, data_for
 
 # %% ../../nbs/scale/74_race.ipynb #rc000006
 # sections and settings that are read after training
@@ -56,7 +55,7 @@ def borrow(
     if not (lender/_LENT[0]).exists(): raise ValueError(f"{lender} has no weights to lend: train it"
         " first, with `pgolf batch`")
     targets = max((r["targets"] for r in report.rows), default=0)
-    job = start(recipe, own_data(lender), out, report.device, targets, progress=progress)
+    job = start(recipe, data_for(lender), out, report.device, targets, progress=progress)
     for name in _LENT:
         if not (out/name).exists():
             shutil.copy2(lender/name, out/f".{name}")
@@ -103,7 +102,7 @@ def run_entries(
                 out = lender.with_name(f"{e.name}-{report.seed}")
                 r = at_scale(get_recipe(e.recipe), report.scale).but(**dict(e.overrides))
                 report = borrow(lender, r.but(seed=report.seed), out)
-            if not report.audit: audit_run(out, own_data(out))
+            if not report.audit: audit_run(out, data_for(out))
             say(f"{out.name}: {Report.load(out/'report.json').result['val_bpb']:.4f}")
 
 # %% ../../nbs/scale/74_race.ipynb #rc000013
@@ -161,7 +160,8 @@ def unpack_shards(
 )->Dataset:
     "Make a dataset of compressed shards."
     folder, out, tokenizer = Path(folder), Path(out), Path(tokenizer)
-    found = sorted(folder.glob("*_train_*.bin.zst"))[:train] + sorted(folder.glob("*_val_*.bin.zst"))
+    def parts(which): return sorted(folder.glob(f"*_{which}_*.bin.zst"))
+    found = parts("train")[:train] + parts("val")
     if len(found) <= train or not tokenizer.is_file(): raise ValueError(f"{folder}: give a folder"
         f" with shards NAME_train_*.bin.zst and NAME_val_*.bin.zst, and their tokenizer"
         f" ({tokenizer})")

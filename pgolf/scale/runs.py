@@ -131,6 +131,7 @@ def read_plan(
         more["overrides"] = own | more["overrides"] if isinstance(own, dict) else own
     return make_plan(**dict(where=str(path)) | data | more)
 
+# %% ../../nbs/scale/69_runs.ipynb #1510ng00
 def _is_long(value, most=100_000):
     "Whether a value is long when it is written out: names in YAML may repeat what they stand for."
     stack = [value]

@@ -183,6 +183,7 @@ def bench_table(
     return tabulate([bench_cells(d) for d in rows], headers=BENCH_HEADS, tablefmt=tablefmt,
         disable_numparse=True)
 
+# %% ../../nbs/speed/79_timing.ipynb #be4c4ead
 BENCH_HEADS = ("bench","system","what","ms","quartiles","cpu ms","per second","of matmul",
     "peak bytes","ratio","note")
 

@@ -166,6 +166,7 @@ def from_columns(
     if lists is None: return np.ascontiguousarray(codes)
     return _put_back(codes, lists.view("<u2").reshape(n, r))
 
+# %% ../../nbs/squeeze/33a_streams.ipynb #9u7bac60
 def _put_back(codes, order):
     "Rows where they were; a million at once, since a hostile shape has as many matrices as codes."
     (n, r, _), out = codes.shape, np.empty_like(codes, order="C")
@@ -176,4 +177,3 @@ def _put_back(codes, order):
             raise ValueError(f"the list of a matrix with {r} rows does not name each row once")
         np.put_along_axis(out[i:i+step], rows[:, :, None], codes[i:i+step], 1)
     return out
-

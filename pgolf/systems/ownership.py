@@ -131,6 +131,7 @@ def own_data(
             " with --corpus")
     return data
 
+# %% ../../nbs/systems/51_ownership.ipynb #15f01de4
 def _is_folder(path):
     "Whether it is a folder; what cannot be a name is none."
     try: return path.is_dir()
