@@ -87,7 +87,7 @@ def scored(base, path):
         if (recipe := get_recipe(s)).model.vocab_size != 1024: continue
         full_model(base/s, recipe)
         limited("models of full size scored under 24 GB", ["score", str(base/s), "--corpus",
-            "austen", "--tokens", "4096", "--stride", "2048", "--quiet"], path)
+            "austen", "--tokens", "4096", "--stride", "1024", "--quiet"], path)
 
 
 if __name__ == "__main__":
