@@ -214,7 +214,7 @@ TILT = dict(
     tilt_order="tokens of a hint and its context",
     tilt_confidence="confidence of a hint that counts",
     tilt_boost="boost of a hint",
-    tilt_contexts="tokens of the longest context that counts (0: hints)",
+    tilt_contexts="longest context of counts, in tokens (0: hints)",
 )
 
 # %% ../../nbs/systems/46_phrases.ipynb #3c639084
