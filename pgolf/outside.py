@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'reading', 'is_kind', 'check_kinds', 'inside', 'read_arrays']
 
 # %% ../nbs/01d_outside.ipynb #cdeb4397
-import math, zipfile
+import math, os, zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -78,6 +78,8 @@ def _array(z, name, limit):
     info = z.getinfo(f"{name}.npy")
     if info.file_size>limit:
         raise ValueError(f"{name} has {info.file_size:,} bytes, more than {limit:,}")
+    if info.compress_size>os.fstat(z.fp.fileno()).st_size: # or as much would be made ready for it
+        raise ValueError(f"{name} reaches over the end of the file")
     with z.open(info) as f: data = f.read()
     at = 10 if data[6:7]==b"\1" else 12
     size = at+int.from_bytes(data[8:at], "little")

@@ -244,6 +244,8 @@ def open_dataset(
     if not model.is_file(): raise FileNotFoundError(f"no tokenizer at {model}: {_remedy(name)}")
     load_tokenizer(model, entry["vocab_size"])
     train,val = (_open_split(manifest, entry, folder, name, split) for split in ("train", "val"))
+    if not val: raise ValueError(f"{root/'manifest.json'}: its dataset has no held-out text:"
+        f" {_remedy(name)} again")
     check_sums(root, [model, *val, *train])
     transform,counts = entry.get("text_transform", ""), _sidecar(val)
     if text_transform(transform).counts and not counts:

@@ -123,8 +123,9 @@ def own_data(
     places = [p for p in (Path(about["path"]), folder/about["near"]) if _is_folder(p)]
     if not places and about["name"] == "austen_sp1024": data = austen()
     elif not places:
-        raise ValueError(f"{folder} was run on {about['name']} in {about['path']}, which is not"
-            " there any more: name the data with --corpus")
+        name, path = (about[k][:200] for k in ("name", "path"))
+        raise ValueError(f"{folder} was run on {name} in {path}, which is not there any more: name"
+            " the data with --corpus")
     else: data = _opened(places[0], folder)
     if fingerprint(data) != about["fingerprint"]:
         raise ValueError(f"{folder} was run on other data than {data.path} holds now: name its data"

@@ -359,8 +359,8 @@ def read_artifact(
     tensors,meta = load_codes(path)
     try: return _ready(ModelConfig(**meta["model"]), dequantize_state(tensors), device, eval_rules)
     except (KeyError,TypeError,ValueError,RuntimeError) as e:
-        raise ArtifactError(f"{path}: a sound container, but no model of this package ({e}); give"
-            " the artifact of a run") from e
+        raise ArtifactError(f"{path}: a sound container, but no model of this package"
+            f" ({str(e)[:300]}); give the artifact of a run") from e
 
 # %% ../../nbs/systems/52_pipeline.ipynb #07d6b315
 def grade(

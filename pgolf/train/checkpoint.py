@@ -51,7 +51,10 @@ def read_checkpoint(
         raise CheckpointError(
             f"{path}: a safetensors file, but not a checkpoint of pgolf;"
             " its header lacks the entry 'pgolf'")
-    return tensors, json.loads(meta)
+    try: return tensors, json.loads(meta)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: the entry 'pgolf' of its header is no JSON; resume an"
+            " earlier one or start anew") from None
 
 # %% ../../nbs/train/24_checkpoint.ipynb #7c2a69c9
 def _named_params(model, opt):

@@ -31,7 +31,7 @@ import small  # noqa: E402
 from targets import TARGETS, Target, furnish  # noqa: E402
 
 SEEDS = HERE/"seeds"  # failures, each as small as it became, kept for tests/test_campaign.py
-BATCH = 20_000        # files of one child
+BATCH = 5_000         # files of one child, whose address space fills up
 STREAK = 25           # files of one target in a row, before its sound file is put back
 KEPT = 60             # files of a target that were kept because something new was said of them
 SPACE = 2**24         # bytes for the file that is being read
