@@ -90,6 +90,7 @@ def _array(z, name, limit):
         raise ValueError(f"{name} claims the shape {shape}, and has {has:,} bytes")
     return np.frombuffer(data[size:], dtype).reshape(shape, order="F" if in_columns else "C").copy()
 
+# %% ../nbs/01d_outside.ipynb #c1a10000
 def _claim(head):
     "Shape, order and type that the header of an array claims."
     from io import BytesIO
