@@ -8,7 +8,7 @@ from conftest import CLEAN, ROOT
 from scratch import watch
 
 # What is left to `make test-all`; the module of each is tried by other tests as well.
-SLOW = {"adaptation", "artifact", "audit", "averaging", "batch", "bench", "birdie", "budget",
+SLOW = {"adaptation", "artifact", "audit", "averaging", "batch", "bench", "ours", "budget",
         "calibration", "card", "caseops", "claims", "cli", "compare", "counts", "data", "device",
         "effects", "embeddings", "entropy", "evaluation", "evidence", "flatten", "formats", "gpt",
         "gptq", "great", "growth", "listeners", "loaders", "loop", "lora", "lowrank", "machines",

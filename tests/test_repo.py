@@ -322,3 +322,10 @@ def test_every_command_says_what_is_next(name, text): assert says_what_is_next(t
 def test_a_command_that_says_nothing_is_seen():
     own = dict(run="def run(): _end()", _end="def _end(): say_next(1)", plan="def plan(): print(1)")
     assert says_what_is_next(reached("run", own)) and not says_what_is_next(reached("plan", own))
+
+
+def test_no_two_notebooks_make_one_page():
+    "The site has one folder: a page is named after its notebook, without the number."
+    names = [re.sub(r"^\d+[a-z]?_", "", p.stem) for p in (ROOT/"nbs").rglob("*.ipynb")
+        if "checkpoints" not in str(p)]
+    assert sorted(names) == sorted(set(names))

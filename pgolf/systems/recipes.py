@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'VARIANTS', 'SCALES', 'PARENTS', 'get_recipe', 'Scale', 's
 # %% ../../nbs/systems/50_recipes.ipynb #31feb3d9
 import difflib
 from dataclasses import dataclass, replace
-from .birdie import BIRDIE
+from .ours import BIRDIE
 from .great import PR1394
 from .published import (PR576, PR576_AS_RUN, PR598, PR598_AS_RUN, PR601, PR601_AS_RUN,
                                      PR601_BH10240, PR601_V0, PR610, PR610_AS_RUN, PR1123,
