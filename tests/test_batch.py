@@ -379,4 +379,4 @@ def test_the_wheel_carries_the_run_notebooks(tmp_path):
     assert found.returncode == 0, found.stderr
     paths = [Path(p) for p in found.stdout.split()]
     assert {p.parent for p in paths} == {tmp_path/"site"/"pgolf"/"notebooks"}
-    assert {p.name for p in paths} == {n for n in wanted if n.startswith("pr")}
+    assert {p.name for p in paths} == wanted - {"any.ipynb", "scoreboard.ipynb"} # of no system

@@ -15,7 +15,7 @@ from ..systems.ownership import fingerprint
 from ..systems.page import FORMS
 from ..systems.ownership import open_corpus
 from ..train.device import pick_device
-from ..systems.recipe import Recipe
+from ..systems.recipe import Recipe, diff, load_recipe
 from ..systems.recipes import SCALES, at_scale, get_recipe
 from ..systems.report import Report
 
@@ -151,14 +151,20 @@ def state_of(
     out = Path(run.out)
     if not (out/"report.json").exists(): return "new"
     report = Report.load(out/"report.json")
-    wanted = json.loads(json.dumps(asdict(run.resolve()), default=str))
-    same = read_json(out/"recipe.json") == wanted
+    same = _holds(out/"recipe.json", run.resolve())
     if dataset and report.data: same = same and report.data == fingerprint(dataset)
     if not same:
         what = f"{report.recipe}, {report.scale}, seed {report.seed}, on {report.corpus}"
         raise ValueError(
             f"{out} holds another run ({what}, other settings or data): choose another --out")
     return "finished" if report.complete and _has_notebook(out) else "unfinished"
+
+def _holds(path, wanted):
+    "Whether a file has a recipe's settings; those newer than the file have their defaults."
+    if not path.exists(): return False
+    saved = load_recipe(path)
+    same = (saved.name, saved.scale) == (wanted.name, wanted.scale)
+    return same and not diff(saved, wanted)
 
 def _has_notebook(out):
     "Whether a notebook came to its end there; a partial one bears its own name."

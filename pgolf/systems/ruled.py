@@ -20,7 +20,7 @@ from ..score.rulings import (FULL_SPLITS, denominator_is, runs_apart, seeds_of_o
     split_is_full, text_comes_back, tokens_are_there, training_starts_behind, within_time)
 from ..squeeze.lowrank import load_codes
 from ..squeeze.gptq import quant_errors
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 from .report import Report
 from ..train.checkpoint import read_checkpoint
 
@@ -156,7 +156,8 @@ def by_neighbours(s:Subject)->Finding: # S1
         return _absent("S1", "the seeds belong to one configuration", "no seeds beside this run")
     label = s.path.name.removesuffix(tail)
     beside = [p for p in s.path.parent.glob(f"{label}-*") if p.name[len(label)+1:].isdigit()]
-    return seeds_of_one([c for p in sorted(beside) if (c := read_json(p/"recipe.json"))])
+    recipes = sorted(f for p in beside if (f := p/"recipe.json").exists())
+    return seeds_of_one([load_recipe(f).settings() for f in recipes])
 
 # %% ../../nbs/systems/53a_ruled.ipynb #ru000010
 RULINGS:tuple[Callable[[Subject],Finding],...] = (over_tokens, made_from_training, by_number,
