@@ -160,6 +160,14 @@ def test_a_raw_result_would_be_seen():
     assert not raw_results([*fine, hidden, table])
 
 
+def test_no_progress_bar_stays_in_a_notebook():
+    "On a busy machine a bar takes long enough to be drawn; its state is no result."
+    for p in NOTEBOOKS:
+        kept = [o for c in cells(p) for o in c.get("outputs", ())
+            if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
+        assert not kept and "widgets" not in json.loads(p.read_text())["metadata"], p.name
+
+
 def test_run_notebooks_keep_their_parameters_tag():
     for p in NOTEBOOKS:
         if p.parent.name == "runs" and p.stem != "scoreboard":

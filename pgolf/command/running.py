@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RunFolder', 'Seed', 'Steps', 'Ranks', 'Nnodes', 'Rdzv', 'NodeRank', 'SlurmNodes', 'SlurmJob', 'Against', 'Settings',
            'Measured', 'Variant', 'TrainShards', 'Folder', 'Hub', 'Endpoint', 'Train', 'Val', 'VocabSize', 'Pieces',
-           'run', 'show_run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb', 'data_build', 'describe']
+           'Through', 'run', 'show_run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb', 'data_build',
+           'describe']
 
 # %% ../../nbs/command/85_running.ipynb #cf850003
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..game.bpb import BYTE_LIMIT
 from ..game.data import austen, build_dataset, data_notes
 from ..game.shards import read_shard
 from ..game.documents import read_documents
+from ..game.tokenizer import text_transform
 from ..game.fineweb import REPO, download_fineweb
 from ..squeeze.artifact import by_family, read_ledger
 from ..train.device import pick_device
@@ -187,6 +189,8 @@ Val = Annotated[list[Path], typer.Option(
 VocabSize = Annotated[int|None, typer.Option(help="pieces of the tokenizer trained on the training "
     "documents; default 1024, or what --tokenizer has")]
 Pieces = Annotated[Path|None, typer.Option(help="SentencePiece model to use instead")]
+Through = Annotated[str, typer.Option(help="what every document goes through first: caseops, or "
+    "nothing")]
 
 @command("build", data_app)
 def data_build(
@@ -195,9 +199,12 @@ def data_build(
     val:Val,
     vocab_size:VocabSize=None,
     tokenizer:Pieces=None,
+    transform:Through="",
 ):
     "Make shards and a tokenizer from text or JSONL files."
-    describe(build_dataset(read_documents(train), read_documents(val), out, vocab_size, tokenizer))
+    text_transform(transform) # an unknown one is named before anything is read
+    describe(build_dataset(read_documents(train), read_documents(val), out, vocab_size, tokenizer,
+        transform=transform))
 
 # %% ../../nbs/command/85_running.ipynb #2348d949
 def describe(d):
@@ -207,4 +214,5 @@ def describe(d):
     print(f"{d.path}: {train:,} training tokens in {len(d.train_shards)} shard(s), {val:,} held"
         f" out, vocabulary {d.vocab_size}")
     for note in data_notes(d): print(f"note: {note}")
-    say_next(f"`pgolf run pr610 --corpus {d.path}` trains on it")
+    own = "" if d.vocab_size == 1024 else f" -o vocab_size={d.vocab_size}"
+    say_next(f"`pgolf run pr610{own} --corpus {d.path}` trains on it")

@@ -7,14 +7,14 @@ __all__ = ['TITLE', 'CAPS', 'NEXT', 'ESCAPE', 'MARKS', 'encode_case', 'CaseError
            'encode_case_document', 'train_case_tokenizer', 'CaseTransform', 'build_case_dataset', 'write_sidecar']
 
 # %% ../../nbs/game/07_caseops.ipynb #1897081f
-import re, tempfile
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from .data import Dataset, _check_documents, build_dataset
+from .data import Dataset, build_dataset
 from .shards import read_shard, write_shard
 from .tokenizer import (TRANSFORMS, TextTransform, encode_document,
                                   train_tokenizer)
@@ -111,7 +111,7 @@ def train_case_tokenizer(
 # %% ../../nbs/game/07_caseops.ipynb #ex07c001
 class CaseTransform(TextTransform):
     "Capitals as marks; a sidecar counts the bytes of the text as it was."
-    counts = True
+    marks, counts = MARKS, True
     def encode(self, text): return encode_case(text)
     def decode(self, text): return decode_case(text)
     def token_bytes(self, sp, text): return encode_case_document(sp, text)[1]
@@ -128,15 +128,8 @@ def build_case_dataset(
     shard_size:int=100_000_000, # tokens per shard
 )->Dataset: # opened, with its sidecar
     "Encode documents into a dataset of coded text."
-    path, docs = Path(path), dict(train=list(train_docs), val=list(val_docs))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists: remove it or choose another path")
-    _check_documents(docs)
-    with tempfile.TemporaryDirectory() as tmp:
-        model = Path(tmp)/f"{path.resolve().name}.model"
-        train_case_tokenizer((s for d in docs["train"] for s in d.splitlines()), model, vocab_size)
-        return build_dataset(docs["train"], docs["val"], path, tokenizer=model,
-            shard_size=shard_size, transform="caseops")
+    return build_dataset(train_docs, val_docs, path, vocab_size, shard_size=shard_size,
+        transform="caseops")
 
 # %% ../../nbs/game/07_caseops.ipynb #7d426081
 def write_sidecar(

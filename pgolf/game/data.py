@@ -315,8 +315,7 @@ def text_stats(
     "Count what encoding loses, and what both splits hold."
     out = {}
     for split,texts in docs.items():
-        through = (sp.decode(sp.encode(change.encode(t))) for t in texts)
-        kept = [len(change.decode(t).encode()) for t in through]
+        kept = [_kept_bytes(sp, t, change) for t in texts]
         out[f"text_bytes_{split}"] = sum(len(t.encode()) for t in texts)
         out[f"kept_bytes_{split}"] = sum(kept)
         out[f"docs_blank_{split}"] = kept.count(0)
@@ -328,6 +327,12 @@ def text_stats(
     out["lines_long"] = len(held)
     out["lines_shared"] = sum(l in lines for l in held)
     return out
+
+# %% ../../nbs/game/06_data.ipynb #65f07951
+def _kept_bytes(sp, text, change):
+    "Bytes of a document that its tokens stand for."
+    if change.counts: return int(change.token_bytes(sp, text).sum())
+    return len(sp.decode(sp.encode(text)).encode())
 
 # %% ../../nbs/game/06_data.ipynb #1671564f
 def _losses(stats):
@@ -412,7 +417,8 @@ def _put_tokenizer(model, docs, given, vocab_size, long_entries, change):
         with atomic_write(model) as f: f.write(Path(given).read_bytes())
         return load_tokenizer(given, vocab_size)
     lines = (line for d in docs for line in change.encode(d).splitlines())
-    return train_tokenizer(lines, model, vocab_size or 1024, long_entries)
+    own = dict(user_defined_symbols=list(change.marks)) if change.marks else {}
+    return train_tokenizer(lines, model, vocab_size or 1024, long_entries, **own)
 
 # %% ../../nbs/game/06_data.ipynb #344e2269
 def build_dataset(

@@ -106,6 +106,7 @@ def load_tokenizer(
 # %% ../../nbs/game/03_tokenizer.ipynb #5ea3f102
 class TextTransform:
     "What happens to a text before it is tokenized; this one leaves it alone."
+    marks:tuple = () # characters that it writes; a tokenizer has them as pieces
     counts = False # True: `token_bytes` says what tokens stand for, in place of the byte tables
 
     def encode(self, text:str)->str: # of a document
@@ -129,8 +130,8 @@ def text_transform(
     "Look a transform up."
     if name in TRANSFORMS: return TRANSFORMS[name]
     known = ", ".join(map(repr, TRANSFORMS))
-    raise ValueError(f"text transform {name!r} is none of {known}: take a version of pgolf that has"
-        " it, or other data")
+    raise ValueError(f"text transform {name!r} is none of {known}: import the module that has it,"
+        " as pgolf.game.caseops has caseops, or take other data")
 
 # %% ../../nbs/game/03_tokenizer.ipynb #f9e0a5be
 def encode_document(

@@ -6,11 +6,10 @@
 __all__ = ['OWN', 'KEYS', 'Run', 'make_plan', 'read_plan', 'state_of', 'check_plan']
 
 # %% ../../nbs/scale/69_runs.ipynb #c6900003
-import difflib, hashlib, json, re, tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+import difflib, hashlib, re, tomllib
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 import yaml
-from ..files import read_json
 from ..systems.ownership import fingerprint
 from ..systems.page import FORMS
 from ..systems.ownership import open_corpus
@@ -159,6 +158,7 @@ def state_of(
             f"{out} holds another run ({what}, other settings or data): choose another --out")
     return "finished" if report.complete and _has_notebook(out) else "unfinished"
 
+# %% ../../nbs/scale/69_runs.ipynb #5960ad9d
 def _holds(path, wanted):
     "Whether a file has a recipe's settings; those newer than the file have their defaults."
     if not path.exists(): return False

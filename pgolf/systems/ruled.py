@@ -149,6 +149,7 @@ def by_return(s:Subject)->Finding: # D8
         return _absent("D8", what, "the original text is not beside the shards")
     return text_comes_back(austen_documents("val")[:3], sp.encode, sp.decode)
 
+# %% ../../nbs/systems/53a_ruled.ipynb #ru00001f
 def by_neighbours(s:Subject)->Finding: # S1
     "Whether the runs beside this one that bear its name differ in the seed alone."
     tail = f"-{s.report.seed}" if s.report else None
