@@ -1,7 +1,7 @@
 """The campaign, kills and mutations, whichever is behind: `python tests/campaign --hours 1`, or
 `make campaign`.
 
-`--rows surroundings odd repeat memory` does these once instead, in a few minutes of a quiet core.
+`--rows surroundings odd repeat memory` does these once instead; full sizes take a core an hour.
 It may be stopped at any moment; what it did is in nbs/results/campaign.json, to which the next
 sitting adds."""
 import argparse
@@ -66,6 +66,7 @@ def once(rows, seed, path):
             memory.readers(base/"memory", path)
             memory.plans(path)
             memory.scored(base/"memory", path)
+            memory.trained(base/"memory", path)
     counts.sat(time.monotonic()-began, counts.commit(), path)
 
 

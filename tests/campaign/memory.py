@@ -1,7 +1,7 @@
-"""Memory: readers do not grow over fifty repetitions; plans of every system at full size, and the
-scoring of models of full size, stay below 24 GB. `python tests/campaign/memory.py`.
+"""Memory: readers do not grow over fifty repetitions; at full size the plan of every system, the
+scoring of its model, and its run stay below 24 GB. `python tests/campaign/memory.py`.
 
-Training and squeezing at full size would take a CPU hours, and are not tried here."""
+A run here has two steps of one pass: a whole step is many of them, one after the other."""
 import argparse
 import gc
 import resource
@@ -18,6 +18,7 @@ from odd import SYSTEMS, note  # noqa: E402
 from targets import TARGETS, furnish  # noqa: E402
 
 from pgolf.files import write_json  # noqa: E402
+from pgolf.game.data import austen_documents, build_dataset  # noqa: E402
 from pgolf.model.gpt import GPT, stored  # noqa: E402
 from pgolf.squeeze.artifact import save_artifact  # noqa: E402
 from pgolf.squeeze.gptq import quantize_state  # noqa: E402
@@ -90,12 +91,31 @@ def scored(base, path):
             "austen", "--tokens", "4096", "--stride", "1024", "--quiet"], path)
 
 
+def novels(base):
+    "The embedded novels in 1,024 pieces and in 8,192."
+    build_dataset(austen_documents("train"), austen_documents("val"), base/"pieces", 8192)
+    return {1024: "austen", 8192: str(base/"pieces")}
+
+
+def trained(base, path, systems=SYSTEMS):
+    "A run at full size: passes, Hessians, rounding, coding, the file read back, scored, adapted."
+    data = novels(base)
+    for s in systems:
+        corpus = data[get_recipe(s).model.vocab_size]
+        limited("runs at full size under 24 GB", ["run", s, "--scale", "full", "--corpus", corpus,
+            "--out", str(base/"full"/s), "--steps", "2", "--eval-tokens", "4096", "--quiet",
+            *small.as_options(dict(num_spans=1, train_batch_tokens=8192, samples=8))], path)
+
+
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--counts", type=Path, default=counts.RESULTS)
+    options.add_argument("--only", nargs="*", metavar="SYSTEM", help="run these at full size alone")
     given = options.parse_args()
     with small.folder() as folder:
-        furnish(folder)
-        readers(folder, given.counts)
-        plans(given.counts)
-        scored(folder, given.counts)
+        if not given.only:
+            furnish(folder)
+            readers(folder, given.counts)
+            plans(given.counts)
+            scored(folder, given.counts)
+        trained(folder, given.counts, given.only or SYSTEMS)
