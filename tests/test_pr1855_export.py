@@ -378,16 +378,26 @@ def test_the_readable_script_has_fewer_than_1500_lines():
     assert found.sizes()["lines"] < 1500 and len(found.packed) < len(found.minified)
 
 
+@pytest.fixture(scope="module")
+def case_novels(tmp_path_factory):
+    "Two novels with case marks, and the sidecar that counts the bytes of the text as it was."
+    return build_case_dataset(austen_documents("train")[:60], austen_documents("val")[:6],
+        tmp_path_factory.mktemp("case")/"novels")
+
+
 @pytest.mark.slow
-def test_the_script_gives_the_packages_bytes_and_scores(novels, tmp_path):
-    r = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0)
-    report = pipeline.run(pipeline.start(r, novels, tmp_path/"run", "cpu", 512, progress=False))
+@pytest.mark.parametrize("text", ["novels", "case_novels"])
+def test_the_script_gives_the_packages_bytes_and_scores(text, request, tmp_path):
+    r, data = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0), request.getfixturevalue(
+        text)
+    report = pipeline.run(pipeline.start(r, data, tmp_path/"run", "cpu", 512, progress=False))
     (tmp_path/"train_gpt.py").write_text(code().packed)
-    done = subprocess.run([sys.executable, "train_gpt.py", novels.path, "--eval-tokens", "512",
+    done = subprocess.run([sys.executable, "train_gpt.py", data.path, "--eval-tokens", "512",
         "--device", "cpu"], capture_output=True, text=True, cwd=tmp_path, timeout=HANG,
         env=dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path/"model.pgolf").read_bytes() == (tmp_path/"run"/"model.pgolf").read_bytes()
     said = read_log(done.stdout)["score"]
     for row, want in zip(said, report.rows[-2:], strict=True):
-        assert (row["stage"], row["val_loss"]) == (want["stage"], want["val_loss"])
+        assert [row[k] for k in ("stage", "val_loss", "val_bpb")] == [want[k]
+            for k in ("stage", "val_loss", "val_bpb")]

@@ -143,12 +143,12 @@ def test_script_of_every_recipe_is_whole(name):
     assert not unknown, unknown
 
 
-@pytest.mark.parametrize("name", [*SYSTEMS, "pr1394"])
+@pytest.mark.parametrize("name", [*SYSTEMS, "pr1394", "pr2135"])
 def test_readable_script_has_fewer_than_1500_lines(name):
     code = code_of(name)
     assert code.sizes()["lines"] < 1500 and len(code.packed) < len(
         code.minified) < len(code.readable)
-    coder = {"brotli"} if name == "pr1394" else set()
+    coder = {"brotli"} if name in ("pr1394", "pr2135") else set()
     assert set(submission.outside_imports(code.minified)) - {"numpy", "sentencepiece",
         "safetensors", "torch", "zstandard"} == coder
 

@@ -42,13 +42,12 @@ def write_shard(
 # %% ../../nbs/game/04_shards.ipynb #201c3452
 def _check_ids(path, tokens, vocab_size, start=0):
     if vocab_size is None: return
-    top = int(tokens.max())
-    if top < vocab_size: return
-    first = int(np.argmax(tokens >= vocab_size))
-    raise ShardError(
-        f"{path}: token id {int(tokens[first])} at position {start+first},"
-        f" expected ids below vocab_size={vocab_size} (largest found: {top}):"
-        " take the tokenizer and the shards of one dataset")
+    top, first = int(tokens.max()), int(np.argmax(tokens >= vocab_size))
+    if top >= vocab_size:
+        raise ShardError(
+            f"{path}: token id {int(tokens[first])} at position {start+first},"
+            f" expected ids below vocab_size={vocab_size} (largest found: {top}):"
+            " take the tokenizer and the shards of one dataset")
 
 # %% ../../nbs/game/04_shards.ipynb #5eeaf128
 _AGAIN = "cut off or overwritten; fetch or build it again"

@@ -18,6 +18,7 @@ from .coders import CODERS, ArtifactError, _expand, smallest
 from .entropy import squeeze
 from .quant import Quantized
 from ..files import atomic_write
+from ..show import bar
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #2d4094a7
 def family(
@@ -105,11 +106,13 @@ def pack(
     return b"".join(_pieces(tensors, meta, level, long, codec))
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #6b02b0c5
-def _pieces(tensors, meta, level, long, codec):
+def _pieces(tensors, meta, level, long, codec, progress=False):
     "The bytes of `pack`, in pieces."
     frames, body, at = [], [], 0
-    for (kind, *_), parts in groupby(_parts(tensors), key=_frame_key):
-        parts, records = list(parts), []
+    groups = [(k, list(parts)) for (k, *_), parts in groupby(_parts(tensors), key=_frame_key)]
+    for kind, parts in bar(groups, desc="coding", unit="stream", delay=5, leave=False,
+        disable=not progress):
+        records = []
         for _, name, t in parts:
             data = _to_bytes(t)
             records.append(dict(name=name, kind=kind, dtype=str(t.dtype).removeprefix("torch."),
@@ -182,15 +185,17 @@ def _check_length(n, head, body):
         raise ArtifactError(
             f"{n} bytes where its prefix says {want}: truncated or extended; copy it again")
 
+def _sound(view):
+    "A file without its checksum."
+    if hashlib.sha256(view[:-_DIGEST]).digest() == view[-_DIGEST:]: return view[:-_DIGEST]
+    raise ArtifactError("checksum differs: the file is damaged; copy it again")
+
 def _open(data, limit):
     "Header (unpacked), payload (as stored) and its unpacked size, after a look at the checksum."
     head_size, head, size, body = _prefix(data, limit)
     _check_length(len(data), head, body)
-    view = memoryview(data)
-    if hashlib.sha256(view[:-_DIGEST]).digest() != view[-_DIGEST:]:
-        raise ArtifactError("checksum differs: the file is damaged; copy it again")
-    at = _PREFIX.size+head
-    return _expand(view[_PREFIX.size:at], head_size, "header"), view[at:-_DIGEST], size
+    view, at = _sound(memoryview(data)), _PREFIX.size+head
+    return _expand(view[_PREFIX.size:at], head_size, "header"), view[at:], size
 
 # %% ../../nbs/squeeze/34_artifact.ipynb #89f2604d
 def _is(value, fields):
@@ -349,9 +354,10 @@ def save_artifact(
     level:int|None=None, # zstd level; None: the smallest of `LEVELS`
     long:bool=False,     # long-distance matching
     codec:str="zstd",    # of integer codes: a coder or a choice among them
+    progress:bool=False, # bar if it takes more than 5 s
 )->int: # bytes written
     "Pack tensors into a file, whole or not at all."
-    pieces = _pieces(tensors, meta, level, long, codec)
+    pieces = _pieces(tensors, meta, level, long, codec, progress)
     with atomic_write(path) as f: f.writelines(pieces)
     return sum(map(len, pieces))
 

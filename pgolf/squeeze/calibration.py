@@ -16,6 +16,7 @@ from ..model.attention import many_lengths
 from ..model.gpt import GPT
 from ..train.device import Ranks
 from .gptq import GPTQConfig
+from ..show import bar
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #22319c90
 class _Moments:
@@ -73,6 +74,7 @@ def collect_hessians(
     tables:bool=False, # embedding tables too
     ranks:Ranks=Ranks(), # processes that share the batches, given the same ones; all get the means
     table_inputs:bool=True, # the tied table counts as the input it is, beside the output
+    progress:bool=False, # bar if it takes more than 5 s
 )->dict[str,Tensor]: # weight -> (n, n) float32; input table -> (rows,) shares; tied table -> (n, n)
     "Mean of x x^T over all positions, for the input x of every linear layer; shared where x is."
     _check_split(split)
@@ -82,7 +84,8 @@ def collect_hessians(
     handles = _hook(model, moments, tables)
     try:
         model.eval()
-        for ids in ranks.share(batches): _forward(model, ids, moments, tables)
+        for ids in bar(ranks.share(batches), desc="Hessians", unit="batch", delay=5, leave=False,
+            disable=not progress): _forward(model, ids, moments, tables)
     finally:
         model.train(training)
         for h in handles: h.remove()
@@ -202,6 +205,7 @@ def calibrate(
     cfg:GPTQConfig, # windows, how many, and whether tables count
     seq_len:int,    # tokens in each
     ranks:Ranks=Ranks(), # processes that share the work
+    progress:bool=False, # bar if it takes more than 5 s
 )->dict: # as `collect_hessians`
     "Hessians on training text, or on what the model writes itself."
     vocab,own = model.cfg.vocab_size, cfg.windows == "self"
@@ -210,4 +214,4 @@ def calibrate(
     else: ids = shuffled_windows(dataset, vocab, cfg.samples, seq_len, ranks.world)
     size = min(16, -(-len(ids)//ranks.world)) # a batch for every rank
     return collect_hessians(model, ids.split(size), "self" if own else "train", cfg.tables, ranks,
-        cfg.table_inputs)
+        cfg.table_inputs, progress)

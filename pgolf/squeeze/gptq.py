@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .quant import (Grid, QuantConfig, candidate_scales, pentanary, prune,
                                  quantize, search_scale, store)
+from ..show import bar
 
 # %% ../../nbs/squeeze/31_gptq.ipynb #e332ea56
 @dataclass(frozen=True)
@@ -318,6 +319,7 @@ def quantize_state(
     hessians:dict|None=None, # name -> (n, n) Hessian or (r,) row shares, from `collect_hessians`
     # matrices of one shape, their factors, grid and config -> what is stored of each
     fit:Callable|None=None,  # None: `gptq_fit`
+    progress:bool=False,     # bar if it takes more than 5 s
 )->dict: # name -> Quantized or tensor, on the CPU, in the order of `state`
     "Quantize every tensor by its rule; matrices with a Hessian by GPTQ."
     if gptq_cfg and not hessians:
@@ -325,8 +327,9 @@ def quantize_state(
     if gptq_cfg and not fit: _plain_only(gptq_cfg)
     hessians = hessians or {}
     if gptq_cfg is None: return {n: _plain(n, t, cfg, hessians.get(n)) for n,t in state.items()}
-    done,known = {},{}
-    for (_,grid),names in _groups(state, cfg, hessians).items():
+    done,known,groups = {},{},_groups(state, cfg, hessians)
+    for (_,grid),names in bar(groups.items(), desc="rounding", unit="shape", delay=5, leave=False,
+        disable=not progress):
         factors = [_factor_of(n, state[n], hessians[n], gptq_cfg, known) for n in names]
         W = torch.stack([state[n].detach().to(hessians[n].device).float() for n in names])
         if cfg.prune: W = torch.stack([prune(w, cfg.prune) for w in W])

@@ -180,10 +180,11 @@ def squeeze_state(
     gptq_cfg:GPTQConfig|None=None, # None: round to nearest everywhere
     hessians:dict|None=None, # as for `quantize_state`
     fit:Callable|None=None,  # likewise
+    progress:bool=False,     # likewise
 )->dict: # name -> tensor, Quantized, Protected or Corrected
     "Quantize a state, protect groups of columns, correct the largest errors."
     check_additions(cfg, gptq_cfg is not None)
-    out = quantize_state(state, cfg, gptq_cfg, hessians, fit)
+    out = quantize_state(state, cfg, gptq_cfg, hessians, fit, progress)
     if cfg.awq_top: out |= _protected(state, cfg, gptq_cfg, hessians)
     return out | _corrected(state, out, cfg, hessians) if cfg.lqer_top else out
 

@@ -166,7 +166,7 @@ def compact(
     for a,b,header in sorted(edits, key=lambda e: e[0], reverse=True):
         lines[a:b+1] = [header] if header else []
     text = _same("\n".join(l for l in lines if l.strip()), tree)
-    if block>16: text = _docs_behind(_without_guards(text))
+    if block>16: text = _docs_behind(_without_guards(text, block>32))
     text = _unfold(text, 160 if block==1 else 240)
     if block>1: text = _join_fields(text, _wide(block))
     text = _join_blocks(text, block)
@@ -178,14 +178,14 @@ def compact(
 def _wide(block): return 160 if block<=16 else 360
 
 # %% ../../nbs/submit/60_flatten.ipynb #ex60c002
-def _without_guards(text):
-    "Leave out statements that only raise one of `GUARDS`."
+def _without_guards(text, every=False):
+    "Leave out statements that only raise one of `GUARDS`, or any error."
     tree, lines = ast.parse(text), text.split("\n")
     gone, empty = [], []
     for n in ast.walk(tree):
         for block in (getattr(n, field, None) for field in ("body","orelse","finalbody")):
             if not isinstance(block, list): continue
-            guards = [s for s in block if _is_guard(s)]
+            guards = [s for s in block if _is_guard(s, every)]
             gone += guards
             if guards and len(guards)==len(block): empty.append(guards[0])
     for s in sorted(gone, key=lambda s: s.lineno, reverse=True):
@@ -206,12 +206,12 @@ def _docs_behind(text):
         lines[c.lineno-1:first.end_lineno] = [f"{lines[c.lineno-1]} # {about}"]
     return "\n".join(lines)
 
-def _is_guard(s):
-    "Whether a statement does nothing but raise one of `GUARDS`."
+def _is_guard(s, every):
+    "Whether a statement does nothing but raise one of `GUARDS`, or any error."
     if not isinstance(s, ast.If) or s.orelse or len(s.body)>1: return False
     if any(isinstance(x, ast.NamedExpr) for x in ast.walk(s.test)): return False # a name for later
     e = s.body[0].exc if isinstance(s.body[0], ast.Raise) else None
-    return isinstance(e, ast.Call) and ast.unparse(e.func) in GUARDS
+    return isinstance(e, ast.Call) and (every or ast.unparse(e.func) in GUARDS)
 
 GUARDS = ("ValueError","ShardError","EntropyError") # what a checksum does not notice stays an error
 

@@ -69,11 +69,8 @@ HEAD += '''
 def open_data(folder, tokenizer):
     "Shards and tokenizer, wherever they lie below a folder."
     shards = [sorted(p for p in Path(folder).rglob(f"*_{{split}}_*.bin")
-        if p.stem.rpartition("_")[0].endswith("_"+split)) for split in ("train","val")]
-    if any(Path(folder).rglob("*_val_bytes_*.bin")):
-        raise ValueError(f"{{folder}} holds byte counts of a text that was rewritten "
-            "(*_val_bytes_*.bin), which this script does not read: score it with `pgolf run`")
-    places,models = ({{p.parent for ps in shards for p in ps}},
+        if p.stem.rpartition("_")[0].endswith("_"+split)) for split in ("train","val","val_bytes")]
+{refusal}    places,models = ({{p.parent for ps in shards for p in ps}},
         [Path(tokenizer)] if tokenizer else list(Path(folder).rglob("*.model")))
     if len(places)!=1 or len(models)!=1:
         raise ValueError(f"{{folder}} holds shards in {{len(places)}} folders and {{len(models)}} "
@@ -81,6 +78,19 @@ def open_data(folder, tokenizer):
             "--tokenizer")
     return Dataset(places.pop().name, Path(folder), MODEL.vocab_size, models[0],
         *map(tuple, shards))
+'''
+
+# %% ../../nbs/submit/61_script.ipynb #ru610001
+def _takes_rewritten(r):
+    "Whether a script counts the bytes of rewritten text: it came with scoring by documents."
+    return r.stages.use_ttt and r.stages.adaptation == "queue"
+
+def _refusal(r):
+    "Lines that turn rewritten text away."
+    return "" if _takes_rewritten(r) else '''\
+    if shards[2]:
+        raise ValueError(f"{folder} holds byte counts of a text that was rewritten "
+            "(*_val_bytes_*.bin), which this script does not read: score it with `pgolf run`")
 '''
 
 # %% ../../nbs/submit/61_script.ipynb #076c790d
@@ -252,7 +262,7 @@ def entry_script(
     sections = [f"{n.upper()} = {literal(c)}" for n,c in recipe.sections().items()
         if n not in _left_out(s)]
     text = (HEAD+TRAIN+SCORE+MAIN).format(name=recipe.name, scale=recipe.scale, title=recipe.title,
-        seed=recipe.train.seed, sections="\n".join(sections),
+        seed=recipe.train.seed, sections="\n".join(sections), refusal=_refusal(recipe),
         **_average(s), **_squeeze(recipe), **_adapt(recipe))
     return f"{_find_imports(text, package)}\n{text}"
 
@@ -290,6 +300,10 @@ import torch
 from pgolf.squeeze.artifact import unpack
 def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
 def _telling_failure(run): return nullcontext()
+def bar(items, **_): return items
+def reading(path, what, remedy, error=None): return nullcontext()
+def _diverged(run, loss, norm): # no checkpoints
+    raise RuntimeError(f"step {run.first_step+len(run.losses)}: loss {loss}, norm {norm}")
 def fuses(model, ids): return model.cfg.fused_loss # the loss is left out where no recipe names it
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
@@ -323,7 +337,7 @@ def _each(table):
 # definition -> whether a script of the recipe never runs it
 UNUSED = _each({
     "save_checkpoint load_checkpoint": lambda r: True, # a script starts anew
-    "SidecarBytes _with_sidecar": lambda r: True, # it refuses a text that was rewritten
+    "SidecarBytes _with_sidecar": lambda r: not _takes_rewritten(r),
     "ValueEmbedding": lambda r: not r.model.ve_dim,
     "BigramHash": lambda r: not r.model.bigram_vocab_size,
     "SmearGate": lambda r: not r.model.smear,
@@ -406,7 +420,7 @@ def make_code(
 )->Code: # under 1,500 lines, or it is an error
     "The script of a recipe, from readable to counted."
     # the more statements stand on a line, the fewer lines: no more than it takes
-    for block in (1, 2, 4, 8, 16, 32):
+    for block in (1, 2, 4, 8, 16, 32, 64):
         readable = script(recipe, block)
         lines = readable.count("\n")
         if lines<LINE_LIMIT: return Code(readable, *_counted(readable))

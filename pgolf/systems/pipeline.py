@@ -314,7 +314,7 @@ def squeeze_here(
     meta = dict(recipe=r.name, scale=r.scale, model=stored(r.model), tokenizer=job.dataset.name,
         tokenizer_id=tokenizer_id(job.dataset.tokenizer_path))
     job.report.bytes_artifact = save_artifact(job.artifact, flatten_corrections(codes), meta,
-        r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec)
+        r.stages.zstd_level or None, r.stages.zstd_long, r.stages.codec, job.progress)
     job.report.training["squeeze_seconds"] = time.perf_counter()-began
     errors = quant_errors(state, codes, hessians)
     write_json(job.out/"errors.json", errors)
@@ -327,14 +327,16 @@ def _hessians(job, state):
     "What GPTQ needs to know of the inputs, or None."
     r = job.recipe
     if not r.stages.use_gptq: return None
-    return calibrate(model_of(job, state), job.dataset, r.gptq, r.train.train_seq_len, job.ranks)
+    return calibrate(model_of(job, state), job.dataset, r.gptq, r.train.train_seq_len, job.ranks,
+        job.progress)
 
 def _squeeze(job, state, hessians):
     "Codes of the weights."
     r,s,source = job.recipe, job.recipe.stages, state
     if s.first_rules:
         source = dequantize_state(quantize_state(state, replace(r.quant, rules=s.first_rules)))
-    return squeeze_state(source, r.quant, r.gptq if s.use_gptq else None, hessians, fitter(r.gptq))
+    return squeeze_state(source, r.quant, r.gptq if s.use_gptq else None, hessians, fitter(r.gptq),
+        job.progress)
 
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200005

@@ -189,13 +189,16 @@ def settle(
     values = torch.stack(run.pending).tolist() if run.pending else []
     run.pending.clear()
     for loss,norm in values:
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            path = run.out/"diverged.safetensors" if run.out else None
-            if path: save_checkpoint(run, path)
-            last = run.losses[-1] if run.losses else None
-            raise TrainingDiverged(run.first_step+len(run.losses), loss, norm, last, path)
+        if not math.isfinite(loss) or not math.isfinite(norm): _diverged(run, loss, norm)
         run.losses.append(loss)
         run.grad_norm = norm
+
+def _diverged(run, loss, norm):
+    "Keep the state, and say what happened."
+    path = run.out/"diverged.safetensors" if run.out else None
+    if path: save_checkpoint(run, path)
+    last = run.losses[-1] if run.losses else None
+    raise TrainingDiverged(run.first_step+len(run.losses), loss, norm, last, path)
 
 # %% ../../nbs/train/25_loop.ipynb #12dc0fe6
 def _to(t, device):
