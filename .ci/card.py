@@ -106,27 +106,10 @@ def unpack(folder, work):
     "The shards as a dataset that pgolf opens; its folder."
     at = work/"data"
     if (at/"manifest.json").exists(): return at
-    code = ("import sys, zstandard; from pathlib import Path\n"
-        "for a in sys.argv[2:]:\n"
-        "    b = zstandard.ZstdDecompressor(max_window_size=2**27)\n"
-        "    with open(a, 'rb') as f, open(Path(sys.argv[1])/Path(a).stem, 'wb') as g:\n"
-        "        b.copy_stream(f, g)\n")
-    shards = at/"datasets"/"debdocs"
-    for p in (shards, at/"tokenizers"): p.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder/TOKENIZER, at/"tokenizers")
-    files = sorted(folder.glob("debdocs_*.bin.zst"))
-    subprocess.run([sys.executable, "-c", code, str(shards), *map(str, files)], check=True,
-        env=environment(work))
-    count = {s: sum(f"_{s}_" in f.name for f in files) for s in ("train", "val")}
-    name, model = "debdocs", TOKENIZER.removesuffix(".model")
-    ids = dict(vocab_size=1024, bos_id=1, eos_id=2)
-    entry = dict(name=name, tokenizer_name=model, train_glob=f"datasets/{name}/{name}_train_*.bin",
-        val_glob=f"datasets/{name}/{name}_val_*.bin", path=f"datasets/{name}", **ids,
-        stats={f"files_{s}": n for s, n in count.items()})
-    tokenizer = dict(name=model, kind="sentencepiece_bpe", **ids,
-        model_path=f"tokenizers/{TOKENIZER}")
-    (at/"manifest.json").write_text(json.dumps(dict(version=name, datasets=[entry],
-        tokenizers=[tokenizer])))
+    code = "import sys; from pgolf.game.fineweb import unpack_shards as f; f(*sys.argv[1:4], {})"
+    shards = len(list(folder.glob("debdocs_train_*.bin.zst")))
+    subprocess.run([sys.executable, "-c", code.format(shards), str(folder), str(at),
+        str(folder/TOKENIZER)], check=True, cwd=ROOT, env=environment(work))
     return at
 
 

@@ -160,6 +160,22 @@ def test_a_raw_result_would_be_seen():
     assert not raw_results([*fine, hidden, table])
 
 
+def unseen_tables(code):
+    "Calls of `show` whose table nobody sees, since the cell goes on behind them."
+    lines = [l if l[:1] not in "%!" else "" for l in code.split("\n")]
+    return [s.lineno for s in ast.parse("\n".join(lines)).body[:-1] if isinstance(s, ast.Expr)
+        and isinstance(s.value, ast.Call) and ast.unparse(s.value.func) == "show"]
+
+
+def test_every_table_is_seen():
+    assert unseen_tables("show([1])\nx = 2") == [1] and not unseen_tables("x = 2\nshow([x])")
+    for p in NOTEBOOKS:
+        if p.stem == "90_cli": continue  # its `show` prints
+        found = {c["id"]: lines for c in cells(p) if c["cell_type"] == "code"
+            and (lines := unseen_tables("".join(c["source"])))}
+        assert not found, (p.name, found)
+
+
 def test_no_progress_bar_stays_in_a_notebook():
     "On a busy machine a bar takes long enough to be drawn; its state is no result."
     for p in NOTEBOOKS:

@@ -6,7 +6,7 @@
 __all__ = ['RunFolder', 'Seed', 'Steps', 'Ranks', 'Nnodes', 'Rdzv', 'NodeRank', 'SlurmNodes', 'SlurmJob', 'Against', 'Settings',
            'Measured', 'Variant', 'TrainShards', 'Folder', 'Hub', 'Endpoint', 'Train', 'Val', 'VocabSize', 'Pieces',
            'Through', 'run', 'show_run', 'worker', 'plan', 'print_plan', 'data_austen', 'data_fineweb', 'data_build',
-           'describe']
+           'data_unpack', 'describe']
 
 # %% ../../nbs/command/85_running.ipynb #cf850003
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..game.data import austen, build_dataset, data_notes
 from ..game.shards import read_shard
 from ..game.documents import read_documents
 from ..game.tokenizer import text_transform
-from ..game.fineweb import REPO, download_fineweb
+from ..game.fineweb import REPO, download_fineweb, unpack_shards
 from ..squeeze.artifact import by_family, read_ledger
 from ..train.device import pick_device
 from ..systems import pipeline
@@ -205,6 +205,18 @@ def data_build(
     text_transform(transform) # an unknown one is named before anything is read
     describe(build_dataset(read_documents(train), read_documents(val), out, vocab_size, tokenizer,
         transform=transform))
+
+# %% ../../nbs/command/85_running.ipynb #34ba775b
+@command("unpack", data_app)
+def data_unpack(
+    shards:Annotated[Path, typer.Argument(help="folder with NAME_train_*.bin.zst and "
+        "NAME_val_*.bin.zst")],
+    out:Annotated[Path, typer.Argument(help="folder to make")],
+    tokenizer:Annotated[Path, typer.Option(help="SentencePiece model that they were made with")],
+    train_shards:Annotated[int, typer.Option(help="training shards, a prefix")]=1,
+):
+    "Make a dataset of shards that travel compressed."
+    describe(unpack_shards(shards, out, tokenizer, train_shards))
 
 # %% ../../nbs/command/85_running.ipynb #2348d949
 def describe(d):

@@ -82,10 +82,7 @@ def collect_hessians(
     if len(batches) < ranks.world: ranks = Ranks() # each for itself: the same sums
     moments,training = _Moments(),model.training
     handles = _hook(model, moments, tables)
-    try:
-        model.eval()
-        for ids in bar(ranks.share(batches), desc="Hessians", unit="batch", delay=5, leave=False,
-            disable=not progress): _forward(model, ids, moments, tables)
+    try: _go_through(model.eval(), ranks.share(batches), moments, tables, progress)
     finally:
         model.train(training)
         for h in handles: h.remove()
@@ -95,6 +92,10 @@ def collect_hessians(
     return _with_tables(model, moments, table_inputs) if tables else moments.means()
 
 # %% ../../nbs/squeeze/32_calibration.ipynb #89c754e5
+def _go_through(model, batches, moments, tables, progress):
+    for ids in bar(batches, desc="Hessians", unit="batch", delay=5, leave=False,
+        disable=not progress): _forward(model, ids, moments, tables)
+
 @torch.no_grad()
 def _forward(model, ids, moments, tables):
     ids = ids.to(next(model.parameters()).device)

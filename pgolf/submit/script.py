@@ -300,10 +300,6 @@ import torch
 from pgolf.squeeze.artifact import unpack
 def _ctrl_c(run): return nullcontext() # Ctrl-C ends the script at once
 def _telling_failure(run): return nullcontext()
-def bar(items, **_): return items
-def reading(path, what, remedy, error=None): return nullcontext()
-def _diverged(run, loss, norm): # no checkpoints
-    raise RuntimeError(f"step {run.first_step+len(run.losses)}: loss {loss}, norm {norm}")
 def fuses(model, ids): return model.cfg.fused_loss # the loss is left out where no recipe names it
 @contextmanager
 def _bar(n_bytes, progress): yield lambda *_: None
@@ -323,6 +319,10 @@ def choose_loss(model, wish, device): return maybe_compile(model.loss, wish, dev
 
 # %% ../../nbs/submit/61_script.ipynb #ra610001
 STAND_INS += '''
+def bar(items, **_): return items
+def reading(path, what, remedy, error=None): return nullcontext()
+def _diverged(run, loss, norm): # no checkpoints
+    raise RuntimeError(f"step {run.first_step+len(run.losses)}: loss {loss}, norm {norm}")
 from pgolf.squeeze.quant import Quantized
 def _from_parts(name, parts): return parts["tensor"] if "tensor" in parts else Quantized(**parts)
 def check_additions(cfg, calibrated): pass # looked at when the script was made
