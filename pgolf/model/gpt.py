@@ -307,7 +307,10 @@ class GPT(_Trained):
         self.serial = Serial()
         self.lanes = PARALLEL[cfg.parallel](cfg.num_layers) if cfg.parallel else None
         _add_between(self, cfg)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1) # a factorization among threads has other last bits
         _draw_weights(self, seed)
+        torch.set_num_threads(threads)
 
     def init_weights(self, seed:int)->"GPT":
         "Return to the initial values that `seed` draws."
