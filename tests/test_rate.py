@@ -91,6 +91,20 @@ def test_steps_by_column_are_gptq_of_the_scaled_problem(block):
     assert (q.codes[:, back] != again).float().mean() < .02, "roundings may tip single codes"
 
 
+def test_a_narrow_column_of_large_weights_is_not_cut_off():
+    "One column's errors cost 2^20 times those of the others, and its weights are the largest."
+    W, stretch = numbers(64, 32, seed=3), torch.ones(32)
+    W[:, 5] *= 4
+    stretch[5] = 2**10
+    H = hessian(32)*stretch*stretch[:, None]
+    q = rate_fit(W[None], [factor(H, GPTQConfig())], GRID,
+        replace(GPTQConfig(), column_steps=True))[0]
+    assert q.codes.abs().max() < 127
+    plain = rate_fit(W[None], [factor(H, GPTQConfig())], GRID, GPTQConfig())[0]
+    off = [hessian_error(W, x.dequantize(), H) for x in (q, plain)]
+    assert off[0] < .5*off[1] and (W-q.dequantize()).norm() < .2*W.norm()
+
+
 def test_all_kinds_of_matrices():
     "Dead inputs, rows of zeros, one row, several matrices; errors stay below rounding to nearest."
     H = hessian(40)
