@@ -137,9 +137,16 @@ def race_of(
     p = record_test([nats(x) for x in a], [nats(x) for x in b]) if len(seeds) > 1 else None
     return dict(seeds=seeds, ours=a, theirs=b, lead_nats=lead, p=p,
         audited=all(x[s]["audit"] for s in seeds for x in (ours, theirs)),
-        stages=dict(ours=stages(ours), theirs=stages(theirs)), bytes=both("total"),
+        stages=dict(ours=stages(ours), theirs=stages(theirs)), gaps=dict(ours=_gaps(ours, seeds),
+            theirs=_gaps(theirs, seeds)), bytes=both("total"),
         tokens=both("tokens"), flops=both("flops"), seconds=both("seconds"))
 
+
+# %% ../../nbs/scale/74_race.ipynb #rc00000g
+def _gaps(runs, seeds):
+    "What each file loses against the averaged weights, bits per byte; empty where not scored."
+    found = [runs[s]["stages"] for s in seeds]
+    return [x["artifact"]-x["averaged"] for x in found if {"artifact", "averaged"} <= x.keys()]
 
 # %% ../../nbs/scale/74_race.ipynb #rc00001a
 def _finished(folder, name):
