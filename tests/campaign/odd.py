@@ -15,9 +15,9 @@ import small  # noqa: E402
 import torch  # noqa: E402
 
 from pgolf.game.shards import write_shard, write_sums  # noqa: E402
-from pgolf.systems.recipes import RECIPES  # noqa: E402
+from pgolf.scale.notebook import own_notebooks  # noqa: E402
 
-SYSTEMS = [n for n in RECIPES if not n.endswith("-as-run") and n.startswith("pr")]
+SYSTEMS = list(own_notebooks())
 BOS = 1
 APART = 1e-3  # nats between sums in another order, after a few steps and rounding
 
