@@ -78,7 +78,8 @@ ROOM = 100  # largest code that a weight may need; errors passed on need the res
 def _stepped(W, factors, grid, cfg):
     "The problem in scaled columns, and its first rounding; rows keep the steps they would have."
     scale = search_scale(W, grid)
-    least = (8*((W/scale.float().clamp(min=1e-12)).abs().amax(1)/ROOM).log2()).ceil()         # (N, n)
+    largest = (W/scale.float().clamp(min=1e-12)).abs().amax(1)               # (N, n)
+    least = (8*(largest/ROOM).log2()).ceil()
     factors, widths = zip(*map(even_columns, factors, least))
     W = W/torch.stack([(w.float()/8).exp2() for w in widths])[:, None]
     grid = replace(grid, lo=-127, hi=127, rule="uniform")  # narrow columns have large codes
