@@ -42,10 +42,11 @@ def write_shard(
 # %% ../../nbs/game/04_shards.ipynb #201c3452
 def _check_ids(path, tokens, vocab_size, start=0):
     if vocab_size is None: return
-    top, first = int(tokens.max()), int(np.argmax(tokens >= vocab_size))
+    top = int(tokens.max())
     if top >= vocab_size:
         raise ShardError(
-            f"{path}: token id {int(tokens[first])} at position {start+first},"
+            f"{path}: token id {int(tokens[np.argmax(tokens >= vocab_size)])} at position"
+            f" {start+int(np.argmax(tokens >= vocab_size))},"
             f" expected ids below vocab_size={vocab_size} (largest found: {top}):"
             " take the tokenizer and the shards of one dataset")
 
