@@ -49,24 +49,27 @@ def kept_of(
         versions={k:report.environment[k] for k in ("pgolf", "torch")})
 
 # %% ../../nbs/scale/73_measured.ipynb #me000007
-_CLOCKS = ("train_seconds", "seconds", "versions") # may differ between two equal runs
+_CLOCKS = ("train_seconds", "seconds", "versions", "total") # may differ between two equal runs
 
 def gather(
     runs,    # folder with the folders of runs
     results, # folder that keeps one file for each finished run
+    kept=kept_of, # what is kept of the folder of a run
 )->list[Path]: # files of all finished runs
     "Keep the numbers of finished runs; another result under a name that is taken is an error."
     found = []
     for report in sorted(Path(runs).glob("*/report.json")):
         if not read_json(report).get("complete"): continue
-        new = json.loads(json.dumps(kept_of(report.parent)))
+        new = json.loads(json.dumps(kept(report.parent)))
         path = Path(results)/f"{new['name']}-{new['scale']}-{new['seed']}.json"
         old = read_json(path)
         other = [k for k in new if k not in _CLOCKS and old and old.get(k) != new[k]]
-        if other: raise ValueError(f"{path} has another {', '.join(other)} than {report.parent}:"
-            " if the recipe or the code has changed, remove the file and gather again")
+        audited = other == ["audit"] and new["audit"] # it had not ended when the run was kept
+        if other and not audited: raise ValueError(f"{path} has another {', '.join(other)} than"
+            f" {report.parent}: if the recipe or the code has changed, remove the file and gather"
+            " again")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not old: write_json(path, new)
+        if not old or audited: write_json(path, new)
         found.append(path)
     return found
 
