@@ -10,13 +10,15 @@ import sys
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 
+import brotli
 import numpy as np
 import pytest
 import torch
 import zstandard
 from conftest import ROOT
-from test_golden_model import ODD, batch, build, pentanary
+from test_golden_model import ODD, batch, build, build_1394, pentanary
 
 from pgolf.squeeze.entropy import published_cdf
 from pgolf.squeeze.formats import FormatError, fitting, import_weights, read_published, read_stored
@@ -28,7 +30,8 @@ from pgolf.train.checkpoint import read_checkpoint
 
 PRESS = dict(none=bytes, zlib=lambda d: zlib.compress(d, 9),
     zstd=zstandard.ZstdCompressor(level=22).compress, xz=lzma.compress,
-             lzma=lambda d: lzma.compress(d, format=lzma.FORMAT_ALONE))
+             lzma=lambda d: lzma.compress(d, format=lzma.FORMAT_ALONE),
+    brotli=lambda d: brotli.compress(b"BSHF\2"+d[::2]+d[1::2], quality=5)) # PR #1394's sheet, 7
 # sheet of PR #598, section 3
 CONTROL = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight", "smear_gate", "bigram",
     "skip_gates", "ve_shared", "ve_layer_scales")
@@ -176,7 +179,9 @@ WRITERS = {
             "zstd"),
     "pr601 in the sheet's words": ("pr601",
         lambda s, k: write_pair(s, k, 15, keys=("tensors", "meta"),
-            word=lambda kind: {"type": kind, "bits": 6}), "zlib")}
+            word=lambda kind: {"type": kind, "bits": 6}), "zlib"),
+    "pr1394": ("pr1394", lambda s, k: write_pair(s, k, word=str), "brotli")}
+LONG = dict(activation="leaky_relu2", skip_gate=True, layer_order=(0, 1, 2, 1, 2, 3, 4))
 NAMES = dict(pr598=((".mlp.fc.", ".mlp.up_proj."), (".mlp.proj.", ".mlp.down_proj."),
     ("bigram.", "bigram_emb."), ("smear.", "smear_gate.")),
     pr1123=((".mlp.fc.", ".mlp.up."), (".mlp.proj.", ".mlp.down.")))
@@ -187,7 +192,7 @@ def own_model(system):
     small = dict(vocab_size=96, num_layers=5, model_dim=64, num_heads=4, num_kv_heads=2,
         rope_dims=8, bigram_vocab_size=64, bigram_dim=16, smear=True, ln_scale=True, skip_init=1.)
     extra = dict(ve_dim=16, ve_layers=(3, 4)) if system != "pr601" else {}
-    odd = ODD[system] | (dict(value_residual=True, mlp_mult=4) if system == "pr1123" else {})
+    odd = ODD.get(system, LONG) | (dict(value_residual=True, mlp_mult=4) if system == "pr1123" else {})
     model, gen = GPT(ModelConfig(**small | extra | odd)), torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters(): p.add_(.2*torch.randn(p.shape, generator=gen))
@@ -242,6 +247,20 @@ def test_golden_models_through_every_layout(golden, name):
         if k.startswith("param/")}
     obj, want = write(state, KEEP)
     check(read_published(PRESS[press](saved(obj)))[0], want)
+
+
+def test_the_golden_long_order_from_its_own_file(golden, tmp_path):
+    "PR #1394's small model as its script stores it, kept whole: the golden loss."
+    z = golden("pr1394")
+    model = build_1394(z)
+    kept = {n: t.float() for n, t in model.state_dict().items()}
+    (tmp_path/"model.ptz").write_bytes(PRESS["brotli"](saved(dict(w=kept,
+        m=dict.fromkeys(kept, "passthrough")))))
+    state, about = read_published(tmp_path/"model.ptz")
+    assert (about["format"], about["compressor"]) == ("w, m", "brotli")
+    assert fitting(state, dict(it=model.cfg, other=replace(model.cfg, mlp_mult=3))) == ["it"]
+    again = load_published(GPT(model.cfg), state)
+    assert loss(again, *batch(z)) == pytest.approx(float(z["loss"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("system", ODD)

@@ -34,7 +34,7 @@ from .options import (Device, Overrides, Overwrite, ScaleOption, command, folder
 
 # %% ../../nbs/command/88_submitting.ipynb #377ef356
 Published = Annotated[Path, typer.Argument(help="model file of a published system: "
-    "a torch-saved dictionary, plain or under zlib, zstd or lzma")]
+    "a torch-saved dictionary, plain or under zlib, zstd, lzma or brotli")]
 Belongs = Annotated[str|None, typer.Option("--recipe",
     help="system it belongs to, for example pr610-as-run; without it, list those that fit")]
 ImportFolder = Annotated[Path|None, typer.Option("--out", help="folder that receives "

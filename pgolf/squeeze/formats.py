@@ -15,15 +15,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import brotli
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor,nn
 
 from .artifact import DTYPES
-from .entropy import decode_published
+from .entropy import EntropyError,decode_published,from_brotli
 from ..model.gpt import GPT,ModelConfig
 from .quant import Quantized
+from .streams import GROUPED,SHUFFLED,byte_unshuffle
 from ..train.checkpoint import write_checkpoint
 
 # %% ../../nbs/squeeze/35_formats.ipynb #eb00212d
@@ -36,13 +38,24 @@ MAGIC = (("none", rb"PK\x03\x04"), ("zstd", rb"\x28\xb5\x2f\xfd"), ("xz", rb"\xf
 
 def sniff(
     data:bytes, # a file
-)->str: # "none" (a zip, as torch saves it), "zstd", "xz", "lzma" or "zlib"
+)->str: # "none" (a zip, as torch saves it), "zstd", "xz", "lzma", "zlib" or "brotli"
     "Tell the compressor by the first bytes."
     for name,magic in MAGIC:
         if re.match(magic, data): return name
+    if _is_shuffled(data): return "brotli"
+    if data[:4] == GROUPED: raise FormatError("groups of #1855, which its script had compressed by"
+        " the program lrzip: nothing in Python reads that; give the weights before they were"
+        " squeezed")
     raise FormatError(
         f"{len(data)} bytes that begin with {data[:4].hex(' ') or 'nothing'}: neither a torch-saved"
-        " file nor one under zlib, zstd, xz or lzma; give the file that the system's script wrote")
+        " file nor one under zlib, zstd, xz, lzma or brotli; give the file that the system's"
+        " script wrote")
+
+def _is_shuffled(data):
+    "Brotli has no mark; what #1394 puts into it has one."
+    try: first = brotli.Decompressor().process(data[:2**12], output_buffer_limit=2**10)
+    except brotli.error: return False
+    return first[:4] == SHUFFLED
 
 # %% ../../nbs/squeeze/35_formats.ipynb #4565ae64
 def _none(data, limit): return data, True
@@ -61,6 +74,11 @@ def _zstd(data, limit):
         out = b"".join(islice(iter(partial(r.read, 2**20), b""), limit//2**20+1))
     return out, size in (-1, len(out))
 
+def _brotli(data, limit):
+    try: return byte_unshuffle(from_brotli(data, limit+5).tobytes()), True
+    except EntropyError as e: raise FormatError(f"damaged brotli data, or more than limit={limit}"
+        f" bytes ({e})") from None
+
 # %% ../../nbs/squeeze/35_formats.ipynb #ec3a6bca
 def expand(
     data:bytes,      # a file
@@ -68,7 +86,7 @@ def expand(
 )->tuple[bytes,str]: # what was compressed, and by what
     "Undo the compressor."
     how = sniff(data)
-    undo = dict(none=_none, zlib=_zlib, zstd=_zstd, xz=_lzma, lzma=_lzma)[how]
+    undo = dict(none=_none, zlib=_zlib, zstd=_zstd, xz=_lzma, lzma=_lzma, brotli=_brotli)[how]
     try: out,whole = undo(data, limit)
     except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError) as e:
         raise FormatError(f"damaged {how} data ({e})") from None
@@ -154,10 +172,10 @@ def _clean(obj, limit):
     for n,t in kept.items(): yield n, t, DTYPES[was[n]] if n in was else t.dtype
 
 # %% ../../nbs/squeeze/35_formats.ipynb #9a5427eb
-BF16_NAMES = r"(tok_emb|\.embed|\.attn_gate)\.weight$" # parameters of PRs #610, #576 and #601
+BF16_NAMES = r"(tok_emb|\.embed|\.attn_gate)\.weight$" # parameters of these systems
 
 def _pair(obj, limit):
-    "PRs #610, #576, #601: tensors as name.q and name.scale or name, beside what each is."
+    "#610, #576, #601, #1394: tensors as name.q and name.scale or name, beside what each is."
     w,m = _dicts(obj, *obj)
     for n,kind in m.items():
         known = isinstance(kind, str) or isinstance(kind, dict) and set(kind) <= {"type","bits"}
@@ -309,7 +327,7 @@ def published_name(
 # %% ../../nbs/squeeze/35_formats.ipynb #c91a5809
 def load_published(
     model:GPT, # built with the matching configuration
-    state:Mapping[str,Tensor], # name in any of the five systems -> tensor or numpy array
+    state:Mapping[str,Tensor], # name in any of these systems -> tensor or numpy array
 )->GPT: # the same model, its weights replaced
     "Load a checkpoint of a published system."
     new = {published_name(n): torch.as_tensor(v) for n,v in state.items()}

@@ -11,10 +11,13 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import brotli
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (2, 1)]
 from test_fuzz import HOSTILE, bytes_changed, places  # noqa: E402
+
+from pgolf.squeeze.streams import byte_shuffle, byte_unshuffle  # noqa: E402
 
 FIRST = zstandard.ZstdCompressor(level=1)
 WORDS = ["", "x", "..", "../../x", "/", "/etc/passwd", "a/b", "\0", "\ud800", "%s", "9"*400, "nan",
@@ -272,7 +275,9 @@ def as_safetensors(rand, a, b):
 PRESSES = dict(zlib=(lambda data: zlib.compress(data, 1), zlib.decompress),
     gzip=(gzip.compress, gzip.decompress),
     zstd=(FIRST.compress, zstandard.decompress),
-    xz=(lambda data: lzma.compress(data, preset=0), lzma.decompress))
+    xz=(lambda data: lzma.compress(data, preset=0), lzma.decompress),
+    brotli=(lambda data: brotli.compress(byte_shuffle(data), quality=1),
+        lambda data: byte_unshuffle(brotli.decompress(data))))
 
 
 def under(press, inner):

@@ -201,6 +201,7 @@ TARGETS = {
     "published, zlib": of_published("zlib"),
     "published, zstd": of_published("zstd"),
     "published, xz": of_published("xz"),
+    "published, brotli": of_published("brotli"),
     "claims of a submission": Target("folder/submission.json", JSON, examined, anything, share=.7),
     "script of a submission": Target("folder/train_gpt.py", dict(raw=m.raw, source=m.as_source),
         examined, anything, share=.7),
