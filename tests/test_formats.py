@@ -192,7 +192,8 @@ def own_model(system):
     small = dict(vocab_size=96, num_layers=5, model_dim=64, num_heads=4, num_kv_heads=2,
         rope_dims=8, bigram_vocab_size=64, bigram_dim=16, smear=True, ln_scale=True, skip_init=1.)
     extra = dict(ve_dim=16, ve_layers=(3, 4)) if system != "pr601" else {}
-    odd = ODD.get(system, LONG) | (dict(value_residual=True, mlp_mult=4) if system == "pr1123" else {})
+    more = dict(value_residual=True, mlp_mult=4) if system == "pr1123" else {}
+    odd = ODD.get(system, LONG) | more
     model, gen = GPT(ModelConfig(**small | extra | odd)), torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters(): p.add_(.2*torch.randn(p.shape, generator=gen))
