@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['USAGE', 'trains_alike', 'borrow', 'Entry', 'read_entries', 'run_entries', 'race_of', 'kept_in_race', 'keep',
-           'gather_races', 'main']
+           'gather_races', 'held_out', 'trial', 'run_trials', 'main']
 
 # %% ../../nbs/scale/74_race.ipynb #rc000003
 import math, os, shutil, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-import yaml
+import numpy as np, yaml
 from ..files import read_json, write_json
+from ..game.data import Dataset
+from ..game.shards import read_shard, write_shard
+from ..outside import read_arrays
 from .measured import gather, kept_of, read_runs
 from ..score.record import BYTES_PER_TOKEN, record_test
 from ..systems.pipeline import run, start
@@ -43,6 +46,7 @@ def borrow(
     lender,         # folder of a run that has trained
     recipe:Recipe,  # at its scale, with its seed
     out,            # folder of the run that borrows
+    data:Dataset|None=None, # scored in whole; None: that of the lender, as far as it was scored
     progress:bool=False, # show bars
 )->Report: # complete
     "Squeeze and score the weights of another run; a finished run is read."
@@ -53,8 +57,8 @@ def borrow(
     report = Report.load(lender/"report.json")
     if not (lender/_LENT[0]).exists(): raise ValueError(f"{lender} has no weights to lend: train it"
         " first, with `pgolf batch`")
-    targets = max((r["targets"] for r in report.rows), default=0)
-    job = start(recipe, data_for(lender), out, report.device, targets, progress=progress)
+    targets = 0 if data else max((r["targets"] for r in report.rows), default=0)
+    job = start(recipe, data or data_for(lender), out, report.device, targets, progress=progress)
     for name in _LENT:
         if not (out/name).exists():
             shutil.copy2(lender/name, out/f".{name}")
@@ -185,20 +189,80 @@ def gather_races(
                 out.append(dict(text=text.name, **race) | race_of(ours, theirs))
     return dict(races=out)
 
+# %% ../../nbs/scale/74_race.ipynb #rc00001f
+def held_out(
+    data:Dataset,  # that a run was trained on
+    out,           # folder that receives a shard
+    last:int,      # counted from the end, the document to begin with
+    documents:int, # how many
+)->Dataset: # the same, but that these documents are its validation text
+    "Documents near the end of the training text, to be scored."
+    if data.val_bytes: raise ValueError(f"{data.path}: training text that was rewritten has no"
+        " bytes of its own to be scored by: tune on the text as it was")
+    tokens = read_shard(data.train_shards[-1], data.vocab_size)
+    starts = [*np.flatnonzero(tokens == data.tokenizer().bos_id()), len(tokens)]
+    if not 0 < documents <= last < len(starts): raise ValueError(f"documents={documents} of the"
+        f" last {last}: the last training shard of {data.path} has {len(starts)-1}")
+    a, b = starts[-1-last], starts[-1-last+documents]
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_shard(path := Path(out)/"held_out_000000.bin", tokens[a:b])
+    return replace(data, val_shards=(path,))
+
+# %% ../../nbs/scale/74_race.ipynb #rc00001h
+def trial(
+    lender,         # folder of a run that has trained
+    recipe:Recipe,  # at its scale, with its seed
+    data:Dataset,   # from `held_out`
+    out,            # folder of the trial
+)->dict: # stage -> nats of each document, after adapting and with a last word, where there is one
+    "Score one setting."
+    report, tokens = borrow(lender, recipe, out, data), data.val_tokens()
+    document = (tokens == data.tokenizer().bos_id()).cumsum(0)[1:].numpy()-1
+    stages = [s for s in ("adapted", "tilted") if report.bpb(s)]
+    kept = read_arrays(Path(out)/"scores.npz", stages)
+    return {s: np.bincount(document, kept[s]).round(4).tolist() for s in stages}
+
+def run_trials(
+    plan,       # nbs/scale/race.yaml
+    lender,     # folder of a run that has trained
+    system:str, # recipe that is tuned
+    out,        # folder of the trials
+    say=print,  # hears of each
+)->dict: # of plain numbers
+    "All trials of a plan for one system."
+    wanted, lent = yaml.safe_load(Path(plan).read_text())["trials"], load_recipe(
+        Path(lender)/"recipe.json")
+    data = held_out(data_for(lender), out, wanted["last"], wanted["documents"])
+    base = at_scale(get_recipe(system), lent.scale).but(seed=lent.train.seed)
+    found = []
+    for k, settings in enumerate(wanted["settings"]):
+        nats = trial(lender, base.but(**settings), data, Path(out)/f"{system}-{k}")
+        found.append(dict(settings=settings, **nats))
+        say(f"{system} {settings or 'as published'}: {sum(list(nats.values())[-1]):.0f} nats")
+    return dict(system=system, seed=lent.train.seed, targets=len(data.val_tokens())-1, trials=found)
+
 # %% ../../nbs/scale/74_race.ipynb #rc000016
-USAGE = "usage: python -m pgolf.scale.race PLAN.yaml RUNS RESULTS.json"
+USAGE = """usage: python -m pgolf.scale.race PLAN.yaml RUNS RESULTS.json
+       python -m pgolf.scale.race trials PLAN.yaml LENDER SYSTEM RESULTS.json"""
+
+def _races(plan, runs, results):
+    "Borrow, audit, keep, compare, write."
+    entries, _ = read_entries(plan)
+    records = Path(results).with_suffix("") # beside the file
+    for text in sorted(p for p in Path(runs).iterdir() if p.is_dir()): run_entries(text, entries)
+    keep(runs, records)
+    write_json(Path(results), gather_races(records, plan))
+
+def _trials(plan, lender, system, results):
+    "Tune one system, keep what was found beside the others'."
+    found = run_trials(plan, lender, system, Path(lender).parent/"trials")
+    write_json(Path(results), read_json(Path(results)) | {system: found})
 
 def main(words):
-    "Borrow, audit, keep, compare, write."
-    if len(words) != 3: raise SystemExit(USAGE)
-    try:
-        plan, runs, results = words
-        entries, _ = read_entries(plan)
-        records = Path(results).with_suffix("") # beside the file
-        for text in sorted(p for p in Path(runs).iterdir() if p.is_dir()):
-            run_entries(text, entries)
-        keep(runs, records)
-        write_json(Path(results), gather_races(records, plan))
+    "Races, or the trials of one system."
+    tuning = words[:1] == ["trials"]
+    if len(words) != (5 if tuning else 3): raise SystemExit(USAGE)
+    try: _trials(*words[1:]) if tuning else _races(*words)
     except (ValueError, OSError) as e: raise SystemExit(f"pgolf: error: {e}") from None
 
 # %% ../../nbs/scale/74_race.ipynb #rc000017
