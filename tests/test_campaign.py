@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT/"tests"/"campaign"))
+import advisories  # noqa: E402
 import counts  # noqa: E402
 import guard  # noqa: E402
 import mutations  # noqa: E402
@@ -184,3 +185,33 @@ def test_a_difference_of_bits_is_seen(tmp_path):
     (tmp_path/"a.json").write_text('{"seconds": 9, "loss": 2.4}')
     np.savez(tmp_path/"b.npz", x=np.arange(3)+1)
     assert {k for k, v in bits(tmp_path).items() if before[k] != v} == {"a.json", "b.npz"}
+
+
+# as the advisory database has them: a fixed range, a range that ends with a version, a list
+ADVISORY = dict(id="A-1", affected=[dict(package=dict(name="Some_Lib"), versions=["0.9.post2"],
+    ranges=[dict(type="GIT", events=[dict(introduced="0")]), dict(type="ECOSYSTEM", events=[
+        dict(introduced="1.0"), dict(fixed="1.2"), dict(introduced="2.0"),
+        dict(last_affected="2.3")])])])
+
+
+@pytest.mark.parametrize("version, hit", [("0.9", False), ("0.9.post2", True), ("1.0", True),
+    ("1.1.9", True), ("1.2", False), ("1.10", False), ("2.0", True), ("2.3", True),
+    ("2.3.1", False)])
+def test_an_advisory_is_held_against_a_version(version, hit):
+    assert advisories.affects(ADVISORY, "some-lib", version) is hit
+    assert not advisories.affects(ADVISORY, "other", version)
+
+
+def test_a_pinned_package_with_an_advisory_is_found(tmp_path, monkeypatch, capsys):
+    run = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True)  # noqa: E731
+    (tmp_path/"vulns"/"some-lib").mkdir(parents=True)
+    (tmp_path/"vulns"/"some-lib"/"A-1.yaml").write_text(json.dumps(ADVISORY))
+    for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=a", "-c", "user.email=a@b",
+        "commit", "-qm", "one")): run(*words)
+    (tmp_path/"lock").write_text("some-lib==1.1 ; python_version < '3' \\\n --hash=a\nb==1\n")
+    monkeypatch.setattr(advisories, "LOCK", tmp_path/"lock")
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "--counts", str(tmp_path/"c.json")])
+    advisories.main()
+    assert "2 pinned packages, 1 advisories name one, 1 affected" in capsys.readouterr().out
+    [line] = counts.read(tmp_path/"c.json")["rows"]["supply chain"].values()
+    assert (line["tried"], line["passed"], len(line["until"])) == (2, 1, 10)

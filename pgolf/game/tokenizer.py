@@ -93,7 +93,7 @@ def load_tokenizer(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no tokenizer at {path}")
     try:
-        sp = SentencePieceProcessor(model_proto=path.read_bytes())
+        sp = SentencePieceProcessor(model_proto=path.read_bytes() or b"\0") # it takes b""
         sp.id_to_piece(list(range(sp.vocab_size()))) # each of them is text
     except (RuntimeError,UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not a SentencePiece model") from e
