@@ -1,7 +1,8 @@
 """Memory: readers do not grow over fifty repetitions; at full size the plan of every system, the
 scoring of its model, and its run stay below 24 GB. `python tests/campaign/memory.py`.
 
-A run here has two steps of one pass: a whole step is many of them, one after the other."""
+A run here has two steps of one pass, and scores one window of 2,048 and one stride of 64: a whole
+step, and a whole text, are many of them, one after the other."""
 import argparse
 import gc
 import resource
@@ -103,7 +104,7 @@ def trained(base, path, systems=SYSTEMS):
     for s in systems:
         corpus = data[get_recipe(s).model.vocab_size]
         limited("runs at full size under 24 GB", ["run", s, "--scale", "full", "--corpus", corpus,
-            "--out", str(base/"full"/s), "--steps", "2", "--eval-tokens", "4096", "--quiet",
+            "--out", str(base/"full"/s), "--steps", "2", "--eval-tokens", "2112", "--quiet",
             *small.as_options(dict(num_spans=1, train_batch_tokens=8192, samples=8))], path)
 
 
