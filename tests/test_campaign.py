@@ -203,7 +203,7 @@ def test_an_advisory_is_held_against_a_version(version, hit):
 
 
 def test_a_pinned_package_with_an_advisory_is_found(tmp_path, monkeypatch, capsys):
-    run = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True)  # noqa: E731
+    def run(*words): subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     (tmp_path/"vulns"/"some-lib").mkdir(parents=True)
     (tmp_path/"vulns"/"some-lib"/"A-1.yaml").write_text(json.dumps(ADVISORY))
     for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=a", "-c", "user.email=a@b",

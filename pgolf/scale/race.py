@@ -175,6 +175,7 @@ def keep(
         for scale in sorted(p for p in text.iterdir() if p.is_dir()):
             gather(scale, Path(records)/text.name, kept_in_race)
 
+# %% ../../nbs/scale/74_race.ipynb #rc00001k
 def gather_races(
     records,     # folder of `keep`
     plan,        # nbs/scale/race.yaml
@@ -222,6 +223,7 @@ def trial(
     kept = read_arrays(Path(out)/"scores.npz", stages)
     return {s: np.bincount(document, kept[s]).round(4).tolist() for s in stages}
 
+# %% ../../nbs/scale/74_race.ipynb #rc00001j
 def run_trials(
     plan,       # nbs/scale/race.yaml
     lender,     # folder of a run that has trained

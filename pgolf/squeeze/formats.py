@@ -36,6 +36,7 @@ LIMIT = 2**28 # bytes that a file may unpack to; 34 M parameters in float32 take
 MAGIC = (("none", rb"PK\x03\x04"), ("zstd", rb"\x28\xb5\x2f\xfd"), ("xz", rb"\xfd7zXZ\x00"),
     ("lzma", rb"\x5d\x00\x00"), ("zlib", rb"\x78[\x01\x5e\x9c\xda]"))
 
+# %% ../../nbs/squeeze/35_formats.ipynb #eb00212e
 def sniff(
     data:bytes, # a file
 )->str: # "none" (a zip, as torch saves it), "zstd", "xz", "lzma", "zlib" or "brotli"
