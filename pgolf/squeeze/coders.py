@@ -7,9 +7,10 @@ __all__ = ['CODERS', 'CHOICES', 'CODECS', 'ArtifactError', 'Coder', 'check_codec
 
 # %% ../../nbs/squeeze/33b_coders.ipynb #ex33b003
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import zstandard
+import torch, zstandard
 
 from .entropy import decode, encode, from_brotli, squeeze, to_brotli
 from .streams import by_columns, from_columns
@@ -77,7 +78,7 @@ def smallest(
     "The shortest of the streams that `codec` allows."
     check_codec(codec)
     if codec in CODERS and not (codes or CODERS[codec].general): codec = "best"
-    names = CHOICES.get(codec, (codec,))
-    found = [(n, CODERS[n].encode(array, level, long)) for n in names]
-    return min(found, key=lambda f: len(f[1]))
+    def press(name): return name, CODERS[name].encode(array, level, long)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool: # a compressor leaves Python to others
+        return min(pool.map(press, CHOICES.get(codec, (codec,))), key=lambda f: len(f[1]))
 

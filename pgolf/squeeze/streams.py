@@ -137,8 +137,7 @@ def by_columns(
     reorder:bool=False,# chain the rows of each matrix by similarity
 )->bytes:
     "Matrices of one kind as a stream that `from_columns` reads without being told anything."
-    shape = (1, 1, codes.size)
-    if codes.ndim > 1: shape = math.prod(codes.shape[:-2]), *codes.shape[-2:]
+    shape = math.prod(codes.shape[:-2]), *(1, *codes.shape)[-2:]
     if not 1 <= shape[1] <= 2**16 or shape[2] < NARROW: reorder = False # nothing to chain, or gain
     blob, lists = group_blob(list(codes.reshape(shape)), reorder)
     head = _SHAPE.pack(*shape)
