@@ -62,6 +62,13 @@ def golden(shared):
     return lambda name: np.load(shared / "golden" / f"{name}.npz")
 
 
+@pytest.fixture
+def plain_products(monkeypatch):
+    "Products in bfloat16 as published code takes them, `A @ B`, on a CPU of any kind."
+    from pgolf.train import muon
+    monkeypatch.setattr(muon, "_multiplies_bf16", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     "Models of tests are faster on one thread."

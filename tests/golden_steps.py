@@ -5,12 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from pgolf.train import muon
 from pgolf.train.averaging import EMA
 from pgolf.train.listeners import OrderSwitch
 from pgolf.train.loop import TrainConfig, train
 from pgolf.train.muon import make_optimizers
 from pgolf.train.schedule import ScheduleConfig
 
+# Bits of a step in bfloat16 are those of a CPU with instructions for it. Another one adds in
+# another order; a last bit that differs grows over the products that follow, to 1.9 % of a step
+# where it was measured. `tests/test_muon.py` holds both ways of a product to the same 3 %.
+LAST_BITS = 1e-6 if muon._multiplies_bf16() else .03
 LIMITS = dict(losses=1.2e-4, clip_norms=3e-4, delta=1.2e-3)
 
 
