@@ -161,9 +161,10 @@ def job_of(out): return read_json(out/"slurm"/"job.json")["job"]
 
 
 def goes_on(job, child):
-    "Put a job that has been put back into the queue at its head: Slurm would wait two minutes."
+    """A job that has been put back into the queue begins in some seconds: Slurm would wait two
+    minutes, and has to clear its first turn away, whose end it knows to the second."""
     wait_until(lambda: queue().get(job) == "PENDING", child)
-    slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm_says("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
 
 
 # ---- without a cluster
@@ -213,9 +214,9 @@ def test_cards_become_processes_unless_the_plan_says_otherwise():
 def test_two_jobs_at_once_are_cut_off_and_go_on(slurm, notebooks, novels, here, tmp_path):
     "One is put back by the cluster, the other is warned of the end of its minutes."
     out, seeds = tmp_path/"runs", (1, 2)
-    longer = ("-o", "iterations=300")
+    longer = ("-o", "iterations=100")
     child = start_pgolf(*words(notebooks, novels, out, "pr576", "--seeds", *seeds, *longer))
-    folders = [out/"tiny"/f"pr576-iterations=300-{s}" for s in seeds]
+    folders = [out/"tiny"/f"pr576-iterations=100-{s}" for s in seeds]
     logs = [f/"metrics.jsonl" for f in folders]
     wait_until(lambda: all(p.exists() and '"loss"' in p.read_text() for p in logs), child)
     jobs = [job_of(f) for f in folders]
@@ -229,7 +230,7 @@ def test_two_jobs_at_once_are_cut_off_and_go_on(slurm, notebooks, novels, here, 
         for to, s in zip(alone, seeds)]
     said, err = child.communicate(timeout=HANG)
     assert child.returncode == 0, err
-    assert "over seeds" in said and "pr576-iterations=300" in said
+    assert "over seeds" in said and "pr576-iterations=100" in said
     for f, to, other in zip(folders, alone, undisturbed):
         assert Report.load(f/"report.json").complete
         log = (f/"run.log").read_text()

@@ -188,8 +188,14 @@ class Ended(Handed):
         if told := self._told(i): return told["code"]
         with (self.folders[i]/"run.log").open("a") as f:
             print(f"Slurm ended job {self.jobs[i]}: {why or 'it does not say why'}; its own log is "
-                f"in {self.folders[i]/'slurm'}", file=f)
+                f"in {self.folders[i]/'slurm'}{self._log_end(i)}", file=f)
         return 1
+    def _log_end(self, i)->str:
+        "What the log of a job ends with, if there is one that ends with something."
+        for log in sorted((self.folders[i]/"slurm").glob(f"{self.jobs[i]}_*.err")):
+            if said := log.read_text(errors="replace").strip():
+                return f" and ends with: {said.splitlines()[-1]}"
+        return ""
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c00017
 class Watched(Ended):

@@ -135,8 +135,11 @@ def counted(
     "A number that is no difference of scores, from the page of the frontier's claims."
     path = (folder or find_results())/"frontier-claims.json"
     one = json.loads(path.read_text()).get(key) if path.is_file() else None
-    return f"{one['value']:,.{one['digits']}f} {one['unit']}" if one else "not measured"
+    if not one: return "not measured"
+    value, within = (f"{one.get(k, 0):,.{one['digits']}f}" for k in ("value", "within"))
+    return f"{value} ± {within} {one['unit']}" if one.get("within") else f"{value} {one['unit']}"
 
+# %% ../../nbs/systems/58_evidence.ipynb #ev58cnt1
 BEFORE = dict(averaged="raw", artifact="averaged", sliding="artifact", adapted="sliding")
 
 def steps(
