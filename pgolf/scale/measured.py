@@ -150,12 +150,13 @@ def reads(
     step:Step,
 )->str: # for a table
     "What a measured step says."
-    if not step.here: return "not measured" if step.level is None or step.there else "the start"
+    if step.level is None: return "not measured"
+    if not step.here: return "no parent measured" if step.there else "the start"
     if not np.isfinite(step.here.half): return "one seed: no interval"
     if not np.abs(step.here.mean) > 0: return "nothing at all"
     if not step.here.clear: return "cannot be told from nothing"
     there = step.there or 0.
-    return "as published" if step.here.mean*there > 0 else "the other way round"
+    return "as published, by its sign" if step.here.mean*there > 0 else "the other way round"
 
 # %% ../../nbs/scale/73_measured.ipynb #me00000f
 def down_the_road(
