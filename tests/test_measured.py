@@ -1,5 +1,6 @@
 """The road, measured: what is gathered from runs, and what is read from it."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,8 +95,9 @@ def test_seeds_are_paired_and_steps_follow_the_road(tmp_path):
     steps = road_steps(found)
     assert [s.name for s in steps] == list(MILESTONES)
     assert steps[1].seeds == 3 and steps[1].here.mean == pytest.approx(-.1)
-    assert (reads(steps[0]), reads(steps[1]), reads(steps[2])) == ("the start", "as published",
-        "not measured")
+    assert [reads(s) for s in steps[:3]] == ["the start", "as published, by its sign",
+        "not measured"]
+    assert reads(replace(steps[2], level=2.)) == "no parent measured"
     name, there, here = down_the_road(found)[0]
     assert (name, here.mean) == ("pr50", pytest.approx(-.1)) and there == pytest.approx(-.0319)
     assert all(e is None for _, _, e in down_the_road(found)[1:])

@@ -283,8 +283,9 @@ class _Bars(Words):
     ):
         super().__init__(plan, stopping or threading.Event())
         self.over = threading.Event()
-        self.console = Console(file=file or sys.stderr, highlight=False, soft_wrap=True,
-            force_jupyter=False)
+        out = file or sys.stderr # Jupyter asks for colours wherever a program writes to
+        self.console = Console(file=out, highlight=False, soft_wrap=True, force_jupyter=False,
+            force_terminal=out.isatty())
         self.live = self.console.is_terminal
         self.every = .5 if self.live else seconds
         columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[what]}")

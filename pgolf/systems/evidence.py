@@ -125,7 +125,7 @@ def fixed_temperature(rows, case, temperature):
 
 QUESTIONS = dict(gain=gains, prefix=prefix, leak=leak, temperature=fixed_temperature)
 ASKED = dict(gain=", adapting", prefix=", the part against the whole",
-    leak=", the second pass against the first", temperature=", {1} against 1")
+    leak=", second pass at {1} against the first", temperature=", {1} against 1")
 
 # %% ../../nbs/systems/58_evidence.ipynb #fec3337f
 def counted(

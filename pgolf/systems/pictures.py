@@ -10,6 +10,7 @@ __all__ = ['to_draw', 'finding_of', 'phrase', 'dot_row', 'dots_svg', 'beside', '
 import textwrap
 from pathlib import Path
 from ..draw import BETTER, INK, SOFT, WORSE, arrow, stroke, svg, text
+from .effects import PROBES
 from .evidence import Measured, book, measured, read_rows, see
 from ..show import Table, show
 
@@ -34,7 +35,8 @@ def phrase(
 )->str:
     "A difference in plain words."
     words = phrases.get(m.system, {}).get(m.change, m.change.replace("_", " "))
-    return f"#{m.system[2:]} {words}"
+    probe = "probe: " if m.change in PROBES.get(m.system, {}) else "" # it is not what ran
+    return f"#{m.system[2:]} {probe}{words}"
 
 # %% ../../nbs/systems/58a_pictures.ipynb #b7f8c205
 def dot_row(

@@ -48,8 +48,8 @@ PR1855 = PR1394.child("pr1855", "Packed documents, two lanes, gates of twelve ch
     min_lr=.1,
     order_from=.35,
     ema_decay=.9965,
-    # squeezing: finer steps for attention than for the MLP, a table in seven bits, gates in eight,
-    # three corrections, streams by columns
+    # squeezing: finer steps for the MLP, coarser ones for attention and the table (in seven bits),
+    # gates in eight bits, three corrections, streams by columns
     rules=(
         (r"\.mlp\.", Grid(-31, 31, sigmas=11.5)),
         (r"\.attn\.", Grid(-31, 31, sigmas=13.)),
