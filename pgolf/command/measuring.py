@@ -38,7 +38,7 @@ from .options import (Device, OwnCorpus, Overrides, Overwrite, Quiet, ScaleOptio
 AuditSystem = Annotated[str, typer.Option("--system",
     help="recipe of an artifact; default: the one it names")]
 AuditStage = Annotated[str, typer.Option("--stage",
-    help="score to audit: artifact, sliding, adapted, rescored; default: the result")]
+    help="score to audit: artifact, sliding, adapted, tilted, rescored; default: the result")]
 Places = Annotated[int, typer.Option(
     help="targets that are changed; each costs four evaluations of the stretch")]
 

@@ -74,7 +74,8 @@ def _finding(name, what, leaks, tol, good, bad, unit="nats"):
     leaks = [(math.inf if math.isnan(s) else s, *rest) for s,*rest in leaks]
     size,place,how = max(leaks, key=lambda l: l[0], default=(0., None, ""))
     if size <= tol: return Finding(name, what, PASSED, good)
-    amount = f"{bad.format(place=place)} {size:.2g} {unit}".strip()
+    number = f"{size:,.0f}" if 100 <= size < math.inf else f"{size:.2g}"
+    amount = f"{bad.format(place=place)} {number} {unit}".strip()
     return Finding(name, what, FAILED, amount+how, place, size)
 
 def _moved(new, old, how):

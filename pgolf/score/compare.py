@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..files import atomic_write
 from ..outside import MOST, check_kinds, read_arrays, reading
 from ..game.bpb import ByteTables
-from .windows import ScoreConfig, Scores, _shares, check_stream, paired_difference, score
+from pgolf.score.windows import (ScoreConfig, Scores, _shares, check_stream, paired_difference,
+    score, student)
 
 # %% ../../nbs/score/45_compare.ipynb #02b22d77
 KINDS = ("control", "word start", "inside a word", "digits", "punctuation", "byte") # of tokens
@@ -194,6 +195,6 @@ def _rows(a, b, starts, label, names):
     which = torch.bucketize(torch.arange(len(label)), starts, right=True)-1
     share, stderr = _shares(a, b, which, label, len(names))
     heads = ("of", "targets", "bits a", "bits b", "bpb a - b", "+-")
-    columns = (x.tolist() for x in (count, bits(a), bits(b), share, 1.96*stderr))
+    columns = (x.tolist() for x in (count, bits(a), bits(b), share, student(len(starts))*stderr))
     rows = [dict(zip(heads, row)) for row in zip(names, *columns)]
     return [r for r in rows if r["targets"]]

@@ -100,8 +100,8 @@ class Record:
     def rows(self)->list[tuple[str,str]]: # for a table
         "What the comparison found."
         def group(g): return f"{g[0]:.6f} +- {g[1]:.6f} nats per token, {g[2]} seeds"
-        verdict = (f"{'yes' if self.is_record else 'no'}: p = {self.p:.3g} that the lead is"
-            f" {self.margin} nats or less; the rule wants p < {self.alpha}")
+        verdict = (f"{'yes' if self.is_record else 'no'}: p = {self.p:.3g} for such a lead if the"
+            f" true one were {self.margin} nats; the rule wants p < {self.alpha}")
         seeds = str(self.seeds or "no number: the lead is within the margin")
         return [("new", group(self.new)), ("old", group(self.old)),
             ("lead", f"{self.lead:+.6f} nats per token, {self.lead_bpb:+.6f} bpb"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScoreConfig', 'plan_windows', 'window_table', 'document_starts', 'batches', 'token_nll', 'window_logits',
-           'evaluating', 'check_stream', 'Piece', 'deal', 'stream', 'Scores', 'join', 'score', 'Difference',
+           'evaluating', 'check_stream', 'Piece', 'deal', 'stream', 'Scores', 'join', 'score', 'Difference', 'student',
            'paired_difference']
 
 # %% ../../nbs/score/40_windows.ipynb #b1f4f380
@@ -365,8 +365,19 @@ class Difference:
     bpb:float    # bits per byte, a - b
     stderr:float # standard error, from the scatter between blocks
     blocks:int   # blocks of targets
-    low = property(lambda self: self.bpb-1.96*self.stderr, doc="Lower end of the 95 % interval.")
-    high = property(lambda self: self.bpb+1.96*self.stderr, doc="Upper end of the 95 % interval.")
+    low = property(lambda self: self.bpb-self.half, doc="Lower end of the 95 % interval.")
+    high = property(lambda self: self.bpb+self.half, doc="Upper end of the 95 % interval.")
+    @property
+    def half(self)->float: # bits per byte
+        "Half of the 95 % interval: Student's, for few blocks say little of their own scatter."
+        return student(self.blocks)*self.stderr
+
+def student(
+    n:int, # measurements, 2 or more
+)->float:  # 1.96 for very many
+    "How many standard errors the 95 % interval of their mean reaches to either side."
+    from scipy.special import stdtrit # a moment, so only where it is needed
+    return float(stdtrit(n-1, .975))
 
 # %% ../../nbs/score/40_windows.ipynb #6db11878
 def paired_difference(

@@ -135,7 +135,6 @@ def check_start(recipe, dataset, out, eval_tokens, nproc):
     check_data(recipe, dataset)
     check_recipe(recipe)
 
-
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200003
 def check_recipe(recipe):
     "Raise for settings that fit no model: no rule or optimizer for a tensor, nothing to adapt."
@@ -147,7 +146,6 @@ def check_recipe(recipe):
     check_rounding(recipe.quant, recipe.gptq, recipe.stages.use_gptq)
     check_tilt(recipe)
     if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
-
 
 # %% ../../nbs/systems/52_pipeline.ipynb #d96cd575
 def make_average(
@@ -300,7 +298,6 @@ def write_artifact(
         job.report = Report.load(job.out/"report.json")
     return load_codes(job.artifact)[0], json.loads((job.out/"errors.json").read_text())
 
-
 # %% ../../nbs/systems/52_pipeline.ipynb #4002840s
 def squeeze_here(
     job:Job, # this process is one rank of it
@@ -321,7 +318,6 @@ def squeeze_here(
     job.keep()
     return codes, errors
 
-
 # %% ../../nbs/systems/52_pipeline.ipynb #4002841s
 def _hessians(job, state):
     "What GPTQ needs to know of the inputs, or None."
@@ -337,7 +333,6 @@ def _squeeze(job, state, hessians):
         source = dequantize_state(quantize_state(state, replace(r.quant, rules=s.first_rules)))
     return squeeze_state(source, r.quant, r.gptq if s.use_gptq else None, hessians, fitter(r.gptq),
         job.progress)
-
 
 # %% ../../nbs/systems/52_pipeline.ipynb #c5200005
 def _is_written(job):
@@ -399,15 +394,16 @@ def score_adapting(job, model):
     "Grade a model that learns from what it has been graded on; as an exhibit, once more."
     r = job.recipe
     learner = ADAPTATIONS[r.stages.adaptation](model, r, job.ranks)
-    hints = [_hints(job)] if r.stages.use_tilt else []
-    out = dict(adapted=grade(job, "adapted", f"read back, {learner.what}",
-        lambda t,b: learner.score(t, b, r.score, job.progress, *hints)))
-    if hints: out["tilted"] = _tilted(job, out["adapted"], *hints)
+    hints:list = []
+    def adapt(t, b): # the hints are heard on its clock
+        if r.stages.use_tilt: hints.append(_hints(job))
+        return learner.score(t, b, r.score, job.progress, *hints)
+    out = dict(adapted=grade(job, "adapted", f"read back, {learner.what}", adapt))
+    if hints: out["tilted"] = _tilted(job, out["adapted"], lambda: hints[0])
     if again := r.stages.rescore_temperature:
         cfg = replace(r.score, eval_temperature=again)
-        out["rescored"] = grade(job, "rescored",
-            "ILLEGAL: the same text again, with weights that have learnt it",
-            lambda t,b: learner.rescore(t, b, cfg, job.progress))
+        out["rescored"] = grade(job, "rescored", "ILLEGAL: the same text again, with weights that "
+            "have learnt it", lambda t,b: learner.rescore(t, b, cfg, job.progress))
     return out
 
 # %% ../../nbs/systems/52_pipeline.ipynb #ex52c001
@@ -415,23 +411,23 @@ def _hints(job):
     "What the text says beforehand, heard while it is scored."
     return last_words(job.recipe, _val_tokens(job), job.ranks)
 
-def _tilted(job, scores, hints):
-    "The row of a score with hints."
+def _tilted(job, scores, hear):
+    "The row of a score with hints, which are heard on its clock."
     return grade(job, "tilted", "the same, with hints or counts of the text so far",
-        lambda t,b: hints.raised(scores, t, job.recipe.tilt))
+        lambda t,b: hear().raised(scores, t, job.recipe.tilt))
 
 def score_tilted(job, model, sliding):
     "Grade windows with hints from the text."
-    hints,r = _hints(job), job.recipe
-    if not r.tilt.tilt_contexts:
-        hints.p = window_hints(model, _val_tokens(job), job.dataset.byte_tables(), r.score,
-            hints.hint, job.ranks)
-    return _tilted(job, sliding, hints)
+    def hear():
+        hints,r = _hints(job), job.recipe
+        if not r.tilt.tilt_contexts: hints.p = window_hints(model, _val_tokens(job),
+            job.dataset.byte_tables(), r.score, hints.hint, job.ranks)
+        return hints
+    return _tilted(job, sliding, hear)
 
 def _val_tokens(job):
     "The tokens that are scored."
     return job.dataset.val_tokens(job.eval_tokens+1 if job.eval_tokens else None)
-
 
 # %% ../../nbs/systems/52_pipeline.ipynb #04675d18
 def score_all(

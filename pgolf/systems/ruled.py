@@ -21,7 +21,7 @@ from ..score.rulings import (FULL_SPLITS, denominator_is, runs_apart, seeds_of_o
 from ..squeeze.lowrank import load_codes
 from ..squeeze.gptq import quant_errors
 from .recipe import Recipe, load_recipe
-from .report import Report
+from .report import Report, evaluation_seconds
 from ..train.checkpoint import read_checkpoint
 
 # %% ../../nbs/systems/53a_ruled.ipynb #ru000006
@@ -140,7 +140,7 @@ def by_clock(s:Subject)->Finding: # D4
     if r.nproc != 8 or "H100" not in str(r.environment.get("device", "")):
         return _absent("D4", what, "the limits are those of eight H100")
     calibration = r.training.get("calibration_seconds", r.training.get("squeeze_seconds", 0.))
-    return within_time(r.training["elapsed"], calibration, s.row["seconds"])
+    return within_time(r.training["elapsed"], calibration, evaluation_seconds(r, s.row))
 
 def by_return(s:Subject)->Finding: # D8
     "Whether decoding gives the text that was encoded."
