@@ -309,8 +309,8 @@ class GPT(_Trained):
         _add_between(self, cfg)
         threads = torch.get_num_threads()
         torch.set_num_threads(1) # a factorization among threads has other last bits
-        try: _draw_weights(self, seed)
-        finally: torch.set_num_threads(threads)
+        _draw_weights(self, seed)
+        torch.set_num_threads(threads)
 
     def init_weights(self, seed:int)->"GPT":
         "Return to the initial values that `seed` draws."
