@@ -11,7 +11,7 @@ import os, re, shlex, shutil, signal, subprocess, sys, threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..files import read_json, write_json
-from .batch import on_signals
+from .batch import log_tail, on_signals
 from .runs import Run
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c00005
@@ -193,8 +193,7 @@ class Ended(Handed):
     def _log_end(self, i)->str:
         "What the log of a job ends with, if there is one that ends with something."
         for log in sorted((self.folders[i]/"slurm").glob(f"{self.jobs[i]}_*.err")):
-            if said := log.read_text(errors="replace").strip():
-                return f" and ends with: {said.splitlines()[-1]}"
+            if said := log_tail(log, 1): return f" and ends with: {said}"
         return ""
 
 # %% ../../nbs/scale/72_slurm.ipynb #72c00017

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..files import atomic_write
 from ..outside import MOST, check_kinds, read_arrays, reading
 from ..game.bpb import ByteTables
-from pgolf.score.windows import (ScoreConfig, Scores, _shares, check_stream, paired_difference,
-    score, student)
+from .windows import ScoreConfig, Scores, _shares, check_stream, paired_difference
+from .windows import score, student
 
 # %% ../../nbs/score/45_compare.ipynb #02b22d77
 KINDS = ("control", "word start", "inside a word", "digits", "punctuation", "byte") # of tokens
