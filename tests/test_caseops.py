@@ -1,13 +1,19 @@
-"CaseOps against the published helper, and on any text."
+"CaseOps against the published helper, on any text, and what an audit says of its sidecar."
 import json
+import shutil
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgolf.game.caseops import (MARKS, CaseError, case_bytes, decode_case, encode_case,
-                                encode_case_document)
+from pgolf.game.bpb import byte_tables
+from pgolf.game.caseops import (MARKS, CaseError, build_case_dataset, case_bytes, decode_case,
+                                encode_case, encode_case_document)
+from pgolf.game.data import austen_documents, open_dataset
+from pgolf.game.shards import write_shard
 from pgolf.game.tokenizer import load_tokenizer
+from pgolf.systems.verdict import sidecar_is_whole, transform_of
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +77,37 @@ def test_bytes_do_not_depend_on_where_pieces_end(size):
 
 def test_marks_are_charged_nothing_and_their_namesakes_three_bytes():
     assert case_bytes(["\ue001hello", "\ue004", "\ue001", "\ue002ab"]) == [5, 0, 3, 2]
+
+
+# ---- what an audit says of a sidecar
+
+ODD = {"compatibility": "The ™ of Acme", "spaces": "Two  spaces   Here", "ligature": "café ﬁne",
+    "a letter made before a mark": "It was 20 ºC Outside.", "nothing odd": "Sir Walter Elliot"}
+
+
+def unnamed(data, folder):
+    "The same data without pgolf's own key in the manifest, as published exports are."
+    shutil.copytree(data.path, folder)
+    manifest = json.loads((folder/"manifest.json").read_text())
+    del manifest["datasets"][0]["text_transform"]
+    (folder/"manifest.json").write_text(json.dumps(manifest))
+    return open_dataset(folder)
+
+
+def of_coded_text(data):
+    "Write the sidecar that charges the bytes of the text with its marks."
+    tokens = data.val_tokens()
+    coded = byte_tables(data.tokenizer()).count(tokens[:-1], tokens[1:])
+    write_shard(data.val_bytes[0], np.array([0, *coded.tolist()]))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_honest_sidecar_passes_and_one_of_coded_text_fails(name, tmp_path):
+    data = build_case_dataset(austen_documents("train")[:9],
+        [ODD[name], *austen_documents("val")[3:4]], tmp_path/"data", 400)
+    for d in (data, unnamed(data, tmp_path/"unnamed")):
+        n = len(d.val_tokens())-1
+        assert transform_of(d).marks == MARKS
+        assert sidecar_is_whole(d, n).status == "passed"
+        of_coded_text(d)
+        assert sidecar_is_whole(open_dataset(d.path), n).status == "failed"

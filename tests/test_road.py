@@ -53,7 +53,7 @@ ROWS = {
         "hash embeddings, SmearGate, TTT, QAT removed"), "34.40 M", "5,963", "15,927,782",
         dict(vocab_size=4096, mlp_mult=4., muon_weight_decay=.085, table_weight_decay=.085,
             qk_gain_init=4., skip_gate=True, codec="brotli", bigram_vocab_size=0, smear=False,
-            use_ttt=False, late_qat_threshold=0.)),
+            loader="strides", use_ttt=False, late_qat_threshold=0.)),
     "pr1394": ("#1394", "1.0856", ("sp8192", "GPTQ on the embedding", "SDClip",
         "loop 4-5 three passes from 50 %", "value embeddings removed", "shuffled-sequence loader"),
         "35.94 M", "4,989", "15,988,983", dict(vocab_size=8192, tables=True, order_from=.5,

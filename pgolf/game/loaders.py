@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ShuffledOrder', 'ShuffledLoader', 'coprime_stride', 'stride_walk', 'StrideOrder', 'stride_batch', 'seed_of_names',
-           'segment_starts', 'cumulative_lengths', 'segment_of', 'segment_mask', 'Packed', 'PackedLoader',
-           'next_packed', 'PackedSpans']
+           'StrideLoader', 'segment_starts', 'cumulative_lengths', 'segment_of', 'segment_mask', 'Packed',
+           'PackedLoader', 'next_packed', 'PackedSpans']
 
 # %% ../../nbs/game/08_loaders.ipynb #fb6cec51
 import hashlib
@@ -203,6 +203,56 @@ def seed_of_names(
     "A seed from the names of the shards."
     text = "\n".join(sorted(Path(p).name for p in shards))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+# %% ../../nbs/game/08_loaders.ipynb #rb08c003
+class _InTurn:
+    "Batches that all ranks draw alike; the place is their number."
+    shards:list[np.ndarray]
+    names:list[Path]
+    seq_len:int
+    rows:int  # of a batch, over all ranks
+    rank:int
+    world:int
+    micro:int # rows of a micro-batch
+    _order:StrideOrder|None
+
+    @property
+    def position(self)->int: return self._batches
+    @position.setter
+    def position(self, batches:int): self._batches, self._order = batches, None
+
+    def next_step(self)->list[tuple[Tensor,Tensor]]: # (rows, seq_len) int64 each
+        "The micro-batches of this rank for the next step."
+        if not (order := self._order):
+            lengths, seed = [*map(len, self.shards)], seed_of_names(self.names)
+            order = self._order = StrideOrder(lengths, self.seq_len, seed)
+            for _ in range(self._batches): stride_batch(order, self.rows)
+        self._batches += 1
+        mine = stride_batch(order, self.rows)[self.rank::self.world]
+        x, y = _shifted([self.shards[i][a:a+self.seq_len+1] for i,a in mine])
+        return list(zip(x.split(self.micro), y.split(self.micro)))
+
+# %% ../../nbs/game/08_loaders.ipynb #rb08c002
+class StrideLoader(_InTurn):
+    "Batches of rows in strides over several shards, dealt to the ranks in turn."
+    def __init__(self,
+        shards:Iterable[Path], # training shards; sorted by name here
+        batch_tokens:int,      # inputs per step, over all ranks
+        seq_len:int,           # tokens per row
+        num_spans:int=1,       # micro-batches of a step, over all ranks; the ranks divide it
+        rank:int=0,            # this process
+        world:int=1,           # processes
+        position:int=0,        # steps taken before
+        vocab_size:int|None=None, # ids must be below it
+    ):
+        self.names, self.rows = sorted(map(Path, shards)), batch_tokens//seq_len
+        _check_deal(world, batch_tokens, seq_len, rank, world) # each rank reads all shards
+        if num_spans < 1 or num_spans % world or self.rows % num_spans:
+            raise ValueError(f"num_spans={num_spans} must divide the {self.rows} rows of a step and"
+                f" be a multiple of world={world}")
+        self.shards = [read_shard(p, vocab_size) for p in self.names]
+        self.seq_len, self.rank, self.world = seq_len, rank, world
+        self.micro, self.position = self.rows//num_spans, position
 
 # %% ../../nbs/game/08_loaders.ipynb #e63f7dde
 def segment_starts(

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['MORE', 'USAGE', 'trains_alike', 'borrow', 'Entry', 'read_entries', 'run_entries', 'race_of', 'kept_in_race', 'keep',
-           'gather_races', 'held_out', 'trial', 'run_trials', 'main']
+           'gather_races', 'held_out', 'trial', 'run_trials', 'with_counts', 'main']
 
 # %% ../../nbs/scale/74_race.ipynb #rc000003
 import math, os, shutil, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-import numpy as np, yaml
+import numpy as np, torch, yaml
 from ..files import read_json, write_json
 from ..game.data import Dataset
 from ..game.shards import read_shard, write_shard
 from ..outside import read_arrays
 from .measured import gather, kept_of, read_runs
+from ..score.order import last_words
 from ..score.record import BYTES_PER_TOKEN, record_test
+from ..score.windows import Scores
 from ..systems.pipeline import run, start
 from ..systems.recipe import Recipe, diff, load_recipe
 from ..systems.recipes import at_scale, get_recipe
@@ -73,6 +75,7 @@ class Entry:
     recipe:str      # for example birdie
     lender:str=""   # whose weights it takes; "": it has trained
     overrides:tuple=() # (setting, value) pairs: what tuning has found
+    texts:tuple=()  # whose folders it runs in; (): in all
 
 # %% ../../nbs/scale/74_race.ipynb #rc00000e
 def read_entries(
@@ -81,7 +84,8 @@ def read_entries(
     "Read who races against whom."
     plan = _check_form(path, yaml.safe_load(Path(path).read_text()))
     entries = {n: Entry(n, e.get("recipe", n), e.get("lender", ""),
-        tuple(e.get("overrides", {}).items())) for n,e in plan["entries"].items()}
+        tuple(e.get("overrides", {}).items()), tuple(e.get("texts", ())))
+        for n,e in plan["entries"].items()}
     named = {x for race in plan["races"] for x in (race["ours"], race["rival"])}
     named |= {e.lender for e in entries.values() if e.lender}
     if unknown := sorted(named - entries.keys()):
@@ -113,6 +117,7 @@ def run_entries(
 ):
     "Make every run that can borrow its weights, and audit what has no verdict."
     for e in entries.values():
+        if e.texts and Path(folder).name not in e.texts: continue
         for lender in sorted(Path(folder).glob(f"*/{e.lender or e.name}-[0-9]*")):
             if not read_json(lender/"report.json").get("complete"): continue
             report, out = Report.load(lender/"report.json"), lender
@@ -131,7 +136,7 @@ def race_of(
     theirs:dict,# the same of the rival
 )->dict: # of plain numbers; p is None with fewer than two seeds
     "Compare two systems on the seeds that both have; `equal` says whether the means were."
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = _shared(ours, theirs)
     def result(x): return [x[s]["stages"][x[s]["result"]] for s in seeds]
     def nats(bpb): return bpb*math.log(2)*BYTES_PER_TOKEN # per token of the challenge's tokenizer
     a, b = result(ours), result(theirs)
@@ -151,6 +156,14 @@ def race_of(
         **means, seconds=both("seconds"))
 
 # %% ../../nbs/scale/74_race.ipynb #rc00000g
+def _shared(ours, theirs):
+    "Seeds that both sides have, if they have read the same data."
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(data := {x[s].get("data") for s in seeds for x in (ours, theirs)} - {None}) > 1:
+        raise ValueError(f"these runs have read different data ({', '.join(sorted(data))}):"
+            " race on one text")
+    return seeds
+
 def _gaps(runs, seeds):
     "What each file loses against the averaged weights, bits per byte; empty where not scored."
     return [runs[s]["gap"] for s in seeds if runs[s].get("gap") is not None]
@@ -248,9 +261,28 @@ def run_trials(
         say(f"{system} {settings or 'as published'}: {sum(list(nats.values())[-1]):.0f} nats")
     return dict(system=system, seed=lent.train.seed, targets=len(data.val_tokens())-1, trials=found)
 
+# %% ../../nbs/scale/74_race.ipynb #rc00003b
+def with_counts(
+    run,           # folder of a finished run
+    contexts:int=4,# tokens before the target, at most, as `tilt_contexts`
+)->dict: # plain numbers, for JSON
+    "What counts of the text would make of the last score that does not have them."
+    run = Path(run)
+    report, recipe = Report.load(run/"report.json"), load_recipe(run/"recipe.json")
+    stage = "adapted" if report.bpb("adapted") else "sliding"
+    recipe, data = recipe.but(use_tilt=True, tilt_contexts=contexts), data_for(run)
+    nll = torch.from_numpy(read_arrays(run/"scores.npz", [stage])[stage]).double()
+    tokens = data.val_tokens(len(nll)+1)
+    before = Scores(nll, data.byte_tables().count(tokens[:-1], tokens[1:]))
+    after = last_words(recipe, tokens).raised(before, tokens, recipe.tilt)
+    return dict(recipe=recipe.name, seed=report.seed, scale=report.scale, text=data.name,
+        contexts=contexts, stage=stage, targets=len(nll), before=before.val_bpb,
+        after=after.val_bpb)
+
 # %% ../../nbs/scale/74_race.ipynb #rc000016
 USAGE = """usage: python -m pgolf.scale.race PLAN.yaml RUNS RESULTS.json
-       python -m pgolf.scale.race trials PLAN.yaml LENDER SYSTEM RESULTS.json"""
+       python -m pgolf.scale.race trials PLAN.yaml LENDER SYSTEM RESULTS.json
+       python -m pgolf.scale.race counted RUN [RUN ...] RESULTS.json"""
 
 def _races(plan, runs, results):
     "Borrow, audit, keep, compare, write."
@@ -265,11 +297,21 @@ def _trials(plan, lender, system, results):
     found = run_trials(plan, lender, system, Path(lender).parent/"trials")
     write_json(Path(results), read_json(Path(results)) | {system: found})
 
+def _counted(*words):
+    "Give finished runs the counts, keep what was found beside what is there."
+    *runs, results = words
+    found = {Path(r).name: with_counts(r) for r in runs}
+    write_json(Path(results), read_json(Path(results)) | found)
+
+# %% ../../nbs/scale/74_race.ipynb #rc00003e
+_WORDS = dict(trials=(_trials, 4, 4), counted=(_counted, 2, 99)) # least and most words behind it
+
 def main(words):
-    "Races, or the trials of one system."
-    tuning = words[:1] == ["trials"]
-    if len(words) != (5 if tuning else 3): raise SystemExit(USAGE)
-    try: _trials(*words[1:]) if tuning else _races(*words)
+    "Races, the trials of one system, or rivals with counts."
+    do, least, most = _WORDS.get(words[0] if words else "", (_races, 3, 3))
+    given = words if do is _races else words[1:]
+    if not least <= len(given) <= most: raise SystemExit(USAGE)
+    try: do(*given)
     except (ValueError, OSError) as e: raise SystemExit(f"pgolf: error: {e}") from None
 
 # %% ../../nbs/scale/74_race.ipynb #rc000017

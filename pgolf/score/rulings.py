@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL_SPLITS', 'training_starts_behind', 'tokens_are_there', 'runs_apart', 'artifact_is_innocent', 'original_bytes',
-           'bytes_from_log', 'denominator_is', 'split_is_full', 'seeds_of_one', 'within_time', 'text_comes_back']
+           'charges_fit', 'bytes_from_log', 'denominator_is', 'split_is_full', 'seeds_of_one', 'within_time',
+           'text_comes_back']
 
 # %% ../../nbs/score/44c_rulings.ipynb #0b12dc04
 import math
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..game.caseops import decode_case
+from ..game.caseops import ESCAPE, MARKS, decode_case
 from .audit import ABSENT, Finding, _finding, documents
 
 # %% ../../nbs/score/44c_rulings.ipynb #566fd526
@@ -103,6 +104,40 @@ def original_bytes(
     return _finding("D7o", "bytes charged are those of the original text", leaks, 0,
         f"{total:,} bytes in the text, {total:,} charged",
         "document {place} is miscounted by a share of", "")
+
+# %% ../../nbs/score/44c_rulings.ipynb #34122c97
+def charges_fit(
+    tokens:Tensor,   # (n,) validation tokens, BOS first
+    counts:Tensor,   # (n,) bytes charged to each
+    sp,              # SentencePiece processor of coded text
+    slack:float=.01, # of the plain pieces, that NFKC may have made
+)->Finding: # D7, as far as tokens determine it
+    "Whether marks are charged nothing and plain pieces their letters."
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    want = torch.tensor([_letters(sp, i, p) for i,p in enumerate(pieces)])[tokens]
+    off, known = (counts != want) & (want > 0), int((want > 0).sum())
+    wrong = counts != _of_marks(tokens, torch.tensor([p in MARKS for p in pieces]),
+        pieces.index(ESCAPE), counts)
+    leaks = [(float(bad.sum())/of, int(bad.nonzero()[0,0]), what) for bad,of,limit,what in (
+        (wrong, 1, 0, " marks are not charged what they stand for"),
+        (off, max(1, known), slack, f" of {known:,} plain pieces are not charged their letters"))
+        if bad.sum() > limit*of]
+    return _finding("D7o", "bytes charged are those of the original text", leaks, 0,
+        f"{int(counts.sum()):,} bytes charged: marks none, {known-int(off.sum()):,} of"
+        f" {known:,} plain pieces their letters; spaces and other characters by the sidecar alone",
+        "from token {place} on,", "")
+
+# %% ../../nbs/score/44c_rulings.ipynb #34122c98
+def _letters(sp, i, piece):
+    "Bytes of a piece that stands for itself, 0 for others."
+    other = sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or not piece.isascii()
+    return 0 if other else len(piece)
+
+def _of_marks(tokens, mark, escape, counts):
+    "What marks stand for: nothing, or their three bytes behind an escape; others as charged."
+    literal = torch.zeros(len(tokens)+1, dtype=torch.bool)
+    for i in (tokens == escape).nonzero()[:,0].tolist(): literal[i+1] = not literal[i]
+    return torch.where(mark[tokens], 3*literal[:-1], counts)
 
 # %% ../../nbs/score/44c_rulings.ipynb #cfd5ec85
 def bytes_from_log(

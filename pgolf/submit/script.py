@@ -171,7 +171,7 @@ if __name__=="__main__": main()
 
 # %% ../../nbs/submit/61_script.ipynb #64bd4d04
 _STAGES = {"average","ema_decay","swa_every","swa_start_scale","late_qat_threshold","qat_rules",
-    "order_from","taper_from",
+    "order_from","lengths","taper_from",
     "use_gptq","first_rules","eval_rules",
     # what the script below knows; the illegal second score is never in it
     "use_ttt","adaptation","use_tilt","ttt_rules","rescore_temperature","codec","zstd_level",
@@ -184,7 +184,8 @@ def _average(s):
     kept = s.average!="none"
     switch,taper = f"OrderSwitch({s.order_from}), ",f"DecayTaper({s.taper_from}), "
     late = f"LateQAT({s.late_qat_threshold}, {literal(s.qat_rules)}), "
-    listeners = [switch]*bool(s.order_from)+[taper]*bool(s.taper_from)
+    longer = f"LongerSegments({literal(s.lengths)}, TRAIN.train_seq_len), "
+    listeners = [switch]*bool(s.order_from)+[longer]*bool(s.lengths)+[taper]*bool(s.taper_from)
     listeners += [late]*bool(s.late_qat_threshold)+["average, "]*kept
     return dict(average=made, listeners="".join(listeners),
         weights="average.weights()" if kept else "model.state_dict()")
@@ -361,6 +362,7 @@ UNUSED |= _each({
     "polar_express": lambda r: not r.optim.polar,
     "_take_skip": lambda r: not r.model.skip_init,
     "BatchLoader": lambda r: r.train.loader!="spans",
+    "StrideLoader _InTurn": lambda r: r.train.loader!="strides",
     "ShuffledLoader": lambda r: "shuffled" not in (r.train.loader, r.gptq.windows),
     "shuffled_windows": lambda r: r.gptq.windows!="shuffled",
     "_spread_scale": lambda r: not any(g and g.sigmas for _,g in r.quant.rules),

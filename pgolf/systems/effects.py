@@ -56,6 +56,7 @@ def training_key(
     qat = [(p, g and asdict(g)) for p,g in s.qat_rules] if s.late_qat_threshold else []
     used = dict(average=s.average, ema_decay=s.ema_decay, swa=(s.swa_every, s.swa_start_scale),
         late=s.late_qat_threshold, qat=qat, order_from=s.order_from)
+    used |= {k:getattr(s, k) for k in ("taper_from", "lengths") if getattr(s, k)}
     parts = [asdict(c) for c in (recipe.model, recipe.optim, recipe.schedule, recipe.train)]
     return hashlib.sha256(json.dumps([used,parts], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -327,7 +327,7 @@ def draw_gain(ax, page):
 
 # %% ../../nbs/systems/57_page.ipynb #9b304677
 STEPS = (("averaged", "raw"), ("artifact", "averaged"), ("sliding", "artifact"),
-         ("adapted", "sliding"), ("rescored", "adapted"))
+         ("adapted", "sliding"), ("rescored", "adapted"), ("tilted", "adapted"))
 
 def gains_table(page:Page)->Table:
     "What each stage changed, and whether it paid."
@@ -339,8 +339,10 @@ def gains_table(page:Page)->Table:
         return [f"{d.bpb:+.4f} ({d.low:+.4f} to {d.high:+.4f}){part}", verdict]
     rows = []
     for x, y in STEPS:
-        both = [row(s, x, y) if x in s else ["-", "-"] for s in (page.scores, page.beside)]
-        if x in page.scores or x in page.beside:
+        there = [{x, y} <= s.keys() for s in (page.scores, page.beside)]
+        both = [row(s, x, y) if yes else ["-", "-"]
+            for s, yes in zip((page.scores, page.beside), there)]
+        if any(there):
             rows.append([f"{y} → {x}", *both[0], *(both[1] if page.twin else [])])
     heads = ["step", "bpb (95 %)", "verdict"]
     if page.twin: heads += ["as run, bpb (95 %)", "as run"]

@@ -109,6 +109,7 @@ AVERAGE_QAT = dict(
     swa_every="steps between snapshots of the average",
     swa_start_scale="rate below which snapshots begin",
     order_from="share of the run at which blocks begin to repeat",
+    lengths="limits of segments, by share of the run",
     taper_from="share of the run from which Muon's decay halves",
     late_qat_threshold="rate below which training sees rounded weights",
     qat_rules="grid that training sees, by tensor",

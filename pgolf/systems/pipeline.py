@@ -26,7 +26,8 @@ from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
 from ..squeeze.lowrank import flatten_corrections, load_codes, squeeze_state
 from ..train.frontier import DecayTaper
-from ..train.listeners import Checkpointer, MetricsLog, OrderSwitch, Progress
+from pgolf.train.listeners import (Checkpointer, LongerSegments, MetricsLog, OrderSwitch, Progress,
+    check_segments)
 from ..squeeze.quant import LateQAT, set_eval_quant
 from .launch import launch
 from .recipe import Recipe, load_recipe
@@ -145,6 +146,7 @@ def check_recipe(recipe):
     for name,t in model.state_dict().items(): recipe.quant.grid(name, t), first.grid(name, t)
     check_rounding(recipe.quant, recipe.gptq, recipe.stages.use_gptq)
     check_tilt(recipe)
+    check_segments(recipe)
     if recipe.stages.use_ttt: ADAPTATIONS[recipe.stages.adaptation](model, recipe)
 
 # %% ../../nbs/systems/52_pipeline.ipynb #d96cd575
@@ -168,6 +170,7 @@ def make_listeners(
     every,minutes = job.recipe.train.checkpoint_every, job.recipe.train.checkpoint_minutes
     out:list = []
     if s.order_from: out.append(OrderSwitch(s.order_from))
+    if s.lengths: out.append(LongerSegments(s.lengths, job.recipe.train.train_seq_len))
     if s.taper_from: out.append(DecayTaper(s.taper_from))
     if s.late_qat_threshold: out.append(LateQAT(s.late_qat_threshold, s.qat_rules))
     if average: out.append(average)

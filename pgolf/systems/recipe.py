@@ -20,6 +20,7 @@ from ..train.muon import OptimConfig
 from ..squeeze.quant import Grid, QuantConfig
 from ..train.schedule import ScheduleConfig
 from ..score.windows import ScoreConfig
+from ..train.listeners import check_lengths
 from ..train.loop import TrainConfig
 from ..score.ttt import TTTConfig
 from ..score.lora import LoRAConfig
@@ -42,6 +43,9 @@ class StageConfig:
     swa_start_scale:float=.2        # snapshots start when the learning-rate multiplier falls below
     # share of the run from which blocks run in `layer_order`, each once before; 0: from the start
     order_from:float=0.
+    # (share of the run, part of train_seq_len) pairs: from then on packed rows are cut into
+    # segments of at most so much; (): of train_seq_len
+    lengths:tuple=()
     # share from which Muon's weight decay falls, on a line, to half of it at the end; 0: never
     taper_from:float=0.
     # training sees rounded weights when the multiplier falls below; 0: never
@@ -80,8 +84,8 @@ def _check_stages(s):
     if not 0<=s.ema_decay<1: raise ValueError(f"ema_decay={s.ema_decay} not in [0, 1)")
     for name in ("order_from","taper_from"):
         if not 0<=(v := getattr(s, name))<1: raise ValueError(f"{name}={v} not in [0, 1)")
-    if not 0<=s.zstd_level<=22:
-        raise ValueError(f"zstd_level={s.zstd_level} not in 0..22")
+    check_lengths(s.lengths)
+    if not 0<=s.zstd_level<=22: raise ValueError(f"zstd_level={s.zstd_level} not in 0..22")
     for name in ("swa_every","swa_start_scale","late_qat_threshold","rescore_temperature"):
         if not 0<=getattr(s, name)<math.inf:
             raise ValueError(f"{name}={getattr(s, name)} must be 0 or more")
@@ -179,6 +183,7 @@ def _from_json(saved):
     saved["optim"]["groups"] = tuple(Group(**g) for g in saved["optim"]["groups"])
     for rules in ("qat_rules","first_rules","eval_rules","ttt_rules"):
         saved["stages"][rules] = tuple((p,g and Grid(**g)) for p,g in saved["stages"][rules])
+    saved["stages"]["lengths"] = tuple(map(tuple, saved["stages"].get("lengths", ())))
     saved["claims"] = tuple(Claim(**c) for c in saved["claims"])
     saved["ours"] = tuple(saved.get("ours", ()))
     sections:dict[str,Any] = {f.name:f.type for f in fields(Recipe) if is_dataclass(f.type)}
@@ -251,6 +256,10 @@ def _place(item):
         raise ValueError(f"{item!r} is none of {', '.join(known)}")
     return item
 
+def _share(item):
+    "A share of the run and a part of a length."
+    return tuple(map(_number(0), _pair(item)))
+
 def _number(least, kind=float, pair=False):
     "What makes a number, or a pattern and a number, from an item."
     def check(x):
@@ -272,6 +281,7 @@ FORMS:dict[str,tuple] = { # setting that is a list -> what an item must be, how 
     "groups": (_group, GROUPS),
     "ttt_lr_mult": (_number(0, pair=True), r"[('mlp\.proj', 3.0)]"),
     "ttt_temperatures": (_number(1e-6), "(0.95, 1.0)"),
+    "lengths": (_share, "((0, 0.5), (0.25, 1))"),
     "ttt_places": (_place, "('q', 'k', 'v')"),
     **{n: (_rule, RULES) for n in ("rules", "small_rules", "qat_rules", "first_rules",
         "eval_rules", "ttt_rules")},

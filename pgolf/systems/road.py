@@ -201,6 +201,7 @@ PR1218 = PR1019.child("pr1218", "4,096 tokens, MLP 4x, no hash, no smear", full_
     groups=tuple(map(_decaying, BASE_GROUPS)),
     muon_weight_decay=.085,
     table_weight_decay=.085,
+    loader="strides", # of #726, as in #1060
     # squeezing: training text, 14 seconds for it (#1060)
     max_wallclock_seconds=586.,
     windows="train",
@@ -287,8 +288,7 @@ ROAD = (
     Milestone(PR549, "pr414", "LeakyReLU², adaptation by SGD", ("LZMA; zstd stands for it",)),
     Milestone(PR1019, "pr549", "GPTQ, XSA everywhere, no adaptation",
         ("LZMA; zstd stands for it",)),
-    Milestone(PR1218, "pr1019", "4,096 tokens, MLP 4x, fewer tables, twice the decay",
-        ("rows in coprime strides; consecutive ones stand for them",)),
+    Milestone(PR1218, "pr1019", "4,096 tokens, MLP 4x, fewer tables, rows in strides"),
     Milestone(PR1394, "pr1218", "8,192 tokens, repeats, SDClip, even rows, shuffled rows",
         exact=True),
     Milestone(PR1493, "pr1394", "three blocks repeated, parallel blocks, adaptation by SGD"),

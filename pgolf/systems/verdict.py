@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAIN_TOKENS', 'NO_REPORT', 'STAGES', 'open_subject', 'data_for', 'tokenizer_of', 'check_tokenizer', 'audit_numbers',
-           'audit_data', 'spelled', 'sidecar_is_whole', 'stretch', 'is_queue', 'evaluation_of', 'audit_run',
-           'verdict_rows', 'verdict_line']
+           'audit_data', 'transform_of', 'spelled', 'sidecar_is_whole', 'stretch', 'is_queue', 'evaluation_of',
+           'audit_run', 'verdict_rows', 'verdict_line']
 
 # %% ../../nbs/systems/54_verdict.ipynb #40ec5033
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ from ..score.audit import (ABSENT, Finding, all_is_scored, audit, bytes_are_text
                                passes, reported_sum)
 from ..game.bpb import byte_tables
 from ..game.data import Dataset, check_bytes
-from ..game.tokenizer import text_transform
+from ..game.tokenizer import TRANSFORMS, TextTransform, text_transform
 from .ownership import (fingerprint, own_data, read_json, same_data, same_tokenizer,
                                      write_json)
 from ..model.gpt import ModelConfig
@@ -36,7 +36,7 @@ from ..squeeze.quant import set_fake_quant
 # %% ../../nbs/systems/54_verdict.ipynb #c79c5a9e
 from .recipe import Recipe, load_recipe
 from .recipes import at_scale, get_recipe
-from ..score.rulings import original_bytes
+from ..score.rulings import charges_fit, original_bytes
 from ..score.windows import score
 from ..train.device import exactly
 
@@ -203,13 +203,24 @@ def audit_data(
 
 
 # %% ../../nbs/systems/54_verdict.ipynb #ex54c002
+def transform_of(
+    dataset:Dataset, # published ones do not always name it
+)->TextTransform:
+    "What the text went through, by the manifest or by the marks of the tokenizer."
+    if dataset.transform: return text_transform(dataset.transform)
+    sp = dataset.tokenizer()
+    pieces = {sp.id_to_piece(i) for i in range(sp.vocab_size())}
+    known = (t for t in TRANSFORMS.values() if t.marks and pieces.issuperset(t.marks))
+    return next(known, text_transform(""))
+
+# %% ../../nbs/systems/54_verdict.ipynb #ex54c00a
 def spelled(
     dataset:Dataset, # gives tokenizer and transform
     tokens,          # (n,) ids; the last document may be cut off
 )->str:
     "The text of some tokens, as it was before any transform."
-    sp, change = dataset.tokenizer(), text_transform(dataset.transform)
-    if not dataset.transform: return sp.decode(tokens.tolist())
+    sp, change = dataset.tokenizer(), transform_of(dataset)
+    if not change.marks: return sp.decode(tokens.tolist())
     return "".join(_spelled(sp, change, d.tolist()) for d in documents(tokens, sp.bos_id()))
 
 def _spelled(sp, change, ids):
@@ -226,20 +237,23 @@ def sidecar_is_whole(
     targets:int,    # scored, from the start of the split
 )->Finding: # D7
     "Whether a sidecar fits its shards; the original text is not here to be counted."
-    tokens = dataset.val_tokens(targets+1)
-    if dataset.transform: return replace(_as_spelled(dataset, tokens), name="D7")
+    tokens, change = dataset.val_tokens(targets+1), transform_of(dataset)
+    if change.marks: return replace(_as_spelled(dataset, tokens, change), name="D7")
     charged = dataset.byte_tables().count(tokens[:-1], tokens[1:])
-    return Finding("D7", "bytes charged are the text's", "passed",
+    return Finding("D7", "bytes charged are the text's", ABSENT,
         f"{int(charged.sum()):,} bytes by the sidecar of the shards, which charges none to control"
-        " tokens; the original text is not here")
+        " tokens; the original text is not here, and how it was rewritten is not known")
 
-def _as_spelled(dataset, tokens):
-    "Whether whole documents are charged the bytes of their text as it was."
+# %% ../../nbs/systems/54_verdict.ipynb #ex54c00b
+def _as_spelled(dataset, tokens, change):
+    "Whether whole documents are charged the bytes of their text as it was, or what is known of it."
     sp, whole = dataset.tokenizer(), len(dataset.val_tokens()) == len(tokens)
     starts = (tokens == sp.bos_id()).nonzero().flatten().tolist()
     if not whole and len(starts) > 1: tokens = tokens[:starts[-1]] # the last one may be cut off
-    return original_bytes(tokens, dataset.byte_tables().counts[:len(tokens)], sp,
-        text_transform(dataset.transform).decode)
+    counts = dataset.byte_tables().counts[:len(tokens)]
+    try: found = original_bytes(tokens, counts, sp, change.decode)
+    except ValueError: return charges_fit(tokens, counts, sp) # NFKC has put letters before a mark
+    return found if found.status == "passed" else charges_fit(tokens, counts, sp)
 
 # %% ../../nbs/systems/54_verdict.ipynb #ce16c97c
 def stretch(

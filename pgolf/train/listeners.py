@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MetricsLog', 'Validate', 'expected_steps', 'seconds_left', 'as_line', 'Progress', 'Checkpointer',
-           'OrderSwitch', 'TensorBoard']
+           'OrderSwitch', 'check_lengths', 'check_segments', 'LongerSegments', 'TensorBoard']
 
 # %% ../../nbs/train/26_listeners.ipynb #8b67ade2
 import json, math, sys
@@ -191,6 +191,56 @@ class OrderSwitch:
         yield
         run.model.order = before
     def on_end(self, run): run.model.order = run.model.cfg.order
+
+# %% ../../nbs/train/26_listeners.ipynb #rb26c003
+def check_lengths(
+    lengths:tuple, # (share of the run, part of the longest) pairs
+):
+    "Raise for what is no list of limits."
+    starts, parts = [s for s,_ in lengths], [p for _,p in lengths]
+    if lengths and (starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= 1):
+        raise ValueError(f"lengths={lengths}: shares of the run begin with 0, rise, end below 1")
+    if not all(0 < p <= 1 for p in parts):
+        raise ValueError(f"lengths={lengths}: parts of train_seq_len are above 0, at most 1")
+
+def check_segments(
+    recipe, # sections `stages` and `train`
+):
+    "Raise where there are no segments to be cut."
+    if recipe.stages.lengths and recipe.train.loader != "packed":
+        raise ValueError(f"lengths={recipe.stages.lengths} cuts rows that are packed with"
+            f" documents: set loader='packed', not {recipe.train.loader!r}, or leave lengths out")
+
+# %% ../../nbs/train/26_listeners.ipynb #rb26c004
+class LongerSegments:
+    "Cut packed rows into segments whose limit grows with the share of the run."
+    def __init__(self,
+        lengths:tuple, # (share, part) pairs: from this share on, this part of `longest`
+        longest:int,   # tokens of a segment at most, `train_seq_len`
+    ):
+        check_lengths(lengths)
+        if not lengths: raise ValueError("lengths=(): leave the listener out for whole segments")
+        self.limits = [(start, max(1, round(part*longest))) for start,part in lengths]
+    def on_start(self, run): self.before_step(run)
+    def before_step(self, run):
+        "Set the limit of the step that is about to run."
+        over = run.schedule.progress(run.step, run.agreed)
+        _cut(run, next(n for start,n in reversed(self.limits) if over >= start))
+    @contextmanager
+    def rehearse(self, run):
+        "Be at the last limit for a step of the warm-up."
+        before = getattr(run.loader, "loader", run.loader).longest
+        _cut(run, self.limits[-1][1])
+        yield
+        _cut(run, before)
+
+# %% ../../nbs/train/26_listeners.ipynb #rb26c008
+def _cut(run, tokens):
+    "Another limit; what was read ahead with the old one is read again."
+    loader = getattr(run.loader, "loader", run.loader) # inside the thread, or without one
+    if loader.longest == tokens: return
+    loader.longest = tokens
+    run.loader.position = run.loader.position
 
 # %% ../../nbs/train/26_listeners.ipynb #7f5b5e7e
 class TensorBoard:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from ..game.loaders import PackedSpans, ShuffledLoader
+from ..game.loaders import PackedSpans, ShuffledLoader, StrideLoader
 from ..game.shards import BatchLoader
 from .ahead import Ahead
 from .checkpoint import _stateful, load_checkpoint, save_checkpoint
@@ -25,15 +25,13 @@ from .muon import Muon, OptimConfig, make_optimizers
 from .schedule import ScheduleConfig
 
 # %% ../../nbs/train/25_loop.ipynb #rb25c001
-# name -> (shards, TrainConfig, Ranks, position, vocabulary) -> loader of a rank
+# name -> (shards, tokens of a step, of a row, spans, rank, world, position, vocabulary) -> loader
 LOADERS:dict[str,Any] = {
-    "spans": lambda shards, c, ranks, position, vocab: BatchLoader(shards, c.train_batch_tokens,
-        c.train_seq_len, c.num_spans, ranks.rank, ranks.world, position, vocab),
-    "shuffled": lambda shards, c, ranks, position, vocab: ShuffledLoader(shards,
-        c.train_batch_tokens, c.train_seq_len, ranks.rank, ranks.world, position, vocab,
-        c.num_spans),
-    "packed": lambda shards, c, ranks, position, vocab: PackedSpans(shards, c.train_batch_tokens,
-        c.train_seq_len, c.num_spans, ranks.rank, ranks.world, position, vocab),
+    "spans": lambda *deal: BatchLoader(*deal),
+    "shuffled": lambda shards, tokens, row, spans, rank, world, position, vocab: ShuffledLoader(
+        shards, tokens, row, rank, world, position, vocab, spans),
+    "packed": lambda *deal: PackedSpans(*deal),
+    "strides": lambda *deal: StrideLoader(*deal),
 }
 
 # %% ../../nbs/train/25_loop.ipynb #e332ea56
@@ -83,9 +81,10 @@ def make_loader(
     ranks:Ranks=Ranks(), # whose spans
     position:int=0,   # where to begin, from an earlier loader's `position`
     vocab_size:int|None=None, # checks the ids
-)->BatchLoader|ShuffledLoader: # of this rank
+)->Any: # of this rank; has `next_step()` and `position`, to be read and set
     "Build the loader that a configuration asks for."
-    return LOADERS[cfg.loader](shards, cfg, ranks, position, vocab_size)
+    return LOADERS[cfg.loader](shards, cfg.train_batch_tokens, cfg.train_seq_len, cfg.num_spans,
+        ranks.rank, ranks.world, position, vocab_size)
 
 # %% ../../nbs/train/25_loop.ipynb #9f848d80
 def average_gradients(
@@ -140,8 +139,7 @@ class Run(_Tools):
     "State of a training run."
     model:nn.Module    # the raw module, never the compiled one
     optims:list        # optimizers; every group carries "base_lr"
-    # `next_step()` gives the micro-batches of this rank, `position` can be read and set
-    loader:BatchLoader|ShuffledLoader
+    loader:Any         # `next_step()` gives the micro-batches of this rank, `position` is its place
     schedule:ScheduleConfig # rates, momentum, limits
     cfg:TrainConfig    # batch, clipping, intervals
     ranks:Ranks=Ranks()# this process
