@@ -218,7 +218,8 @@ def test_links_lead_to_places_that_are_there(kind):
 def test_no_technique_is_without_a_system_unless_nobody_stored_it():
     known = [*SYSTEMS, *GREAT, "pr2135"]
     without = {t["id"] for t in rows("technique") if not any(has(t, s) for s in known)}
-    assert without == {"hma", "caseops", "awq"}
+    assert without == {"hma", "caseops", "awq", "strides", "joint", "split-lanes", "taper", "banks",
+        "lengths", "hessian-clip", "counts"}
 
 
 # ---- numbers are looked up

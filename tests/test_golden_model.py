@@ -143,6 +143,8 @@ def test_blocks_that_repeat(golden, part):
     logits, loss = model(x), model.loss(x, y)
     loss.backward()
     assert loss.item() == pytest.approx(float(z[part+"loss"]), rel=1e-5)
+    training = model.train().loss(x, y).item()  # nothing differs between the modes
+    assert training == pytest.approx(float(z[part+"train_loss"]), rel=1e-5)
     for name, got in (("first8", logits[:, :8]), ("last8", logits[:, -8:])):
         torch.testing.assert_close(got, torch.from_numpy(z[f"{part}logits_{name}"]),
             rtol=1e-5, atol=1e-5)

@@ -75,6 +75,27 @@ def test_norms_of_the_errors_are_the_published_ones(z, mixed):
         assert (out[name].dequantize()-want).norm() < 1e-3*want.norm()
 
 
+def test_stored_factors_are_the_published_ones(z, mixed):
+    "Codes and steps of the corrections, once each direction has the published sign."
+    state, _, out = mixed
+    for name in (n for n, t in out.items() if isinstance(t, Corrected)):
+        want = {k: z[f"mixed/out/{name}.{k}"] for k in ("lqA_a", "lqAs_a", "lqB_a", "lqBs_a")}
+        A, B = error_factors(state[name] - out[name].base.dequantize(), 4)
+        sign = (B*torch.from_numpy(want["lqB_a"])).sum(1).sign()
+        term = pack_asymmetric(A*sign, B*sign[:, None], B.numel()//len(want["lqBs_a"]))
+        np.testing.assert_allclose(term.A.scale.ravel(), want["lqAs_a"].ravel(), rtol=1e-3)
+        np.testing.assert_allclose(term.B.scale.ravel(), want["lqBs_a"], rtol=1e-3)
+        for got, key in ((term.A, "lqA_a"), (term.B, "lqB_a")):
+            apart = np.abs(got.codes.numpy().ravel().astype(int)-want[key].ravel())
+            assert apart.max() <= 1 and (apart > 0).mean() < 5e-3  # a tie at half a step
+
+
+def test_a_gate_reads_back_as_published(z, mixed):
+    name = "blocks.0.attn.attn_gate_w"
+    np.testing.assert_allclose(mixed[2][name].dequantize(), z[f"mixed/dequantized/{name}"],
+        rtol=1e-6)
+
+
 def test_the_published_term_makes_the_output_worse_and_a_fit_to_the_inputs_better(mixed):
     "The finding, on the published matrices: + 4.8 % and + 11.5 %, and - 7.0 % and - 8.5 %."
     state, hessians, out = mixed

@@ -1,5 +1,6 @@
 """The road, measured: what is gathered from runs, and what is read from it."""
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +135,20 @@ def test_what_is_committed_are_runs_of_the_road(scale):
     tokens = {one["tokens"] for name, seeds in found.items() for one in seeds.values()
         if not name.endswith("-own")}
     assert tokens <= {whole}  # equal steps and equal tokens
+
+
+def test_the_largest_rows_of_the_leaderboard_lie_on_the_road(shared):
+    "Each row lies between its milestone and the one before it in the sheet's order."
+    sheet = (shared/"spec"/"frontier.md").read_text()
+    table = sheet.split("| PR | val_bpb | d prev |")[1].split("\n\n")[0]
+    names = [row.split("|")[1].strip() for row in table.splitlines()[2:]]
+    place = {n.split(",")[0]: i for i, n in enumerate(names)}
+    page = (ROOT/"nbs"/"scale"/"73_measured.ipynb").read_text()
+    said = dict(re.findall(r'\\"(#[^"\\]+)\\": \\"(pr\d+)\\"', page))
+    assert len(said) == 10
+    for row, milestone in said.items():
+        here = milestone.replace("pr", "#")
+        assert place[row] <= place.get(here, place.get(f"{here} (b)")), row
 
 
 def test_the_pocket_plan_has_the_ends_the_great_and_the_ten_largest_steps():

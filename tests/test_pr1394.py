@@ -105,12 +105,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_breaks_a_limit(g, fault):
+def test_a_fault_breaks_a_limit(g, plain_products, fault):
     found = distances(g, **FAULTS[fault])
     assert any(found[k] > limit for k, limit in LIMITS.items()), found
 
 
-def test_another_average_shows(g):
+def test_another_average_shows(g, plain_products):
     assert distances(g, decay=.99)["ema"] > LIMITS["delta"]
 
 

@@ -87,6 +87,8 @@ def test_loss_logits_and_gradients_are_the_published_ones(golden, part):
     logits, loss = model(x, *borders), model.loss(x, y, *borders)
     loss.backward()
     assert loss.item() == pytest.approx(float(z[part+"loss"]), rel=1e-5)
+    training = model.train().loss(x, y, *borders).item()  # nothing differs between the modes
+    assert training == pytest.approx(float(z[part+"train_loss"]), rel=1e-5)
     for name, got in (("first8", logits[:, :8]), ("last8", logits[:, -8:])):
         torch.testing.assert_close(got, torch.from_numpy(z[f"{part}logits_{name}"]),
             rtol=1e-5, atol=1e-5)
@@ -180,12 +182,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_breaks_a_limit(g, fault):
+def test_a_fault_breaks_a_limit(g, plain_products, fault):
     found = distances(g, **FAULTS[fault])
     assert any(found[k] > limit for k, limit in LIMITS.items()), found
 
 
-def test_another_average_shows(g):
+def test_another_average_shows(g, plain_products):
     assert distances(g, decay=.99)["ema"] > LIMITS["delta"]
 
 

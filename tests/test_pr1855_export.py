@@ -20,6 +20,7 @@ from pgolf.game.caseops import build_case_dataset
 from pgolf.game.data import austen_documents
 from pgolf.model.gpt import GPT
 from pgolf.score.audit import future_flip, gates_are_blind
+from pgolf.score import phased as phased_chapter
 from pgolf.score.lora import LoRAConfig, grade_rows
 from pgolf.score.order import in_order, tilted_evaluation
 from pgolf.score.phased import PhasedConfig, WorkingAdapters, score_phased
@@ -37,7 +38,7 @@ from pgolf.systems.recipes import at_scale, get_recipe
 from pgolf.systems.summit import PR1855
 from pgolf.systems.verdict import audit_run, evaluation_of, spelled, stretch, verdict_line
 from pgolf.train.device import Ranks
-from test_pr1855 import build
+from test_pr1855 import build, in_banks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,6 +166,23 @@ def test_the_whole_evaluation_is_the_published_one(z, model, sine, part):
     assert got.val_loss == pytest.approx(float(z[f"{part}/val_loss"]), rel=1e-6)
     assert got.val_bpb == pytest.approx(float(z[f"{part}/val_bpb"]), rel=1e-6)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["ttt_lora_only", "ttt_phased"])
+def test_pauses_move_the_weights_as_published(z, model, sine, monkeypatch, part):
+    "How far each tensor of the model is from where it began; without pauses nothing moves."
+    seen = []
+    class Kept(phased_chapter._Phases):
+        def __init__(self, *a):
+            super().__init__(*a)
+            seen.append(self.model)
+    monkeypatch.setattr(phased_chapter, "_Phases", Kept)
+    run(z, model, part)
+    before, after = (in_banks(m.state_dict()) for m in (model, seen[0]))
+    wanted = {k.split("/")[-1]: float(z[k]) for k in z.files if f"{part}/delta_norm/" in k}
+    moved = {n: (after[n]-before[n]).norm().item() for n in wanted}
+    assert len(wanted) == 46 and any(wanted.values()) == (part == "ttt_phased")
+    assert moved == pytest.approx(wanted, rel=2e-3, abs=1e-7)
 
 
 FAULTS = {
@@ -368,8 +386,11 @@ def test_any_changed_byte_of_a_grouped_file_is_noticed():
 
 # ---- the packed script
 
+def tiny(name): return at_scale(get_recipe(name), "tiny").but(iterations=12, warmup_steps=0)
+
+
 @functools.cache
-def code(): return make_code(at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0))
+def code(name="pr1855"): return make_code(tiny(name))
 
 
 @pytest.mark.slow
@@ -386,18 +407,20 @@ def case_novels(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["novels", "case_novels"])
-def test_the_script_gives_the_packages_bytes_and_scores(text, request, tmp_path):
-    r, data = at_scale(PR1855, "tiny").but(iterations=12, warmup_steps=0), request.getfixturevalue(
-        text)
+@pytest.mark.parametrize("name, text", [("pr1855", "novels"), ("pr1855", "case_novels"),
+    ("pr2135", "novels")])
+def test_the_script_gives_the_packages_bytes_and_scores(name, text, request, tmp_path):
+    "With #2135 to the last score, in which hints have raised their tokens."
+    r, data = tiny(name), request.getfixturevalue(text)
     report = pipeline.run(pipeline.start(r, data, tmp_path/"run", "cpu", 512, progress=False))
-    (tmp_path/"train_gpt.py").write_text(code().packed)
+    (tmp_path/"train_gpt.py").write_text(code(name).packed)
     done = subprocess.run([sys.executable, "train_gpt.py", data.path, "--eval-tokens", "512",
         "--device", "cpu"], capture_output=True, text=True, cwd=tmp_path, timeout=HANG,
         env=dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path/"model.pgolf").read_bytes() == (tmp_path/"run"/"model.pgolf").read_bytes()
     said = read_log(done.stdout)["score"]
-    for row, want in zip(said, report.rows[-2:], strict=True):
+    assert said[-1]["stage"] == dict(pr1855="adapted", pr2135="tilted")[name]
+    for row, want in zip(said, report.rows[-len(said):], strict=True):
         assert [row[k] for k in ("stage", "val_loss", "val_bpb")] == [want[k]
             for k in ("stage", "val_loss", "val_bpb")]

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from pgolf.systems.effects import PROBES, changes, effect_table
+from pgolf.systems.effects import PROBES, UNPROBED, changes, effect_table
 from pgolf.systems.phrases import CHANGES, PHRASES, SECTIONS, say
+from pgolf.systems.pipeline import check_recipe
 from pgolf.systems.plan import settings_text
 from pgolf.squeeze.quant import Grid, LateQAT, first_match, quantize
 from pgolf.systems.recipe import claim_table, diff, diff_table, load_recipe
@@ -298,6 +299,15 @@ def test_every_probe_is_in_words():
     names = {(s, n) for s, probes in PROBES.items() for n in probes}
     short = {n for s, n in names if " " not in say(n, s)}
     assert not short, ADD
+
+
+@pytest.mark.parametrize("system", PROBES)
+def test_every_probe_is_a_run_of_its_own(system):
+    "It can be run, and differs from the description and from every other probe."
+    base = get_recipe(system).but(**UNPROBED.get(system, {}))
+    runs = {"as described": base, **{n: base.but(**s) for n, s in PROBES[system].items()}}
+    for r in runs.values(): check_recipe(at_scale(r, "mini"))
+    assert len({str(r.settings()) for r in runs.values()}) == len(runs)
 
 
 def test_tables_show_no_bare_name():
