@@ -4,6 +4,7 @@ without one."""
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import described_first
 
 from pgolf.train import loop as training
@@ -12,6 +13,7 @@ from pgolf.game.data import write_shard
 from pgolf.model import segments
 from pgolf.model.attention import attend
 from pgolf.model.gpt import GPT
+from pgolf.model.softcap import softcap, softcapped_loss
 from pgolf.systems.pipeline import Job, make_average, make_listeners
 from pgolf.systems.recipes import RECIPES, at_scale
 from pgolf.score.audit import audit, model_evaluation, passes
@@ -178,3 +180,44 @@ def test_scoring_does_not_wait_either(name):
         pieces = list(stream(model, text, tables, case.recipe.score, distribution=distribution))
         assert sum(len(p.nll) for p in pieces) == 399 and all(p.nll.is_meta
             and (p.logprobs is not None) == distribution for p in pieces)
+
+
+def with_gradients(f, leaves, device, dtype):
+    "What a function gives on a device, and the gradients of its mean square, in float32."
+    leaves = [t.to(device, dtype).requires_grad_() for t in leaves]
+    y = f(*leaves)
+    y.float().square().mean().backward()
+    return [t.detach().float().cpu() for t in (y, *(t.grad for t in leaves))]
+
+
+def apart(got, want):
+    "Largest relative distance of pairs of tensors."
+    return max(((a-b).norm()/b.norm()).item() for a, b in zip(got, want, strict=True))
+
+
+@CARD
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("flex", [False, True])
+def test_segments_on_a_card_are_those_of_the_slow_form(dtype, most, flex):
+    "Values and gradients against one call a segment on the CPU: the kernel there is, and the mask."
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, 512, heads, 64, generator=g) for heads in (8, 4, 4)]
+    cu = torch.tensor([0, 7, 200, 201, 450, 512, 512, 512], dtype=torch.int32)
+    want = with_gradients(lambda *x: segments.attend_cut(*x, cu), leaves, "cpu", torch.float32)
+    def fast(*x):
+        if flex: return segments.attend_flex(*x, cu.cuda())
+        return segments.attend_segments(*x, cu.cuda(), 256)
+    got = with_gradients(fast, leaves, "cuda", dtype)
+    assert apart(got, want) < most
+
+
+@CARD
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_loss_on_a_card_is_the_slow_one(compiled):
+    g = torch.Generator().manual_seed(0)
+    z, targets = 40*torch.randn(300, 2000, generator=g), torch.randint(2000, (300,), generator=g)
+    def slow(z): return F.cross_entropy(softcap(z, 30.), targets, reduction="none")
+    fused = torch.compile(softcapped_loss) if compiled else softcapped_loss
+    want = with_gradients(slow, [z], "cpu", torch.float32)
+    got = with_gradients(lambda z: fused(z, targets.cuda(), 30., 1024), [z], "cuda", torch.float32)
+    assert apart(got, want) < 1e-5

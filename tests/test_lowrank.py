@@ -1,5 +1,6 @@
 "Low-rank corrections and the whole quantizer of PR #1855 against the published numbers."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from pgolf.squeeze.gptq import hessian_error
 from pgolf.squeeze.lowrank import (Corrected, error_factors, pack_asymmetric, pack_symmetric,
-                                   squeeze_state)
-from pgolf.squeeze.quant import QuantConfig, Quantized, int_grid
+                                   protected_gptq, squeeze_state)
+from pgolf.squeeze.quant import QuantConfig, Quantized, int_grid, search_scale
 from pgolf.squeeze.sdclip import ORDERED
 
 
@@ -108,3 +109,39 @@ def test_the_published_term_makes_the_output_worse_and_a_fit_to_the_inputs_bette
         changes[name] = coded/none-1, fitted/none-1
     assert sorted(c for c, _ in changes.values()) == pytest.approx([.048, .115], abs=.002)
     assert all(-.09 < f < -.065 for _, f in changes.values())
+
+
+# ---- AWQ-lite
+
+def slow_protected(W, H, grid, start, group, damping):
+    "GPTQ one column after the other, the inverse taken anew for what is left, in float64."
+    W, H = W.double(), H.double()
+    H = H + damping*H.diagonal().mean()*torch.eye(len(H), dtype=torch.float64)
+    own = torch.zeros(W.shape[1], dtype=torch.bool)
+    own[start:start+group] = True
+    scale, high = (search_scale(W.float(), g).double()[:, 0] for g in
+        (grid, replace(grid, lo=-127, hi=127)))
+    left, codes = H.diagonal().argsort(descending=True), torch.zeros(W.shape)
+    while len(left):
+        j = left[0]
+        s, top = (high, 127) if own[j] else (scale, grid.hi)
+        codes[:, j] = (W[:, j]/s).round().clamp(-top, top)
+        inverse = torch.linalg.inv(H[left][:, left])
+        error = (W[:, j]-codes[:, j]*s)/inverse[0, 0]
+        W[:, left] -= error[:, None]*inverse[0]
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize("start", [0, 8, 24])
+def test_a_protected_group_is_rounded_in_its_own_eight_bits(start):
+    g = torch.Generator().manual_seed(start)
+    W, X = torch.randn(24, 32, generator=g), torch.randn(200, 32, generator=g)
+    X *= torch.linspace(3., .3, 32)
+    grid, H = int_grid(4, sigmas=3.), X.T @ X
+    got = protected_gptq(W, H, grid, start, 8)
+    want = slow_protected(W, H, grid, start, 8, ORDERED.damping)
+    assert (got.base.codes != want).float().mean() < .01
+    assert got.base.codes.abs().amax(0)[start:start+8].max() > grid.hi
+    plain = protected_gptq(W, H, replace(grid, lo=-127, hi=127), start, 8)
+    assert hessian_error(W, plain.dequantize(), H) < hessian_error(W, got.dequantize(), H)
