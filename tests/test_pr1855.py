@@ -19,12 +19,14 @@ from pgolf.squeeze.artifact import peek
 from pgolf.submit import script
 from pgolf.systems import pipeline
 from pgolf.systems.great import PR1394
+from pgolf.systems.recipe import load_recipe
 from pgolf.systems.recipes import at_scale, parent_of
 from pgolf.systems.summit import PR1855
 from pgolf.systems.verdict import audit_run
 from pgolf.train import loop
 from pgolf.train.device import Ranks
 from pgolf.train.frontier import DecayTaper, from_banks, to_banks
+from pgolf.train.listeners import LongerSegments
 from pgolf.train.listeners import OrderSwitch
 from pgolf.train.loop import make_loader, train
 from pgolf.train.muon import Muon, make_optimizers
@@ -407,6 +409,25 @@ def test_a_decay_that_tapers_is_a_setting_of_runs_and_scripts():
     assert "OrderSwitch(0.35), DecayTaper(0.7), average, Log()" in script.entry_script(r)
     assert "DecayTaper" not in script.entry_script(tiny())
     with pytest.raises(ValueError, match="taper_from=1"): tiny(taper_from=1.)
+
+
+def test_limits_of_segments_are_a_setting_of_runs_files_and_scripts(tmp_path):
+    r = tiny(lengths=[[0, .5], [.25, 1]])
+    heard = pipeline.make_listeners(SimpleNamespace(recipe=r, progress=False), None)
+    [longer] = [l for l in heard if isinstance(l, LongerSegments)]
+    n = r.train.train_seq_len
+    assert longer.limits == [(0, n//2), (.25, n)]
+    assert f"LongerSegments({r.stages.lengths}, TRAIN.train_seq_len)" in script.entry_script(r)
+    assert "LongerSegments" not in script.entry_script(tiny())
+    r.save(tmp_path/"recipe.json")
+    assert load_recipe(tmp_path/"recipe.json") == r
+    saved = json.loads((tmp_path/"recipe.json").read_text())
+    del saved["stages"]["lengths"]                    # written before the setting was there
+    (tmp_path/"old.json").write_text(json.dumps(saved))
+    assert load_recipe(tmp_path/"old.json") == r.but(lengths=())
+    with pytest.raises(ValueError, match="begin with 0"): tiny(lengths=[[.1, 1]])
+    with pytest.raises(ValueError, match="set loader='packed'"):
+        pipeline.check_recipe(r.but(loader="spans"))
 
 
 def test_only_the_table_is_bfloat16():

@@ -250,7 +250,9 @@ class StrideLoader(_InTurn):
         if num_spans < 1 or num_spans % world or self.rows % num_spans:
             raise ValueError(f"num_spans={num_spans} must divide the {self.rows} rows of a step and"
                 f" be a multiple of world={world}")
-        self.shards = [read_shard(p, vocab_size) for p in self.names]
+        self.shards = [s for p in self.names if len(s := read_shard(p, vocab_size)) > seq_len]
+        if not self.shards: raise ValueError(f"no shard has the {seq_len+1} tokens of a row of"
+            f" seq_len={seq_len}: take longer shards or shorter rows")
         self.seq_len, self.rank, self.world = seq_len, rank, world
         self.micro, self.position = self.rows//num_spans, position
 
@@ -319,7 +321,7 @@ class PackedLoader:
         if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
         self.shards = [read_shard(p, vocab_size) for p in sorted(map(Path, shards))]
         self.span, self.rank, self.world, self.step = tokens+1, rank, world, step
-        self.longest, self.bos, self.bucket = longest, bos, bucket
+        self.longest, self.limit, self.bos, self.bucket = longest, longest, bos, bucket
         self.first = [int(np.argmax(s == bos)) if (s == bos).any() else len(s) for s in self.shards]
         steps = [(len(s)-f)//(world*self.span) for s, f in zip(self.shards, self.first)]
         self.ends = np.cumsum(steps)
@@ -343,7 +345,7 @@ def _row_of(loader, rank):
     within = k - (int(loader.ends[i-1]) if i else 0)
     a = loader.first[i] + (within*loader.world + rank)*loader.span
     row = torch.from_numpy(loader.shards[i][a:a+loader.span].astype(np.int64))
-    starts = segment_starts(row[:-1].numpy(), loader.bos, loader.longest)
+    starts = segment_starts(row[:-1].numpy(), loader.bos, loader.limit)
     cu = cumulative_lengths(starts, len(row)-1, loader.bucket)
     return Packed(row[None, :-1], row[None, 1:], cu, loader.longest)
 

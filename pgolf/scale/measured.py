@@ -24,7 +24,8 @@ def training_flops(
     recipe:Recipe, # at its scale
     tokens:int,    # trained on
 )->float: # floating-point operations
-    "Three passes over each token; before the repeats begin each block runs once."
+    """Three passes over each token; before the repeats begin each block runs once. Attention is
+    counted at the length of a row, whatever the segments in it."""
     m, length = recipe.model, recipe.train.train_seq_len
     plain, late = recipe.but(layer_order=()).model, 1-recipe.stages.order_from
     per_token = late*flops_per_token(m, length) + (1-late)*flops_per_token(plain, length)

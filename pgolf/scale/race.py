@@ -104,6 +104,8 @@ def _check_form(path, plan):
         if not isinstance(e, dict) or not isinstance(e.get("overrides", {}), dict):
             raise ValueError(f"{path}: entry {n}: {e!r}: give a table of recipe, lender and"
                 " overrides, or {}")
+        if not isinstance(e.get("texts", []), list):
+            raise ValueError(f"{path}: entry {n}: texts={e['texts']!r}: give a list of texts")
     for race in races:
         if not isinstance(race, dict) or {"form", "ours", "rival"} - race.keys():
             raise ValueError(f"{path}: race {race!r}: give form, ours and rival")
@@ -300,7 +302,7 @@ def _trials(plan, lender, system, results):
 def _counted(*words):
     "Give finished runs the counts, keep what was found beside what is there."
     *runs, results = words
-    found = {Path(r).name: with_counts(r) for r in runs}
+    found = {f"{x['text']}/{x['scale']}/{Path(r).name}":x for r in runs for x in [with_counts(r)]}
     write_json(Path(results), read_json(Path(results)) | found)
 
 # %% ../../nbs/scale/74_race.ipynb #rc00003e

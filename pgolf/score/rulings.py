@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..game.caseops import ESCAPE, MARKS, decode_case
+from ..game.caseops import ESCAPE, MARKS, case_bytes, decode_case
 from .audit import ABSENT, Finding, _finding, documents
 
 # %% ../../nbs/score/44c_rulings.ipynb #566fd526
@@ -111,21 +111,28 @@ def charges_fit(
     counts:Tensor,   # (n,) bytes charged to each
     sp,              # SentencePiece processor of coded text
     slack:float=.01, # of the plain pieces, that NFKC may have made
+    spaces:float=.02,# of all bytes, that joined spaces and NFKC may have changed
 )->Finding: # D7, as far as tokens determine it
-    "Whether marks are charged nothing and plain pieces their letters."
+    "Whether marks are charged nothing, plain pieces their letters, and all about what it spells."
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     want = torch.tensor([_letters(sp, i, p) for i,p in enumerate(pieces)])[tokens]
     off, known = (counts != want) & (want > 0), int((want > 0).sum())
     wrong = counts != _of_marks(tokens, torch.tensor([p in MARKS for p in pieces]),
         pieces.index(ESCAPE), counts)
-    leaks = [(float(bad.sum())/of, int(bad.nonzero()[0,0]), what) for bad,of,limit,what in (
-        (wrong, 1, 0, " marks are not charged what they stand for"),
-        (off, max(1, known), slack, f" of {known:,} plain pieces are not charged their letters"))
-        if bad.sum() > limit*of]
+    spelled = sum(sum(case_bytes(sp.decode(d.tolist()))) for d in documents(tokens, sp.bos_id()))
+    amount = (float(wrong.sum()), float(off.sum())/max(1, known),
+        abs(int(counts.sum())/max(1, spelled)-1))
+    leaks = [(size, None, said) for size,limit,said in zip(amount, (0, slack, spaces), _said(known,
+        spelled)) if size > limit]
     return _finding("D7o", "bytes charged are those of the original text", leaks, 0,
-        f"{int(counts.sum()):,} bytes charged: marks none, {known-int(off.sum()):,} of"
-        f" {known:,} plain pieces their letters; spaces and other characters by the sidecar alone",
-        "from token {place} on,", "")
+        f"{int(counts.sum()):,} bytes charged, {spelled:,} spelt: marks none, all but"
+        f" {int(off.sum()):,} of {known:,} plain pieces their letters", "charged otherwise:", "")
+
+# %% ../../nbs/score/44c_rulings.ipynb #34122c99
+def _said(known, spelled):
+    "What is counted of marks, plain pieces and all bytes."
+    return (" marks are not charged what they stand for", f" of {known:,} plain pieces are not"
+        " charged their letters", f" of the {spelled:,} bytes that the tokens spell")
 
 # %% ../../nbs/score/44c_rulings.ipynb #34122c98
 def _letters(sp, i, piece):

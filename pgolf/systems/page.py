@@ -338,7 +338,8 @@ def gains_table(page:Page)->Table:
         part = _part(min(scores[x].n_targets, scores[y].n_targets), most)
         return [f"{d.bpb:+.4f} ({d.low:+.4f} to {d.high:+.4f}){part}", verdict]
     rows = []
-    for x, y in STEPS:
+    unadapted = [("tilted", "sliding")]*("adapted" not in page.scores)
+    for x, y in (*STEPS, *unadapted):
         there = [{x, y} <= s.keys() for s in (page.scores, page.beside)]
         both = [row(s, x, y) if yes else ["-", "-"]
             for s, yes in zip((page.scores, page.beside), there)]

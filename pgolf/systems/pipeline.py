@@ -26,8 +26,8 @@ from ..model.gpt import GPT, ModelConfig, count_parameters, param_groups, stored
 from ..squeeze.gptq import dequantize_state, quant_errors, quantize_state
 from ..squeeze.lowrank import flatten_corrections, load_codes, squeeze_state
 from ..train.frontier import DecayTaper
-from pgolf.train.listeners import (Checkpointer, LongerSegments, MetricsLog, OrderSwitch, Progress,
-    check_segments)
+from ..train.listeners import (Checkpointer, LongerSegments, MetricsLog, OrderSwitch,
+                                   Progress, check_segments)
 from ..squeeze.quant import LateQAT, set_eval_quant
 from .launch import launch
 from .recipe import Recipe, load_recipe

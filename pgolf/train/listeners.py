@@ -226,20 +226,13 @@ class LongerSegments:
         "Set the limit of the step that is about to run."
         over = run.schedule.progress(run.step, run.agreed)
         _cut(run, next(n for start,n in reversed(self.limits) if over >= start))
-    @contextmanager
-    def rehearse(self, run):
-        "Be at the last limit for a step of the warm-up."
-        before = getattr(run.loader, "loader", run.loader).longest
-        _cut(run, self.limits[-1][1])
-        yield
-        _cut(run, before)
 
 # %% ../../nbs/train/26_listeners.ipynb #rb26c008
 def _cut(run, tokens):
     "Another limit; what was read ahead with the old one is read again."
     loader = getattr(run.loader, "loader", run.loader) # inside the thread, or without one
-    if loader.longest == tokens: return
-    loader.longest = tokens
+    if loader.limit == tokens: return
+    loader.limit = tokens
     run.loader.position = run.loader.position
 
 # %% ../../nbs/train/26_listeners.ipynb #7f5b5e7e
