@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable
 from math import gcd
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,13 +60,13 @@ class _Drawn:
     seq_len:int
     rank:int
     micro:int # rows of a micro-batch
-    _order:ShuffledOrder|None = None
+    _order:Any = None # of the draws
 
     def next_batch(self)->tuple[Tensor,Tensor]: raise NotImplementedError
 
     @property
     def position(self)->int:
-        "Rows drawn so far; to be at another one, the draws are made again, when a row is wanted."
+        "Draws so far; to be at another one, they are made again, when a row is wanted."
         return self._position
     @position.setter
     def position(self, rows:int): self._position, self._order = rows, None
@@ -205,32 +205,21 @@ def seed_of_names(
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 # %% ../../nbs/game/08_loaders.ipynb #rb08c003
-class _InTurn:
+class _InTurn(_Drawn):
     "Batches that all ranks draw alike; the place is their number."
-    shards:list[np.ndarray]
-    names:list[Path]
-    seq_len:int
-    rows:int  # of a batch, over all ranks
-    rank:int
+    names:list[Path] # of all shards
+    rows:int         # of a batch, over all ranks
     world:int
-    micro:int # rows of a micro-batch
-    _order:StrideOrder|None
 
-    @property
-    def position(self)->int: return self._batches
-    @position.setter
-    def position(self, batches:int): self._batches, self._order = batches, None
-
-    def next_step(self)->list[tuple[Tensor,Tensor]]: # (rows, seq_len) int64 each
-        "The micro-batches of this rank for the next step."
+    def next_batch(self)->tuple[Tensor,Tensor]: # inputs, targets, (rows, seq_len) int64
+        "The rows of this rank for the next step."
         if not (order := self._order):
             lengths, seed = [*map(len, self.shards)], seed_of_names(self.names)
             order = self._order = StrideOrder(lengths, self.seq_len, seed)
-            for _ in range(self._batches): stride_batch(order, self.rows)
-        self._batches += 1
+            for _ in range(self._position): stride_batch(order, self.rows)
+        self._position += 1
         mine = stride_batch(order, self.rows)[self.rank::self.world]
-        x, y = _shifted([self.shards[i][a:a+self.seq_len+1] for i,a in mine])
-        return list(zip(x.split(self.micro), y.split(self.micro)))
+        return _shifted([self.shards[i][a:a+self.seq_len+1] for i,a in mine])
 
 # %% ../../nbs/game/08_loaders.ipynb #rb08c002
 class StrideLoader(_InTurn):
