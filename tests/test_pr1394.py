@@ -208,7 +208,7 @@ def test_shuffled_rows_come_through_the_loop_and_into_calibration(shards, world)
         seen.append(x)
     class Data: train_shards, vocab_size, path = shards, 64, "here"
     assert torch.equal(shuffled_windows(Data, 64, 3*len(x), 32, world), torch.cat(seen))
-    assert set(LOADERS) == {"spans", "shuffled", "packed", "strides"}
+    assert set(LOADERS) == {"spans", "shuffled", "packed", "strides", "segments"}
 
 
 def test_brotli_stores_what_it_is_given_and_best_leaves_it_out():

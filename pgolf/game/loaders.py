@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShuffledOrder', 'ShuffledLoader', 'coprime_stride', 'stride_walk', 'StrideOrder', 'stride_batch', 'seed_of_names',
            'StrideLoader', 'segment_starts', 'cumulative_lengths', 'segment_of', 'segment_mask', 'Packed',
-           'PackedLoader', 'next_packed', 'PackedSpans']
+           'PackedLoader', 'next_packed', 'PackedSpans', 'MixedSpans']
 
 # %% ../../nbs/game/08_loaders.ipynb #fb6cec51
 import hashlib
@@ -309,11 +309,11 @@ class PackedLoader:
     ):
         if not 0 <= rank < world: raise ValueError(f"rank={rank} not in 0..{world-1}")
         self.shards = [read_shard(p, vocab_size) for p in sorted(map(Path, shards))]
-        self.span, self.rank, self.world, self.step = tokens+1, rank, world, step
+        self.span, self.rank, self.world, self.position = tokens+1, rank, world, step
         self.longest, self.limit, self.bos, self.bucket = longest, longest, bos, bucket
         self.first = [int(np.argmax(s == bos)) if (s == bos).any() else len(s) for s in self.shards]
-        steps = [(len(s)-f)//(world*self.span) for s, f in zip(self.shards, self.first)]
-        self.ends = np.cumsum(steps)
+        self.ends = np.cumsum([(len(s)-f)//(world*self.span)
+            for s, f in zip(self.shards, self.first)])
         if not self.ends[-1]:
             raise ValueError(f"no shard has {world*self.span} tokens from its first BOS (id {bos})"
                 f" on, which a step of {world} ranks needs: take fewer tokens a row")
@@ -324,14 +324,18 @@ def next_packed(
 )->Packed:
     "The row of this rank for the next step."
     row = _row_of(loader, loader.rank)
-    loader.step += 1
+    loader.position += 1
     return row
+
+def _place(loader):
+    "Shard of the step at hand, and the number of the step in it."
+    k = loader.position % int(loader.ends[-1])
+    i = int(np.searchsorted(loader.ends, k, side="right"))
+    return i, k - (int(loader.ends[i-1]) if i else 0)
 
 def _row_of(loader, rank):
     "The row of a rank for the step at hand."
-    k = loader.step % int(loader.ends[-1])
-    i = int(np.searchsorted(loader.ends, k, side="right"))
-    within = k - (int(loader.ends[i-1]) if i else 0)
+    i, within = _place(loader)
     a = loader.first[i] + (within*loader.world + rank)*loader.span
     row = torch.from_numpy(loader.shards[i][a:a+loader.span].astype(np.int64))
     starts = segment_starts(row[:-1].numpy(), loader.bos, loader.limit)
@@ -340,18 +344,14 @@ def _row_of(loader, rank):
 
 # %% ../../nbs/game/08_loaders.ipynb #pk080002
 class _Steps(PackedLoader):
-    "What the loop asks of a loader: its place, to be read and set, and the rows of a step."
+    "What the loop asks of a loader besides its place: the rows of a step."
     mine:range # rows of this rank
-
-    @property
-    def position(self)->int: return self.step
-    @position.setter
-    def position(self, steps:int): self.step = steps
+    row = _row_of
 
     def next_step(self)->list[Packed]:
         "The rows of this rank, each with its borders."
-        rows = [_row_of(self, span) for span in self.mine]
-        self.step += 1
+        rows = [self.row(span) for span in self.mine]
+        self.position += 1
         return rows
 
 # %% ../../nbs/game/08_loaders.ipynb #pk080004
@@ -373,3 +373,32 @@ class PackedSpans(_Steps):
         super().__init__(shards, batch_tokens//num_spans, longest, rank=rank, world=num_spans,
             bucket=256, step=position, vocab_size=vocab_size)
         self.mine = range(rank, num_spans, world)
+
+# %% ../../nbs/game/08_loaders.ipynb #sg080002
+def _mixed(loader, i, turn):
+    "Segments of shard `i` in the order of a pass: where they end, and how far each was moved."
+    ids = loader.shards[i][loader.first[i]:-1] # the last token has no target
+    starts = segment_starts(ids, loader.bos, loader.limit)
+    order = np.random.Generator(np.random.PCG64([turn, i])).permutation(len(starts))
+    sizes = np.diff(starts, append=len(ids))[order]
+    ends = np.cumsum(sizes)
+    return ends, loader.first[i] + starts[order] - (ends-sizes)
+
+def _mixed_row(loader, rank):
+    "The row of a rank for the step at hand, out of segments in random order."
+    (i, within), n = _place(loader), loader.span-1
+    key = i, loader.position//int(loader.ends[-1]), loader.limit
+    if loader.order[0] != key: loader.order = key, _mixed(loader, *key[:2])
+    ends, moved = loader.order[1]
+    at = np.arange(n) + (within*loader.world + rank)*n
+    piece = np.searchsorted(ends, at, side="right")
+    where = at + moved[piece]
+    cu = cumulative_lengths(np.flatnonzero(np.diff(piece, prepend=-1)), n, loader.bucket)
+    x, y = (torch.from_numpy(loader.shards[i][k].astype(np.int64)) for k in (where, where+1))
+    return Packed(x[None], y[None], cu, loader.longest)
+
+# %% ../../nbs/game/08_loaders.ipynb #sg080003
+class MixedSpans(PackedSpans):
+    "The packed rows of a step, their segments in random order within a shard, anew each pass."
+    order:tuple = (None,) # of the pass at hand: what it belongs to, and the segments
+    row = _mixed_row

@@ -353,7 +353,8 @@ UNUSED = _each({
     "CapPair": lambda r: not r.model.asymmetric_cap,
     "softcapped_loss": lambda r: not r.model.fused_loss,
     "_is_tail": lambda r: not r.model.parallel,
-    "attend_segments PackedSpans": lambda r: r.train.loader!="packed",
+    "attend_segments PackedSpans": lambda r: r.train.loader not in ("packed","segments"),
+    "MixedSpans _mixed_row _mixed": lambda r: r.train.loader!="segments",
 })
 
 # %% ../../nbs/submit/61_script.ipynb #dd2bbb32

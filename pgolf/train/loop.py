@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from ..game.loaders import PackedSpans, ShuffledLoader, StrideLoader
+from ..game.loaders import MixedSpans, PackedSpans, ShuffledLoader, StrideLoader
 from ..game.shards import BatchLoader
 from .ahead import Ahead
 from .checkpoint import _stateful, load_checkpoint, save_checkpoint
@@ -31,6 +31,7 @@ LOADERS:dict[str,Any] = {
     "shuffled": lambda shards, tokens, row, spans, rank, world, position, vocab: ShuffledLoader(
         shards, tokens, row, rank, world, position, vocab, spans),
     "packed": lambda *deal: PackedSpans(*deal),
+    "segments": lambda *deal: MixedSpans(*deal),
     "strides": lambda *deal: StrideLoader(*deal),
 }
 
