@@ -182,6 +182,7 @@ PROBES |= dict(
         "split lanes":dict(parallel="split"),
         "crossed lanes":dict(parallel="crossed"),
         "rows without borders":dict(loader="shuffled"),
+        "segments in random order":dict(loader="segments"),
         "rows in file order":dict(loader="spans"),
         "segments that grow":dict(lengths=((0.,1/3), (.1,2/3), (.7,1.))),
         "each block once":dict(layer_order=(), order_from=0.),
