@@ -122,17 +122,20 @@ def charges_fit(
     spelled = sum(sum(case_bytes(sp.decode(d.tolist()))) for d in documents(tokens, sp.bos_id()))
     amount = (float(wrong.sum()), float(off.sum())/max(1, known),
         abs(int(counts.sum())/max(1, spelled)-1))
-    leaks = [(size, None, said) for size,limit,said in zip(amount, (0, slack, spaces), _said(known,
-        spelled)) if size > limit]
+    said = _said(known, spelled, wrong, off)
+    leaks = [(size, None, s) for size,limit,s in zip(amount, (0, slack, spaces), said)
+        if size > limit]
     return _finding("D7o", "bytes charged are those of the original text", leaks, 0,
         f"{int(counts.sum()):,} bytes charged, {spelled:,} spelt: marks none, all but"
         f" {int(off.sum()):,} of {known:,} plain pieces their letters", "charged otherwise:", "")
 
 # %% ../../nbs/score/44c_rulings.ipynb #34122c99
-def _said(known, spelled):
-    "What is counted of marks, plain pieces and all bytes."
-    return (" marks are not charged what they stand for", f" of {known:,} plain pieces are not"
-        " charged their letters", f" of the {spelled:,} bytes that the tokens spell")
+def _said(known, spelled, wrong, off):
+    "What is counted of marks, plain pieces and all bytes, and where the first one is."
+    def first(x): return f", first at token {int(x.nonzero()[0])}" if x.any() else ""
+    return (f" marks are not charged what they stand for{first(wrong)}", f" of {known:,} plain"
+        f" pieces are not charged their letters{first(off)}", f" of the {spelled:,} bytes that the"
+        " tokens spell")
 
 # %% ../../nbs/score/44c_rulings.ipynb #34122c98
 def _letters(sp, i, piece):
