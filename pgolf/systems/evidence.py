@@ -335,10 +335,11 @@ def techniques_table(
         found = {s: has(t, s) for s in systems}
         mark = {"yes": "", "described only": " (described only)", "ran only": " (ran only)"}
         return ", ".join(f"#{s[2:]}{mark[h]}" for s, h in found.items() if h) or "-"
-    def row(t): return {"technique": t["name"], "kind": t["kind"], "what it does": t["what"],
-        "brought by": ", ".join(map(pull, t.get("brought", []))) or "-",
-        "systems": holders(t), "published, bpb": t.get("gain", "-"),
-        "worth here, bpb ± 95 %": worth_text(t, folder, known), "where": see(t["see"])}
+    def row(t): return {"technique": see(t["see"], text=t["name"]),
+        "worth here, bpb ± 95 %": worth_text(t, folder, known), "what it does": t["what"],
+        "published, bpb": t.get("gain", "-"),
+        "brought by": ", ".join(map(pull, t.get("brought", []))) or "-", "systems": holders(t),
+        "kind": t["kind"]}
     return show(map(row, read_rows("technique")))
 
 def systems_table()->Table:

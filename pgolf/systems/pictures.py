@@ -45,18 +45,18 @@ def dot_row(
     at,           # bits per byte -> x
     reach:float,  # bpb; what is further out is cut, with an arrow head
 )->list[str]:
-    "A dot, its interval and what is cut off."
+    "A dot, its interval and what is cut off; a dot that lies further out is told by the arrow."
     e = m.effect
     color = SOFT if not e.clear else WORSE if e.mean > 0 else BETTER
-    lo, hi = max(e.mean-e.half, -reach), min(e.mean+e.half, reach)
+    lo, hi = (max(-reach, min(v, reach)) for v in (e.mean-e.half, e.mean+e.half))
     fill = color if m.scale == "pocket" else "#fff"
     parts = [stroke(at(lo), y, at(hi), y, color)]
     for end, sign in ((lo, -1), (hi, 1)):
-        if abs(end) == reach: # it goes on
+        if end == sign*reach: # it goes on
             head = f"M{at(end):.1f} {y-3:.1f} l{4*sign} 3 l{-4*sign} 3z"
             parts.append(f'<path d="{head}" fill="{color}"/>')
     dot = f'<circle cx="{at(e.mean):.1f}" cy="{y:.1f}" r="3.2" fill="{fill}" stroke="{color}"/>'
-    return [*parts, dot]
+    return [*parts, dot] if abs(e.mean) <= reach else parts
 
 # %% ../../nbs/systems/58a_pictures.ipynb #f159301e
 def _upright(v, at, top, bottom):
