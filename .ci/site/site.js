@@ -18,7 +18,10 @@
     box.append(table);
     box.classList.toggle("many-rows", table.rows.length > (columns > 6 ? 15 : 40));
     table.classList.toggle("many-columns", columns > 6 && !table.closest(".filterable")); // those have widths of their own
-    all("td", table).forEach((c) => c.classList.toggle("long", c.textContent.length > 40));
+    all("td", table).forEach((c) => {
+      c.classList.toggle("long", c.textContent.length > 40);
+      c.classList.toggle("short", c.textContent.length < 20);
+    });
     if (columns < 5 && table.rows.length < 12) return;
     const link = make("a", { className: "table-csv", textContent: "CSV", download: `${page}-${number + 1}.csv`,
       title: "Download this table as CSV", href: "#" });
