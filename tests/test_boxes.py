@@ -78,7 +78,7 @@ def test_every_key_is_measured_or_a_probe(known):
     there = {(m.system, m.change) for m in known}
     for row in ROWS.values():
         for label, key, _ in boxes.asked(row):
-            if key[0] in QUESTIONS or key[0] == "step": assert worth(key, NBS / "results"), label
+            if key[0] in {*QUESTIONS, "step", "kept"}: assert worth(key, NBS / "results"), label
             else: assert tuple(key) in there or key[1] in PROBES.get(key[0], {}), (label, key)
 
 

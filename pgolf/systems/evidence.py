@@ -18,7 +18,7 @@ import numpy as np
 from ..files import find_results
 from ..show import Table, show
 from .adaptation import GRID, bpb, gain, of
-from .effects import PROBES, Effect, differences, effects, paired
+from .effects import PROBES, Effect, differences, effects, kept, paired
 from .recipe import brief, diff
 from .recipes import RECIPES, at_scale, get_recipe, parent_of
 
@@ -157,7 +157,7 @@ def steps(
 
 # %% ../../nbs/systems/58_evidence.ipynb #9009b6ab
 def worth(
-    key:list[str],         # ["pr610", "QAT"], or a question and its case: ["gain", "#601"]
+    key:list[str],         # ["pr610", "QAT"]; a question and its case, ["gain", "#601"]; ["kept", ...]
     folder:Path|None=None, # of results; None: the book's own
     known:list[Measured]|None=None, # `measured(folder)`, if at hand
 )->list[Measured]: # one a scale; none: not measured
@@ -165,6 +165,8 @@ def worth(
     folder = folder or find_results()
     if not key: return []
     if key[0] == "step": return steps(folder, *key[1:])
+    if key[0] == "kept":
+        return [Measured(*key[2:], "mini", "sliding", *x) for x in kept(folder, *key[1:])]
     if key[0] not in QUESTIONS:
         known = measured(folder) if known is None else known
         return [m for m in known if [m.system, m.change] == list(key)]
