@@ -157,7 +157,7 @@ def steps(
 
 # %% ../../nbs/systems/58_evidence.ipynb #9009b6ab
 def worth(
-    key:list[str],         # ["pr610", "QAT"]; a question and its case, ["gain", "#601"]; ["kept", ...]
+    key:list[str],         # ["pr610", "QAT"]; a question and its case; or "kept"
     folder:Path|None=None, # of results; None: the book's own
     known:list[Measured]|None=None, # `measured(folder)`, if at hand
 )->list[Measured]: # one a scale; none: not measured
