@@ -166,7 +166,8 @@ def worth(
     if not key: return []
     if key[0] == "step": return steps(folder, *key[1:])
     if key[0] == "kept":
-        return [Measured(*key[2:], "mini", "sliding", *x) for x in kept(folder, *key[1:])]
+        where, a, b = key[1:]
+        return [Measured(a, b, "mini", "sliding", *x) for x in kept(folder, where, a, b)]
     if key[0] not in QUESTIONS:
         known = measured(folder) if known is None else known
         return [m for m in known if [m.system, m.change] == list(key)]
