@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from pgolf.scale import measured
-from pgolf.scale.measured import (difference, down_the_road, gather, main, reads, read_runs,
-    road_steps)
+from pgolf.scale.measured import (difference, down_the_road, gather, main, reads, road_steps)
 from pgolf.scale.runs import read_plan
+from pgolf.systems.effects import read_runs
 from pgolf.systems.recipes import at_scale, get_recipe
 from pgolf.systems.report import Report
 from pgolf.systems.road import MILESTONES

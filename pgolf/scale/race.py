@@ -15,7 +15,8 @@ from ..files import read_json, write_json
 from ..game.data import Dataset
 from ..game.shards import read_shard, write_shard
 from ..outside import read_arrays
-from .measured import gather, kept_of, read_runs
+from .measured import gather, kept_of
+from ..systems.effects import read_runs
 from ..score.order import last_words
 from ..score.record import BYTES_PER_TOKEN, record_test
 from ..score.windows import Scores

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'PROBES', 'UNPROBED', 'STORED', 'changes', 'training_key', 'run_shared', 'measure', 'spread', 'Effect',
-           'paired', 'differences', 'effects', 'kept', 'effect_table', 'stage_table']
+           'paired', 'differences', 'effects', 'read_runs', 'kept', 'effect_table', 'stage_table']
 
 # %% ../../nbs/systems/55_effects.ipynb #22c93f94
 import hashlib,json,shutil
@@ -277,19 +277,29 @@ def effects(
     return {k:paired(d, counted) for k,d in found.items()}
 
 # %% ../../nbs/systems/55_effects.ipynb #55ef0008
+def read_runs(
+    folder,         # with a file for each run
+    scale:str="mini", # of the runs
+)->dict: # name of a run without its seed -> seed -> what was kept
+    "All runs of a scale."
+    found:dict[str,dict] = {}
+    for p in sorted(Path(folder).glob(f"*-{scale}-*.json")):
+        one = json.loads(p.read_text())
+        found.setdefault(one["name"], {})[one["seed"]] = one
+    return found
+
 def kept(
     folder:Path, # of results
     where:str,   # folder in it with a file for each run of a plan
     *names:str,  # of two runs at mini scale, the base first
 )->list[tuple]: # (seeds, Effect on the sliding score, change of the bytes as a share); or nothing
     "What two kept runs differ by; all runs of their plan are read together."
-    files = sorted((Path(folder)/where).glob("*-mini-*.json"))
-    every = [json.loads(p.read_text()) for p in files]
-    x, y = ({r["seed"]:r for r in every if r["name"]==n} for n in names)
+    runs = read_runs(Path(folder)/where)
+    x, y = (runs.get(n, {}) for n in names)
     if not (both := sorted(x.keys() & y.keys())): return []
     d = [y[s]["stages"]["sliding"]-x[s]["stages"]["sliding"] for s in both]
     share = float(np.mean([y[s]["bytes"]/x[s]["bytes"] for s in both]))-1
-    return [(len(d), paired(d, len({r["name"] for r in every})-1), share)]
+    return [(len(d), paired(d, len(runs)-1), share)]
 
 # %% ../../nbs/systems/55_effects.ipynb #b7c1e0a7
 def effect_table(
